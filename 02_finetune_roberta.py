@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""02: the white-box teacher. Fine-tunes RoBERTa-large and saves what a student learns from.
+
+Trains on the labelled reviews (head+tail truncation), keeps the checkpoint with the best validation accuracy, then
+scores train, validation and the transfer set once: raw logits, and pooled hidden states of the layers that 04a maps.
+
+Reads   the reviews
+Writes  outputs/02_roberta/  model/  soft_labels/{train,validation,transfer}.parquet and *_features.npy  metrics.json  run.json
+Takes   on a Kaggle T4: not measured yet
+
+    python 02_finetune_roberta.py
+    python 02_finetune_roberta.py --roberta-model path/to/folder --max-length 256
+"""
+
+import argparse
+from pathlib import Path
+
+from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings
+
+STEP = "02_roberta"
+COLLAPSED = "pass --force with another --seed, a smaller --learning-rate or a larger --warmup-fraction"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = settings.make_parser(__doc__, reads=("train", "transfer"))
+    add = parser.add_argument
+    add("--roberta-model", help="hub name or folder of the encoder to fine-tune")
+    add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
+    settings.add_training_flags(parser, epochs=3, learning_rate=1e-5, batch_size=32, micro_batch_size=8)
+    add("--student-layers", type=settings.positive_int, default=6, help="depth of the student: which layers to save")
+    add("--batch-tokens", type=settings.positive_int, default=16384, help="padded tokens a batch in scoring")
+    return settings.parse(parser, STEP, argv)
+
+
+def finetune(args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware: device.Hardware, folder: Path) -> None:
+    """Fine-tune the encoder and save it with the weights of its best epoch on validation."""
+    from common import training
+
+    device.seed_everything(args.seed)
+    model = models.load_classifier(settings.locate(args, args.roberta_model))
+    models.check_length(args.max_length, tokenizer, model)
+    train, validation = (
+        training.ReviewDataset(models.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
+        for part in (reviews.train, reviews.validation)
+    )
+    trainer = training.ReviewTrainer(
+        model=model,
+        args=training.training_arguments(args, hardware, folder / "checkpoints", len(train)),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=training.Collator(tokenizer.pad_token_id),
+        compute_metrics=training.validation_accuracy,
+    )
+    training.train(trainer)
+    training.save(model, tokenizer, folder / "model", folder / "checkpoints")
+
+
+def save_soft_labels(args: argparse.Namespace, table, split: str, model, tokenizer, layers, hardware, folder: Path) -> None:
+    """Raw logits by example_id, and pooled states of `layers`, of one split."""
+    texts = table["text"].tolist()
+
+    def score(rows: slice):
+        ids = models.encode(tokenizer, texts[rows], args.max_length)
+        return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens, layers)
+
+    scoring.in_chunks(folder, split, table["example_id"], scoring.LOGITS, score)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    print("02_finetune_roberta.py with")
+    settings.show(args)
+    hardware = device.detect(args.precision)
+    if args.preset == "demo":
+        demo.prepare(Path(args.output_dir, "demo"))
+    reviews = data.load_reviews(args, reads=("train", "transfer"))
+    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+    tokenizer = models.load_tokenizer(settings.locate(args, args.roberta_model))
+    if not (folder / "model").exists():
+        finetune(args, reviews, tokenizer, hardware, folder)
+
+    from common import distill, training
+
+    model = models.load_classifier(str(folder / "model")).to(hardware.device).eval()
+    layers = distill.mapped_layers(args.student_layers, model.config.num_hidden_layers)
+    soft_labels = folder / "soft_labels"
+    # Validation comes first: a collapsed teacher is refused before it scores 70,000 reviews.
+    save_soft_labels(args, reviews.validation, "validation", model, tokenizer, layers, hardware, soft_labels)
+    _, logits = scoring.read_scores(soft_labels, "validation", scoring.LOGITS)
+    labels = reviews.validation["label"].to_numpy()
+    training.refuse_collapse(logits, labels, COLLAPSED)
+    for split in ("train", "transfer"):
+        save_soft_labels(args, getattr(reviews, split), split, model, tokenizer, layers, hardware, soft_labels)
+
+    scores = metrics.describe(labels, logits)
+    artifacts.write_json(folder / "metrics.json", {"validation": scores})
+    facts = {
+        "labels": data.LABELS,
+        "teacher": args.roberta_model,
+        "max_length": args.max_length,
+        "feature_layers": layers,
+        "teacher_layers": model.config.num_hidden_layers,
+        "teacher_width": model.config.hidden_size,
+    }
+    artifacts.finish(args, folder, facts, memory.peak_mb())
+    print(f"validation accuracy {scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}")
+    print(f"next: python 03_finetune_mistral.py --preset {args.preset}, or python 04a_distill_from_roberta.py --preset {args.preset}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""03: the black-box teacher. Teaches a causal LM in 4 bits to answer one prompt with one of two words (QLoRA).
+
+The base is quantised to nf4 and frozen; LoRA adapters on all linear projections learn. The prompt asks for the
+sentiment, only the review inside it is ever truncated, and the loss is on the label word alone: the next token.
+
+Reads   the reviews (a stratified subset)
+Writes  outputs/03_mistral/  adapter/  metrics.json  run.json
+Takes   on a Kaggle T4: not measured yet
+
+    python 03_finetune_mistral.py
+    python 03_finetune_mistral.py --mistral-model path/to/any-causal-lm --max-train-samples 2000
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+
+STEP = "03_mistral"
+COLLAPSED = "pass --force with another --seed or a smaller --learning-rate"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = settings.make_parser(__doc__, reads=("train",))
+    parser.set_defaults(max_train_samples="6000")
+    add = parser.add_argument
+    add("--mistral-model", help="hub name or folder of the causal LM")
+    add("--prompt", default=verbalizer.PROMPT, help="with {review} where the review goes")
+    add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="of negative and positive")
+    add("--max-length", type=settings.positive_int, default=512, help="tokens of the prompt with its review")
+    settings.add_training_flags(parser, epochs=1, learning_rate=2e-4, batch_size=16, micro_batch_size=4)
+    add("--lora-r", type=settings.positive_int, default=16, help="rank of the adapters")
+    add("--lora-alpha", type=settings.positive_int, default=32, help="their scale is lora_alpha / r")
+    add("--lora-dropout", type=settings.fraction, default=0.05, help="on their input")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="less memory, a third slower")
+    add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch in scoring")
+    return settings.parse(parser, STEP, argv)
+
+
+def with_lora(args: argparse.Namespace, model):
+    """The frozen 4-bit model with trainable adapters on every linear projection but the head."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules="all-linear",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+    )
+    return get_peft_model(model, config)
+
+
+def make_trainer(label_ids: list[int], **arguments):
+    """A Trainer whose loss is the cross-entropy of the label word as the token after the prompt, over all tokens."""
+    import torch
+
+    from common import training
+
+    class LabelWordTrainer(training.ReviewTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = scoring.last_logits(model, inputs["input_ids"], inputs["attention_mask"]).float()
+            words = torch.tensor(label_ids, device=logits.device)[inputs["labels"]]
+            loss = torch.nn.functional.cross_entropy(logits, words)
+            return (loss, {"logits": logits[:, label_ids]}) if return_outputs else loss
+
+    trainer = LabelWordTrainer(compute_metrics=training.validation_accuracy, **arguments)
+    trainer.model_accepts_loss_kwargs = False  # our loss is a mean of its micro-batch, so Trainer must divide
+    return trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    print("03_finetune_mistral.py with")
+    settings.show(args)
+    hardware = device.detect(args.precision)
+    if args.preset == "demo":
+        demo.prepare(Path(args.output_dir, "demo"))
+    reviews = data.load_reviews(args, reads=("train",))
+    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+
+    from common import training
+
+    base = settings.locate(args, args.mistral_model)
+    tokenizer = models.load_tokenizer(base)
+    label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
+    train_ids, validation_ids = (
+        verbalizer.encode_prompts(tokenizer, table["text"].tolist(), args.prompt, args.max_length)
+        for table in (reviews.train, reviews.validation)
+    )
+    labels = reviews.validation["label"].to_numpy()
+    if not (folder / "adapter").exists():
+        device.seed_everything(args.seed)
+        model = with_lora(args, models.load_llm(base, hardware))
+        model.print_trainable_parameters()
+        trainer = make_trainer(
+            label_ids,
+            model=model,
+            args=training.training_arguments(args, hardware, folder / "checkpoints", len(train_ids), optim="paged_adamw_8bit"),
+            train_dataset=training.ReviewDataset(train_ids, reviews.train["label"]),
+            eval_dataset=training.ReviewDataset(validation_ids, labels),
+            data_collator=training.Collator(tokenizer.pad_token_id, left=True),
+        )
+        training.train(trainer)
+        training.save(model, tokenizer, folder / "adapter", folder / "checkpoints")
+        del model, trainer
+        memory.free()
+
+    # The saved adapter is scored as 04b and 05 will score it: reloaded, on a fresh 4-bit base.
+    model = models.load_llm(base, hardware, folder / "adapter")
+    log_p = scoring.score_llm(model, validation_ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
+    training.refuse_collapse(log_p, labels, COLLAPSED)
+    scores = metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}
+    artifacts.write_json(folder / "metrics.json", {"validation": scores})
+    facts = {
+        "labels": data.LABELS,
+        "base": args.mistral_model,
+        "prompt": args.prompt,
+        "label_words": args.label_words,
+        "label_token_ids": label_ids,
+        "max_length": args.max_length,
+    }
+    artifacts.finish(args, folder, facts, memory.peak_mb())
+    print(f"validation accuracy {scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}")
+    print(f"next: python 04b_distill_from_mistral.py --preset {args.preset}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""04a: the white-box student. DistilBERT learns RoBERTa's logits and hidden states, and a control learns without it.
+
+    loss = alpha · T² · KL(teacher ‖ student)  +  (1 − alpha) · cross-entropy  +  feature_weight · features
+
+The student trains on the labelled reviews and the transfer set together, from the files that 02 saved: no teacher is
+loaded. Cross-entropy counts where a gold label exists. The control is the same student on the labelled reviews alone,
+with cross-entropy alone, for up to as many steps, its epoch chosen on validation: what the teacher adds is the
+difference between the two.
+
+Reads   the reviews, outputs/02_roberta/soft_labels/
+Writes  outputs/04a_student_from_roberta/  model/  control/  metrics.json  run.json
+Takes   on a Kaggle T4: not measured yet
+
+    python 04a_distill_from_roberta.py
+    python 04a_distill_from_roberta.py --no-control --alpha 0.5 --temperature 4
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings
+
+STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
+AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = settings.make_parser(__doc__, reads=("train", "transfer"))
+    add = parser.add_argument
+    add("--student-model", help="hub name or folder of the encoder that becomes the student")
+    add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
+    settings.add_training_flags(parser, epochs=3, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
+    add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
+    add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")
+    add("--feature-weight", type=settings.non_negative, default=0.1, help="weight of the hidden-state term; 0: without")
+    add("--control", action=argparse.BooleanOptionalAction, default=True, help="also train the student with no teacher")
+    return settings.parse(parser, STEP, argv)
+
+
+def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -> dict:
+    """The teacher's arrays for train followed by the transfer set: `teacher_logits`, and `teacher_features` on disk."""
+    from common import distill
+
+    folder = artifacts.require(args, TEACHER_STEP, "soft_labels")
+    logits, features = [], []
+    for split in ("train", "transfer"):
+        table = getattr(reviews, split)
+        if not len(table):
+            continue
+        in_file, scores = scoring.read_scores(folder, split, scoring.LOGITS)
+        rows = distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")
+        logits.append(scores[rows])
+        if split == "train":
+            distill.refuse_bad_teacher(logits[0], table["label"].to_numpy(), split)
+        if args.feature_weight > 0:
+            features.append((np.load(folder / f"{split}_features.npy", mmap_mode="r"), rows))
+    teacher = {"teacher_logits": np.concatenate(logits)}
+    if features:
+        layers = student_to_teacher_layers(args, facts)
+        teacher["teacher_features"] = distill.FeatureRows(features, [facts["feature_layers"].index(layer) for layer in layers])
+    return teacher
+
+
+def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int]:
+    """The teacher's layer for each of the student's; stops when 02 saved others."""
+    from common import distill
+
+    depth = models.depth(settings.locate(args, args.student_model))
+    layers = distill.mapped_layers(depth, facts["teacher_layers"])
+    if not set(layers) <= set(facts["feature_layers"]):
+        settings.stop(
+            f"02 saved the states of layers {facts['feature_layers']} but a student of {depth} layers maps to {layers}: "
+            f"run 02_finetune_roberta.py --student-layers {depth} --force, or pass --feature-weight 0"
+        )
+    return layers
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    print("04a_distill_from_roberta.py with")
+    settings.show(args)
+    teacher_run = artifacts.read_json(artifacts.require(args, TEACHER_STEP, "run.json"))
+    hardware = device.detect(args.precision)
+    if args.preset == "demo":
+        demo.prepare(Path(args.output_dir, "demo"))
+    reviews = data.load_reviews(args, reads=("train", "transfer"))
+    artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
+    inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
+    folder = artifacts.begin(args, STEP, inputs)
+    facts = teacher_run["facts"]
+
+    from common import distill, training
+
+    teacher = read_teacher(args, reviews, facts)
+    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
+    gold_ids, transfer_ids, validation_ids = (
+        models.encode(tokenizer, table["text"].tolist(), args.max_length)
+        for table in (reviews.train, reviews.transfer, reviews.validation)
+    )
+    gold, labels = reviews.train["label"].to_numpy(), reviews.validation["label"].to_numpy()
+    hard_labels = np.concatenate([gold, np.full(len(transfer_ids), distill.IGNORED)])
+    validation = training.ReviewDataset(validation_ids, labels)
+
+    print(f"student: {len(gold_ids):,} labelled and {len(transfer_ids):,} unlabelled reviews", flush=True)
+    logits = {
+        "student": distill.train_student(
+            args,
+            hardware,
+            folder / "model",
+            training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
+            validation,
+            epochs=args.epochs,
+            alpha=args.alpha,
+            feature_weight=args.feature_weight,
+            teacher_width=facts["teacher_width"] if args.feature_weight > 0 else None,
+        )
+    }
+    training.refuse_collapse(logits["student"], labels, AT_CHANCE)
+    if args.control:
+        epochs = max(1, int(args.epochs * len(hard_labels) / len(gold_ids)))
+        print(f"control: {len(gold_ids):,} labelled reviews, up to {epochs} epochs", flush=True)
+        logits["control"] = distill.train_student(
+            args, hardware, folder / "control", training.ReviewDataset(gold_ids, gold), validation, epochs=epochs, alpha=0.0
+        )
+
+    scores = {name: metrics.describe(labels, of) for name, of in logits.items()}
+    artifacts.write_json(folder / "metrics.json", {"validation": scores})
+    artifacts.finish(
+        args,
+        folder,
+        {"labels": data.LABELS, "student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length},
+        memory.peak_mb(),
+    )
+    for name, one in scores.items():
+        print(f"{name}: validation accuracy {one['accuracy']:.4f} [{one['ci_low']:.4f}, {one['ci_high']:.4f}], n {one['n']:,}")
+    print(f"next: python 04b_distill_from_mistral.py --preset {args.preset}, or python 05_benchmark.py --preset {args.preset}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""04b: the black-box student. DistilBERT learns the probabilities that Mistral gives to two label words.
+
+    loss = alpha · T² · KL(teacher ‖ student)  +  (1 − alpha) · cross-entropy
+
+The 4-bit base with 03's adapter scores train, validation and the transfer set, one forward pass a batch, into raw label
+log-probabilities on disk; an interrupted run continues them. Batch calibration is applied when they are read. The
+student then trains on the labelled reviews and the transfer set together, with the trainer of 04a.
+
+Reads   the reviews, outputs/03_mistral/adapter/
+Writes  outputs/04b_student_from_mistral/  soft_labels/{train,validation,transfer}.parquet  model/  metrics.json  run.json
+Takes   on a Kaggle T4: not measured yet
+
+    python 04b_distill_from_mistral.py
+    python 04b_distill_from_mistral.py --max-transfer-samples 5000 --calibration none
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+
+STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
+AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
+LOW_LABEL_MASS = 0.5
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = settings.make_parser(__doc__, reads=("train", "transfer"))
+    parser.set_defaults(max_transfer_samples="20000")
+    add = parser.add_argument
+    add("--student-model", help="hub name or folder of the encoder that becomes the student")
+    add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
+    settings.add_training_flags(parser, epochs=3, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
+    add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
+    add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")
+    add("--calibration", choices=("batch", "none"), default="batch", help="of the label log-odds, without labels")
+    add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch of the LLM")
+    return settings.parse(parser, STEP, argv)
+
+
+def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, facts: dict, hardware, folder: Path) -> None:
+    """Raw label log-probabilities by example_id, of every split, by the LLM with 03's adapter, prompt and length."""
+    splits = [split for split in ("validation", "train", "transfer") if len(getattr(reviews, split))]
+    if all((folder / f"{split}.parquet").exists() for split in splits):
+        return
+    base = settings.locate(args, facts["base"])
+    tokenizer = models.load_tokenizer(base)
+    label_ids = verbalizer.label_token_ids(tokenizer, facts["prompt"], facts["label_words"])
+    print(f"label words {facts['label_words']} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}, ids {label_ids}")
+    model = models.load_llm(base, hardware, artifacts.require(args, TEACHER_STEP, "adapter"))
+    for split in splits:
+        table = getattr(reviews, split)
+
+        def score(rows: slice, texts=table["text"].tolist()):
+            ids = verbalizer.encode_prompts(tokenizer, texts[rows], facts["prompt"], facts["max_length"])
+            scores = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
+            return {"scores": scores}
+
+        scoring.in_chunks(folder, split, table["example_id"], scoring.LOG_PROBABILITIES, score)
+    del model
+    memory.free()
+
+
+def read_teacher(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -> tuple[dict, dict]:
+    """The teacher's arrays for train followed by the transfer set, calibrated; and what 05 and a reader must know."""
+    from common import distill, training
+
+    log_p = {}
+    for split in ("train", "validation", "transfer"):
+        table = getattr(reviews, split)
+        if len(table):
+            in_file, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
+            log_p[split] = scores[distill.teacher_rows(in_file, table["example_id"], split, "04b_distill_from_mistral.py")]
+    labels = reviews.validation["label"].to_numpy()
+    bias = 0.0
+    if args.calibration == "batch":
+        bias = verbalizer.batch_calibration(verbalizer.log_odds(log_p.get("transfer", log_p["train"])))
+    raw, calibrated = (verbalizer.teacher_logits(log_p["validation"], shift) for shift in (0.0, bias))
+    training_logits = np.concatenate(
+        [verbalizer.teacher_logits(log_p[split], bias) for split in ("train", "transfer") if split in log_p]
+    )
+    spread = np.percentile(training_logits[:, 1] - training_logits[:, 0], (5, 50, 95))
+    mass = verbalizer.label_mass(log_p["validation"])
+    before, after = metrics.describe(labels, raw), metrics.describe(labels, calibrated)
+
+    print(f"label mass {mass:.3f}; log-odds of the soft labels: 5% {spread[0]:.2f}, median {spread[1]:.2f}, 95% {spread[2]:.2f}")
+    print(f"teacher's validation accuracy {before['accuracy']:.4f} raw, {after['accuracy']:.4f} after subtracting {bias:.3f}")
+    if mass < LOW_LABEL_MASS:
+        print(f"warning: the LLM gives the label words only {mass:.3f} of its probability; its ranking may still be good")
+    distill.refuse_bad_teacher(calibrated, labels, "validation")
+    training.refuse_collapse(calibrated, labels, "this LLM cannot teach; run 03_finetune_mistral.py --force with more reviews")
+    quality = {"label_mass": round(mass, 6), "teacher_raw": before, "teacher_calibrated": after}
+    return {"teacher_logits": training_logits}, {"calibration": args.calibration, "bias": bias, "quality": quality}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    print("04b_distill_from_mistral.py with")
+    settings.show(args)
+    teacher_run = artifacts.read_json(artifacts.require(args, TEACHER_STEP, "run.json"))
+    hardware = device.detect(args.precision)
+    if args.preset == "demo":
+        demo.prepare(Path(args.output_dir, "demo"))
+    reviews = data.load_reviews(args, reads=("train", "transfer"))
+    artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
+    inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
+    folder = artifacts.begin(args, STEP, inputs)
+    facts = teacher_run["facts"]
+
+    from common import distill, training
+
+    save_soft_labels(args, reviews, facts, hardware, folder / "soft_labels")
+    teacher, calibration = read_teacher(args, reviews, folder / "soft_labels")
+    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
+    gold_ids, transfer_ids, validation_ids = (
+        models.encode(tokenizer, table["text"].tolist(), args.max_length)
+        for table in (reviews.train, reviews.transfer, reviews.validation)
+    )
+    gold, labels = reviews.train["label"].to_numpy(), reviews.validation["label"].to_numpy()
+    hard_labels = np.concatenate([gold, np.full(len(transfer_ids), distill.IGNORED)])
+    validation = training.ReviewDataset(validation_ids, labels)
+
+    print(f"student: {len(gold_ids):,} labelled and {len(transfer_ids):,} unlabelled reviews", flush=True)
+    logits = distill.train_student(
+        args,
+        hardware,
+        folder / "model",
+        training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
+        validation,
+        epochs=args.epochs,
+        alpha=args.alpha,
+    )
+    training.refuse_collapse(logits, labels, AT_CHANCE)
+
+    one = metrics.describe(labels, logits)
+    artifacts.write_json(folder / "metrics.json", {"validation": {"student": one} | calibration.pop("quality")})
+    artifacts.finish(
+        args,
+        folder,
+        {"labels": data.LABELS, "student": args.student_model, "teacher": facts["base"], "max_length": args.max_length}
+        | calibration,
+        memory.peak_mb(),
+    )
+    print(f"student: validation accuracy {one['accuracy']:.4f} [{one['ci_low']:.4f}, {one['ci_high']:.4f}], n {one['n']:,}")
+    print(f"next: python 05_benchmark.py --preset {args.preset}")
+
+
+if __name__ == "__main__":
+    main()

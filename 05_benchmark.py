@@ -1,0 +1,283 @@
+#!/usr/bin/env python
+"""05: one table of every model that outputs/ holds: accuracy, latency, throughput, size.
+
+Latency is one review at a time, text in, label out (MLPerf's SingleStream; the median). Throughput is all reviews at
+once, text in, labels out (MLPerf's Offline). Clocks are warmed up and wait for the GPU. Parameters and bytes of weights
+are counted. Every model reads the same test reviews, the LLM a stratified part of them; memory is freed in between.
+
+Reads   the test reviews and every finished folder of steps 01 to 04b, whatever subset of them was run
+Writes  outputs/05_benchmark/  benchmark.csv  benchmark.md  predictions.parquet  environment.json  run.json
+Takes   on a Kaggle T4: not measured yet
+
+    python 05_benchmark.py
+    python 05_benchmark.py --max-test-samples 2000 --max-llm-samples 500 --force
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+
+STEP = "05_benchmark"
+WARM_UP_REVIEWS = 16
+COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
+
+
+@dataclass
+class Loaded:
+    """A model ready to read texts."""
+
+    logits: Callable[[list[str]], np.ndarray]  # texts to (n, 2)
+    parameters: int
+    weight_bytes: int
+    facts: dict = field(default_factory=dict)  # precision, max_length, calibration: the row says how it was run
+
+
+@dataclass
+class Contender:
+    """A row of the table before it is measured."""
+
+    name: str
+    kind: str
+    load: Callable[[], Loaded]
+    is_llm: bool = False
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = settings.make_parser(__doc__, reads=("test",))
+    add = parser.add_argument
+    add("--max-llm-samples", type=settings.positive_int, default=1000, help="test reviews that the LLM reads, stratified")
+    add("--latency-samples", type=settings.positive_int, default=100, help="reviews timed one at a time")
+    add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch in throughput")
+    return settings.parse(parser, STEP, argv)
+
+
+def short(name: str) -> str:
+    """The last part of a hub name or folder: what was loaded, not what it stands for."""
+    return name.rstrip("/").split("/")[-1].replace(":", "-")
+
+
+def load_bag_of_words(folder: Path) -> Loaded:
+    from common.baseline import load_baseline
+
+    model = load_baseline(folder)
+    return Loaded(model.logits, *model.count(), {"precision": "fp32", "device": "cpu"})
+
+
+def load_encoder(args: argparse.Namespace, hardware: device.Hardware, folder: Path, max_length: int) -> Loaded:
+    tokenizer, model = models.load_tokenizer(str(folder)), models.load_classifier(str(folder))
+    parameters, weight_bytes = models.count(model)
+    model = model.to(hardware.device).eval()
+
+    def logits(texts: list[str]) -> np.ndarray:
+        ids = models.encode(tokenizer, texts, max_length)
+        return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
+
+    facts = {"precision": hardware.precision, "device": hardware.device, "max_length": max_length}
+    return Loaded(logits, parameters, weight_bytes, facts)
+
+
+def load_mistral(args: argparse.Namespace, hardware: device.Hardware, folder: Path, run: dict, calibration: dict) -> Loaded:
+    facts = run["facts"]
+    base = settings.locate(args, facts["base"])
+    tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, folder / "adapter")
+    label_ids = verbalizer.label_token_ids(tokenizer, facts["prompt"], facts["label_words"])
+
+    def logits(texts: list[str]) -> np.ndarray:
+        ids = verbalizer.encode_prompts(tokenizer, texts, facts["prompt"], facts["max_length"])
+        log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
+        return verbalizer.teacher_logits(log_p, calibration["bias"])
+
+    ran = {
+        "precision": f"nf4, {hardware.precision}",
+        "device": hardware.device,
+        "max_length": facts["max_length"],
+        "calibration": calibration["calibration"],
+    }
+    return Loaded(logits, *models.count(model), ran)
+
+
+def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: dict[str, dict]) -> list[Contender]:
+    """One per model of the finished steps, in the order of the steps."""
+    found, root = [], Path(args.output_dir)
+    if "01_baseline" in runs:
+        for name, folder in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
+            found.append(Contender(name, "baseline", partial(load_bag_of_words, root / "01_baseline" / folder)))
+    if "02_roberta" in runs:
+        facts = runs["02_roberta"]["facts"]
+        load = partial(load_encoder, args, hardware, root / "02_roberta" / "model", facts["max_length"])
+        found.append(Contender(short(facts["teacher"]), "teacher, fine-tuned", load))
+    if "03_mistral" in runs:
+        calibration = runs.get("04b_student_from_mistral", {}).get("facts", {"calibration": "none (no 04b)", "bias": 0.0})
+        load = partial(load_mistral, args, hardware, root / "03_mistral", runs["03_mistral"], calibration)
+        found.append(Contender(short(runs["03_mistral"]["facts"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True))
+    for step, kind in (("04a_student_from_roberta", "student, white-box"), ("04b_student_from_mistral", "student, black-box")):
+        if step in runs:
+            facts = runs[step]["facts"]
+            load = partial(load_encoder, args, hardware, root / step / "model", facts["max_length"])
+            found.append(Contender(f"{short(facts['student'])} from {short(facts['teacher'])}", kind, load))
+            if (root / step / "control").is_dir():
+                load = partial(load_encoder, args, hardware, root / step / "control", facts["max_length"])
+                found.append(Contender(f"{short(facts['student'])} control", "control, no teacher", load))
+    return found
+
+
+def time_one_by_one(loaded: Loaded, texts: list[str], hardware: device.Hardware) -> np.ndarray:
+    """Milliseconds of each review, alone, from text to label."""
+    times = []
+    for text in texts[: max(3, WARM_UP_REVIEWS // 4)] + texts:
+        hardware.synchronize()
+        started = time.perf_counter()
+        loaded.logits([text]).argmax()
+        hardware.synchronize()
+        times.append(1000 * (time.perf_counter() - started))
+    return np.array(times[-len(texts) :])
+
+
+def measure(contender: Contender, test: pd.DataFrame, latency_texts: list[str], hardware: device.Hardware) -> tuple[dict, np.ndarray]:
+    """The row of one model on `test`, and its (n, 2) logits."""
+    loaded = contender.load()
+    texts = test["text"].tolist()
+    loaded.logits(texts[:WARM_UP_REVIEWS])
+    hardware.synchronize()
+    started = time.perf_counter()
+    logits = loaded.logits(texts)
+    hardware.synchronize()
+    seconds = time.perf_counter() - started
+    latency = time_one_by_one(loaded, latency_texts, hardware)
+    quality = metrics.describe(test["label"].to_numpy(), logits)
+    row = {
+        "Model": contender.name,
+        "Type": contender.kind,
+        "Accuracy": quality.pop("accuracy"),
+        "Latency (ms)": round(statistics.median(latency), 3),
+        "Throughput (samp/s)": round(len(texts) / seconds, 2),
+        "Speedup (x)": None,
+        "Size (MB)": round(loaded.weight_bytes / 1e6, 1),
+        "Params (M)": round(loaded.parameters / 1e6, 2),
+        **quality,
+        "latency_p90_ms": round(float(np.percentile(latency, 90)), 3),
+        "latency_n": len(latency),
+        "peak_memory_mb": round(memory.peak_mb()),
+        **loaded.facts,
+        "status": "ok",
+    }
+    return row, logits
+
+
+def compare(table: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Add the speed-ups over 02's row, and each row's McNemar p against the control on the reviews that both read."""
+    teacher = table[(table["Type"] == "teacher, fine-tuned") & (table["status"] == "ok")]
+    if len(teacher):
+        table["Speedup (x)"] = (teacher["Latency (ms)"].item() / table["Latency (ms)"]).round(2)
+        table["throughput_speedup"] = (table["Throughput (samp/s)"] / teacher["Throughput (samp/s)"].item()).round(2)
+    control = table.loc[(table["Type"] == "control, no teacher") & (table["status"] == "ok"), "Model"]
+    if len(control):
+        labels, correct = predictions["label"] == 1, {}
+        for name in table.loc[table["status"] == "ok", "Model"]:
+            correct[name] = ((predictions[name] > 0) == labels).where(predictions[name].notna())
+        for row, name in table["Model"].items():
+            if name in correct and name != control.item():
+                both = correct[name].notna()
+                pair = (correct[one][both].to_numpy(bool) for one in (name, control.item()))
+                table.loc[row, "mcnemar_p_control"] = metrics.mcnemar_p(*pair)
+    return table
+
+
+def environment(hardware: device.Hardware) -> dict:
+    """What the figures were measured on."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "device": hardware.name,
+        "precision": hardware.precision,
+        "cpu": cpu,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "logical_cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """The table of the named columns with the accuracy's interval, for people."""
+    shown = table[COLUMNS].copy()
+    interval = [f"{a:.4f} [{lo:.4f}, {hi:.4f}]" for a, lo, hi in zip(table["Accuracy"], table["ci_low"], table["ci_high"])]
+    shown["Accuracy"] = interval
+    shown["n"] = table["n"]
+    cells = [list(shown.columns), *([("" if pd.isna(v) else str(v)) for v in row] for row in shown.to_numpy(object))]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    print("05_benchmark.py with")
+    settings.show(args)
+    finished = artifacts.finished_steps(args)
+    if not finished:
+        settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py, or any other, first")
+    hardware = device.detect(args.precision)
+    if args.preset == "demo":
+        demo.prepare(Path(args.output_dir, "demo"))
+    reviews = data.load_reviews(args, reads=("test",))
+    runs = {step: artifacts.read_json(artifacts.require(args, step, "run.json")) for step in finished}
+    for run in runs.values():
+        artifacts.refuse_conflict(args, run, reviews.fingerprints, same=())
+    folder = artifacts.begin(args, STEP, reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in finished})
+
+    test = reviews.test
+    order = data.stratified_order(test["label"], args.seed)
+    llm_rows = np.sort(order[: args.max_llm_samples])
+    latency_texts = test["text"].iloc[order[: args.latency_samples]].tolist()
+    predictions = test[["example_id", "label"]].copy()
+    rows = []
+    for contender in find_contenders(args, hardware, runs):
+        print(f"measuring {contender.name} ({contender.kind})", flush=True)
+        part = test.iloc[llm_rows] if contender.is_llm else test
+        try:
+            row, logits = measure(contender, part, latency_texts, hardware)
+            predictions.loc[part.index, contender.name] = logits[:, 1] - logits[:, 0]
+        except Exception as problem:  # one broken model must not cost the other rows: it is shown, and the exit code says so
+            traceback.print_exc()
+            row = {"Model": contender.name, "Type": contender.kind, "status": f"failed: {type(problem).__name__}: {problem}"}
+        rows.append(row)
+        memory.free()
+
+    table = compare(pd.DataFrame(rows).reindex(columns=list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))), predictions)
+    artifacts.write_table(folder / "benchmark.csv", table)
+    artifacts.write_table(folder / "predictions.parquet", predictions)
+    artifacts.write_json(folder / "environment.json", environment(hardware))
+    with artifacts.whole(folder / "benchmark.md") as temporary:
+        temporary.write_text(as_markdown(table), encoding="utf-8")
+    print(as_markdown(table))
+    failed = [row["Model"] for row in rows if row["status"] != "ok"]
+    if failed:
+        print(f"error: {len(failed)} of {len(rows)} models failed ({', '.join(failed)}); see above", file=sys.stderr)
+        return 1
+    artifacts.finish(args, folder, {}, memory.peak_mb())
+    print(f"the table: {folder / 'benchmark.csv'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

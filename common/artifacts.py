@@ -1,0 +1,188 @@
+"""Every path under outputs/: whole writes, started.json and run.json, and the errors that name the missing script."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.settings import NOT_COMPARED, stop
+
+SCRIPTS = {
+    "01_baseline": "01_baseline.py",
+    "02_roberta": "02_finetune_roberta.py",
+    "03_mistral": "03_finetune_mistral.py",
+    "04a_student_from_roberta": "04a_distill_from_roberta.py",
+    "04b_student_from_mistral": "04b_distill_from_mistral.py",
+    "05_benchmark": "05_benchmark.py",
+}
+PACKAGES = ("torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy").split()
+_process_started = time.time()
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` to write a file or folder to; it takes its name only when all is on disk."""
+    temporary = path.with_name(path.name + ".partial")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file of an earlier step; a damaged one is a person's problem with a remedy."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        stop(f"{path} is damaged: delete its folder and run the step that made it again")
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV or parquet (by the name's ending), whole or not at all."""
+    with whole(path) as temporary:
+        if path.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_parquet(temporary, index=False)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write one array as .npy, whole or not at all."""
+    with whole(path) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, array, allow_pickle=False)
+
+
+def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
+    """The path of a finished step's result; stops with the script to run when it is not there."""
+    folder = Path(args.output_dir, step)
+    path = folder.joinpath(*parts)
+    if (folder / "started.json").exists() and not (folder / "run.json").exists():
+        stop(f"{folder}/ is not finished: run {SCRIPTS[step]} again to continue it")
+    if not (folder / "run.json").exists() or not path.exists():
+        stop(f"{path}{'' if path.suffix else '/'} is missing: run {SCRIPTS[step]} first")
+    return path
+
+
+def fingerprint(args: argparse.Namespace, step: str) -> str:
+    """What identifies a finished step: the SHA-256 of its run.json, which is written last and holds everything else."""
+    return hashlib.sha256(require(args, step, "run.json").read_bytes()).hexdigest()[:16]
+
+
+def finished_steps(args: argparse.Namespace) -> list[str]:
+    """The steps before the benchmark whose run.json is there, in order; a step begun and not finished is named."""
+    steps = [step for step in SCRIPTS if step != "05_benchmark"]
+    for step in steps:
+        folder = Path(args.output_dir, step)
+        if (folder / "started.json").exists() and not (folder / "run.json").exists():
+            print(f"{folder}/ is not finished and left out: run {SCRIPTS[step]} again to continue it")
+    return [step for step in steps if Path(args.output_dir, step, "run.json").exists()]
+
+
+def refuse_conflict(
+    args: argparse.Namespace, run: dict, fingerprints: dict[str, str], same: tuple[str, ...] = ("seed", "validation_samples")
+) -> None:
+    """Stop when an earlier step (its run.json) read other reviews, or split them otherwise, than this one would.
+
+    Other reviews: its example_ids name other texts. Another split: it has trained on this step's validation reviews.
+    """
+    script = SCRIPTS[run["step"]]
+    for split, ours in fingerprints.items():
+        if run["inputs"].get(split, ours) != ours:
+            stop(f"{script} read other reviews ({split} differs): pass the --dataset that it read, or run it again")
+    for name in same:
+        theirs, ours = run["settings"][name], getattr(args, name)
+        if theirs != ours:
+            stop(f"{script} ran with {name} {theirs} and this step with {ours}: pass --{name.replace('_', '-')} {theirs}")
+
+
+def begin(args: argparse.Namespace, step: str, inputs: dict[str, str]) -> Path:
+    """Open the step's folder: a new one, or an interrupted one that began with the same settings and inputs.
+
+    Leaves with exit code 0 when the step is finished already, and with 2 when it was made with other settings.
+    `inputs` maps the name of each thing read (dataset split, earlier step) to its fingerprint.
+    """
+    folder = Path(args.output_dir, step)
+    settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_COMPARED}
+    now = {"step": step, "settings": settings, "inputs": inputs}
+    if args.force and folder.exists():
+        print(f"--force: deleting {folder}/")
+        shutil.rmtree(folder)
+    for name, state in (("run.json", "finished"), ("started.json", "begun")):
+        if (folder / name).exists():
+            _refuse_other(folder, state, read_json(folder / name), now)
+            if state == "finished":
+                print(f"{folder}/ is finished with these settings; --force redoes it.")
+                raise SystemExit(0)
+            print(f"{folder}/ was interrupted; continuing.")
+            return folder
+    write_json(folder / "started.json", now)
+    return folder
+
+
+def _refuse_other(folder: Path, state: str, then: dict, now: dict) -> None:
+    old, new = ({**about.get("settings", {}), **about.get("inputs", {})} for about in (then, now))
+    differing = [
+        f"{name} was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
+        for name in sorted((old.keys() | new.keys()) - NOT_COMPARED)
+        if old.get(name, "absent") != new.get(name, "absent")
+    ]
+    if differing:
+        stop(f"{folder}/ was {state} with other settings ({'; '.join(differing)}): pass --force or another --output-dir")
+
+
+def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: float) -> None:
+    """Write run.json, whose presence means "finished". `facts` are what later steps must match."""
+    started = read_json(folder / "started.json")
+    run = {
+        **started,
+        "settings": dict(sorted(vars(args).items())),
+        "facts": facts,
+        "seed": args.seed,
+        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "wall_time_s": round(time.time() - _process_started, 1),
+        "peak_memory_mb": round(peak_memory_mb),
+    }
+    write_json(folder / "run.json", run)
+    print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the scripts, with "+" when they differ from it; None outside a git checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

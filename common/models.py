@@ -1,0 +1,208 @@
+"""Models and tokenizers: load an encoder, a 4-bit causal LM, an adapter; count them; truncate reviews head+tail."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.data import LABELS
+from common.device import Hardware
+from common.settings import stop
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# Sun et al. 2019 (How to Fine-Tune BERT), 5.3.1: 128 tokens of the head and 382 of the tail beat either alone on IMDB.
+HEAD_SHARE = 0.25
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a hub name or folder, with a pad token (its end-of-text token where it has none)."""
+    from transformers import AutoTokenizer
+
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if not tokenizer.is_fast:
+        stop(f"{name} has no fast tokenizer (tokenizer.json): convert it with the tokenizers library")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def depth(name: str) -> int:
+    """The number of layers of a hub name or folder, from its configuration alone."""
+    from transformers import AutoConfig
+
+    with _explained(name):
+        return AutoConfig.from_pretrained(name).num_hidden_layers
+
+
+def load_classifier(name: str) -> "PreTrainedModel":
+    """A two-class encoder in fp32 with the project's label names; a base checkpoint gets a new head."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: label for label, name in enumerate(LABELS)}}
+    with _explained(name), _quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, num_labels=2, **labels)
+    # Trainer believes that a classifier with **kwargs normalises its own loss, and skips its division by accumulation.
+    model.accepts_loss_kwargs = False
+    return model
+
+
+def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "PreTrainedModel | PeftModel":
+    """A causal LM in 4 bits (nf4, double quantisation; QLoRA, Dettmers et al. 2023), with a LoRA adapter on top or none.
+
+    An adapter is always scored on the 4-bit base that it was trained on: on the unquantised one it differs.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=hardware.dtype,  # the library's default, float32, is 20x slower on a T4
+    )
+    device = 0 if hardware.device == "cuda" else "cpu"
+    with _explained(name), _quiet():
+        # The stored dtype of Mistral is bf16, which a T4 only emulates: what stays unquantised takes ours.
+        model = AutoModelForCausalLM.from_pretrained(
+            name, quantization_config=quantization, dtype=hardware.dtype, device_map={"": device}
+        )
+    _keep_linear4bit_differentiable(model)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter), torch_device=hardware.device)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+        _avoid_gqa_kernel()
+    return model.eval()
+
+
+def _keep_linear4bit_differentiable(model: "PreTrainedModel") -> None:
+    """Stop bitsandbytes (0.50) from repacking weights in the first forward pass after eval(), on AVX512-BF16 processors.
+
+    The repacked kernel has no backward pass and the repacking is for good: after any evaluation, the gradients of a
+    training step would silently have a cosine of 0.12 with the true ones.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _avoid_gqa_kernel() -> None:
+    """Below compute capability 8.0 SDPA's enable_gqa leaves only the slow math kernel (transformers issue 48633)."""
+    from transformers.integrations import sdpa_attention
+
+    if hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+
+
+def context_length(tokenizer: "PreTrainedTokenizerFast", model: "PreTrainedModel") -> int:
+    """The longest input in tokens; RoBERTa's and MPNet's positions begin after the padding id."""
+    positions = getattr(model.config, "max_position_embeddings", 10**9)
+    offset = tokenizer.pad_token_id + 1 if model.config.model_type in ("roberta", "mpnet", "xlm-roberta", "camembert") else 0
+    return positions - offset
+
+
+def check_length(max_length: int, tokenizer: "PreTrainedTokenizerFast", model: "PreTrainedModel") -> None:
+    """Stop when --max-length is more than the model's positions can hold."""
+    longest = context_length(tokenizer, model)
+    if max_length > longest:
+        stop(f"--max-length {max_length} is more than the {longest} positions of {model.config.name_or_path}")
+
+
+def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
+    """The ids of each text without special tokens; a special token that a reviewer typed is plain text."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # "longer than the maximum length": it is truncated next
+    )
+    return encoded["input_ids"]
+
+
+def head_and_tail(ids: list[int], budget: int) -> list[int]:
+    """At most `budget` ids: a quarter from the beginning and the rest from the end."""
+    if len(ids) <= budget:
+        return ids
+    head = int(budget * HEAD_SHARE)
+    return ids[:head] + ids[len(ids) - (budget - head) :]
+
+
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: int) -> list[np.ndarray]:
+    """Each text as an int32 array of at most `max_length` ids: first special token, head+tail of the review, last one."""
+    around = tokenizer("")["input_ids"]
+    if len(around) != 2:
+        stop(f"the tokenizer puts {len(around)} special tokens around a text; an encoder's puts 2")
+    first, last = around
+    encoded = []
+    for start in range(0, len(texts), 1000):  # whole lists of Python ints for 75,000 reviews would take gigabytes
+        for ids in token_ids(tokenizer, texts[start : start + 1000]):
+            encoded.append(np.array([first, *head_and_tail(ids, max_length - 2), last], dtype=np.int32))
+    return encoded
+
+
+def count(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
+    """Parameters and bytes of weights as they lie in memory, counted; a tied tensor counts once.
+
+    A 4-bit weight holds two parameters a byte; the constants of its quantisation are bytes but not parameters.
+    """
+    parameters = weight_bytes = 0
+    for tensor in model.parameters():
+        state = getattr(tensor, "quant_state", None)
+        weight_bytes += tensor.nbytes
+        if state is None:
+            parameters += tensor.numel()
+        else:
+            parameters += state.shape.numel()
+            nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+            weight_bytes += sum(constants.nbytes for constants in [state.absmax, state.code, *nested])
+    return parameters, weight_bytes
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what can be a person's mistake in loading `name` into one sentence."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        stop(f"{name} is no model folder (it has no config.json): pass a folder written by save_pretrained or a hub name")
+    if not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+        stop(f"the model folder {name} does not exist: pass a folder written by save_pretrained or a hub name")
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        yield
+    except OSError as problem:
+        gated = isinstance(problem, GatedRepoError) or "gated repo" in str(problem)
+        if gated:
+            stop(f"{name} is gated: accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN")
+        reason = str(problem).strip().splitlines()[0]
+        stop(f"{name} cannot be loaded ({reason}): check the name and the network, or pass a local folder instead")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report that a base checkpoint lacks a classification head: that is the point of fine-tuning."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)

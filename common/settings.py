@@ -1,0 +1,140 @@
+"""The flags that scripts share, the presets, and how a person's mistake is told. Standard library only: --help is instant."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+# Precedence: shared default < script default < preset < explicit flag. A key "02_roberta.epochs" belongs to that step alone.
+PRESETS: dict[str, dict[str, object]] = {
+    "kaggle": {
+        "dataset": "stanfordnlp/imdb",
+        "roberta_model": "FacebookAI/roberta-large",
+        "mistral_model": "mistralai/Mistral-7B-v0.1",
+        "student_model": "distilbert/distilbert-base-uncased",
+    },
+    "demo": {
+        "dataset": "demo:reviews",
+        "roberta_model": "demo:roberta",
+        "mistral_model": "demo:mistral",
+        "student_model": "demo:distilbert",
+        "validation_samples": 300,
+        "max_length": 128,
+    },
+}
+
+# These change how a result is computed or where it lies, not what it is: a finished step stays finished under others.
+NOT_COMPARED = {"preset", "output_dir", "force", "precision", "batch_tokens", "gradient_checkpointing"}
+
+
+def stop(message: str) -> NoReturn:
+    """Tell a person's mistake in one sentence, with its remedy, and leave with exit code 2 (argparse's own)."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def samples(text: str) -> int | None:
+    """A number of reviews, or "all" (None)."""
+    return None if text == "all" else positive_int(text)
+
+
+samples.__name__ = "number or 'all'"  # argparse names the type in its error
+
+
+def non_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = non_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    value = non_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as written, and each flag with its default."""
+
+
+def make_parser(description: str | None, reads: tuple[str, ...], precision: bool = True) -> argparse.ArgumentParser:
+    """A parser with the shared flags; `reads` names the splits of reviews (train, transfer, test) that the script reads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
+    add = parser.add_argument
+    add("--preset", choices=sorted(PRESETS), default="kaggle", help="which table of defaults applies")
+    add("--dataset", help="hub name, or a folder of train/test/unsupervised files (parquet, CSV, JSON lines)")
+    add("--output-dir", default="outputs", help="where every step reads and writes")
+    add("--seed", type=int, default=42, help="of splits, subsets, initial heads and the order of training")
+    if precision:
+        add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the arithmetic; auto: the hardware's")
+    add("--force", action=argparse.BooleanOptionalAction, default=False, help="delete this step's results and redo it")
+    if "train" in reads:
+        add("--validation-samples", type=positive_int, default=2500, help="reviews of train that choose checkpoints")
+        add("--max-train-samples", type=samples, default="all", help="labelled reviews, stratified; or 'all'")
+    if "transfer" in reads:
+        add("--max-transfer-samples", type=samples, default="all", help="unlabelled reviews for the teacher; or 'all'")
+    if "test" in reads:
+        add("--max-test-samples", type=samples, default="all", help="test reviews, stratified; or 'all'")
+    return parser
+
+
+def add_training_flags(
+    parser: argparse.ArgumentParser, *, epochs: float, learning_rate: float, batch_size: int, micro_batch_size: int
+) -> None:
+    """The flags of every training script, with that script's defaults."""
+    add = parser.add_argument
+    add("--epochs", type=positive, default=epochs, help="passes over the training reviews")
+    add("--learning-rate", type=positive, default=learning_rate, help="peak, after the warm-up")
+    add("--batch-size", type=positive_int, default=batch_size, help="reviews a step, over accumulation")
+    add("--micro-batch-size", type=positive_int, default=micro_batch_size, help="reviews in memory at once")
+    add("--weight-decay", type=non_negative, default=0.01, help="of AdamW")
+    add("--warmup-fraction", type=fraction, default=0.06, help="share of the steps with a rising learning rate")
+
+
+def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) -> argparse.Namespace:
+    """Parse `argv` with the chosen preset's values for `step` as defaults (also in --help)."""
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset", default="kaggle")
+    preset = PRESETS.get(chooser.parse_known_args(argv)[0].preset, {})
+    flags = {action.dest for action in parser._actions}
+    for key in sorted(preset, key=lambda key: "." in key):  # a step's own value comes last and wins
+        owner, _, name = key.rpartition(".")
+        if owner in ("", step) and name in flags:
+            parser.set_defaults(**{name: preset[key]})
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error("--seed must be at least 0")
+    return args
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the resolved settings, a line each."""
+    for name, value in sorted(vars(args).items()):
+        print(f"  {name} = {'all' if value is None else json.dumps(value)}")
+    sys.stdout.flush()
+
+
+def locate(args: argparse.Namespace, name: str) -> str:
+    """A model's or dataset's folder or hub name; "demo:roberta" lies in the demo's folder under --output-dir."""
+    return str(Path(args.output_dir, "demo", name.removeprefix("demo:"))) if name.startswith("demo:") else name
