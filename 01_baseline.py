@@ -71,13 +71,13 @@ def tune_naive_bayes(counts, labels, validation_labels) -> dict:
 
 
 def log_count_ratio(x, labels):
-    """r = log((p/‖p‖₁)/(q/‖q‖₁)) with p, q the smoothed counts of each n-gram by class (Wang & Manning 2012, section 2.2)."""
+    """r = log((p/‖p‖₁)/(q/‖q‖₁)), p and q the smoothed counts by class (Wang & Manning 2012, section 2.2)."""
     p, q = (1 + np.asarray(x[labels == label].sum(axis=0)).ravel() for label in (1, 0))
     return np.log((p / p.sum()) / (q / q.sum())).astype(np.float32)
 
 
 def fit_nb_svm(x, labels, c: float):
-    """(coefficients, intercept) of a linear classifier on x∘r. Logistic loss, so that its scores are probabilities too."""
+    """(coefficients, intercept) of a linear classifier on x∘r; logistic loss, so that its scores are probabilities."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=c, solver="liblinear", dual=True, max_iter=1000, random_state=0).fit(x, labels)
@@ -94,8 +94,8 @@ def tune_nb_svm(counts, labels, validation_labels) -> dict:
     train, validation, columns = counts
     tried = []
     for (ngrams, min_df), chosen in columns.items():
-        if min_df != min(MIN_DFS) or ngrams[1] == 1:  # rarer n-grams and bigrams always helped; each candidate costs seconds
-            continue
+        if min_df != min(MIN_DFS) or ngrams[1] == 1:
+            continue  # rare n-grams and bigrams helped in every trial, and each candidate costs seconds
         x, x_validation = ((part[:, chosen] > 0).astype("float32").tocsr() for part in (train, validation))
         r = log_count_ratio(x, labels)
         x, x_validation = x.multiply(r).tocsr(), x_validation.multiply(r).tocsr()
@@ -160,10 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     artifacts.write_json(folder / "metrics.json", results)
     artifacts.finish(args, folder, {"labels": data.LABELS}, memory.peak_mb())
     for name, result in results.items():
-        scores = result["test"]
-        print(
-            f"{name}: test accuracy {scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}"
-        )
+        print(f"{name}: test accuracy {metrics.in_words(result['test'])}")
     print(f"next: python 02_finetune_roberta.py --preset {args.preset}")
 
 

@@ -5,7 +5,7 @@ Trains on the labelled reviews (head+tail truncation), keeps the checkpoint with
 scores train, validation and the transfer set once: raw logits, and pooled hidden states of the layers that 04a maps.
 
 Reads   the reviews
-Writes  outputs/02_roberta/  model/  soft_labels/{train,validation,transfer}.parquet and *_features.npy  metrics.json  run.json
+Writes  outputs/02_roberta/  model/  soft_labels/ (a table and features by split)  metrics.json  run.json
 Takes   on a Kaggle T4: not measured yet
 
     python 02_finetune_roberta.py
@@ -14,6 +14,8 @@ Takes   on a Kaggle T4: not measured yet
 
 import argparse
 from pathlib import Path
+
+import numpy as np
 
 from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings
 
@@ -32,7 +34,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return settings.parse(parser, STEP, argv)
 
 
-def finetune(args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware: device.Hardware, folder: Path) -> None:
+def finetune(
+    args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware: device.Hardware, folder: Path
+) -> None:
     """Fine-tune the encoder and save it with the weights of its best epoch on validation."""
     from common import training
 
@@ -55,15 +59,16 @@ def finetune(args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardwar
     training.save(model, tokenizer, folder / "model", folder / "checkpoints")
 
 
-def save_soft_labels(args: argparse.Namespace, table, split: str, model, tokenizer, layers, hardware, folder: Path) -> None:
+def save_soft_labels(
+    args: argparse.Namespace, reviews: data.Reviews, split: str, model, tokenizer, layers, hardware, folder: Path
+) -> None:
     """Raw logits by example_id, and pooled states of `layers`, of one split."""
-    texts = table["text"].tolist()
 
-    def score(rows: slice):
-        ids = models.encode(tokenizer, texts[rows], args.max_length)
+    def score(texts: list[str]) -> dict[str, np.ndarray]:
+        ids = models.encode(tokenizer, texts, args.max_length)
         return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens, layers)
 
-    scoring.in_chunks(folder, split, table["example_id"], scoring.LOGITS, score)
+    scoring.in_chunks(folder, split, getattr(reviews, split), scoring.LOGITS, score)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,12 +90,12 @@ def main(argv: list[str] | None = None) -> None:
     layers = distill.mapped_layers(args.student_layers, model.config.num_hidden_layers)
     soft_labels = folder / "soft_labels"
     # Validation comes first: a collapsed teacher is refused before it scores 70,000 reviews.
-    save_soft_labels(args, reviews.validation, "validation", model, tokenizer, layers, hardware, soft_labels)
+    save_soft_labels(args, reviews, "validation", model, tokenizer, layers, hardware, soft_labels)
     _, logits = scoring.read_scores(soft_labels, "validation", scoring.LOGITS)
     labels = reviews.validation["label"].to_numpy()
     training.refuse_collapse(logits, labels, COLLAPSED)
     for split in ("train", "transfer"):
-        save_soft_labels(args, getattr(reviews, split), split, model, tokenizer, layers, hardware, soft_labels)
+        save_soft_labels(args, reviews, split, model, tokenizer, layers, hardware, soft_labels)
 
     scores = metrics.describe(labels, logits)
     artifacts.write_json(folder / "metrics.json", {"validation": scores})
@@ -103,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         "teacher_width": model.config.hidden_size,
     }
     artifacts.finish(args, folder, facts, memory.peak_mb())
-    print(f"validation accuracy {scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}")
-    print(f"next: python 03_finetune_mistral.py --preset {args.preset}, or python 04a_distill_from_roberta.py --preset {args.preset}")
+    print(f"validation accuracy {metrics.in_words(scores)}")
+    print(f"next: python 03_finetune_mistral.py --preset {args.preset} (or 04a_distill_from_roberta.py)")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ Takes   on a Kaggle T4: not measured yet
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP = "03_mistral"
@@ -35,7 +33,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora-r", type=settings.positive_int, default=16, help="rank of the adapters")
     add("--lora-alpha", type=settings.positive_int, default=32, help="their scale is lora_alpha / r")
     add("--lora-dropout", type=settings.fraction, default=0.05, help="on their input")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="less memory, a third slower")
+    add(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="less memory, a third slower",
+    )
     add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch in scoring")
     return settings.parse(parser, STEP, argv)
 
@@ -59,22 +62,29 @@ def with_lora(args: argparse.Namespace, model):
     return get_peft_model(model, config)
 
 
-def make_trainer(label_ids: list[int], **arguments):
-    """A Trainer whose loss is the cross-entropy of the label word as the token after the prompt, over all tokens."""
-    import torch
-
+def finetune(
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, label_ids, train, validation
+) -> None:
+    """Train the adapters and save those of the best epoch on validation."""
     from common import training
 
-    class LabelWordTrainer(training.ReviewTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            logits = scoring.last_logits(model, inputs["input_ids"], inputs["attention_mask"]).float()
-            words = torch.tensor(label_ids, device=logits.device)[inputs["labels"]]
-            loss = torch.nn.functional.cross_entropy(logits, words)
-            return (loss, {"logits": logits[:, label_ids]}) if return_outputs else loss
-
-    trainer = LabelWordTrainer(compute_metrics=training.validation_accuracy, **arguments)
-    trainer.model_accepts_loss_kwargs = False  # our loss is a mean of its micro-batch, so Trainer must divide
-    return trainer
+    device.seed_everything(args.seed)
+    model = with_lora(args, models.load_llm(settings.locate(args, args.mistral_model), hardware))
+    model.print_trainable_parameters()
+    checkpoints = folder / "checkpoints"
+    # Adam's state in 8 bits, paged out when the GPU is full (QLoRA, section 3); a CPU has neither need.
+    optimizer = "paged_adamw_8bit" if hardware.device == "cuda" else "adamw_torch"
+    trainer = training.LabelWordTrainer(
+        label_ids=label_ids,
+        model=model,
+        args=training.training_arguments(args, hardware, checkpoints, len(train), optim=optimizer),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=training.Collator(tokenizer.pad_token_id, left=True),
+        compute_metrics=training.validation_accuracy,
+    )
+    training.train(trainer)
+    training.save(model, tokenizer, folder / "adapter", checkpoints)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,20 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     labels = reviews.validation["label"].to_numpy()
     if not (folder / "adapter").exists():
-        device.seed_everything(args.seed)
-        model = with_lora(args, models.load_llm(base, hardware))
-        model.print_trainable_parameters()
-        trainer = make_trainer(
-            label_ids,
-            model=model,
-            args=training.training_arguments(args, hardware, folder / "checkpoints", len(train_ids), optim="paged_adamw_8bit"),
-            train_dataset=training.ReviewDataset(train_ids, reviews.train["label"]),
-            eval_dataset=training.ReviewDataset(validation_ids, labels),
-            data_collator=training.Collator(tokenizer.pad_token_id, left=True),
-        )
-        training.train(trainer)
-        training.save(model, tokenizer, folder / "adapter", folder / "checkpoints")
-        del model, trainer
+        train = training.ReviewDataset(train_ids, reviews.train["label"])
+        validation = training.ReviewDataset(validation_ids, labels)
+        finetune(args, hardware, folder, tokenizer, label_ids, train, validation)
         memory.free()
 
     # The saved adapter is scored as 04b and 05 will score it: reloaded, on a fresh 4-bit base.
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         "max_length": args.max_length,
     }
     artifacts.finish(args, folder, facts, memory.peak_mb())
-    print(f"validation accuracy {scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}")
+    print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: python 04b_distill_from_mistral.py --preset {args.preset}")
 
 

@@ -59,8 +59,8 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
             features.append((np.load(folder / f"{split}_features.npy", mmap_mode="r"), rows))
     teacher = {"teacher_logits": np.concatenate(logits)}
     if features:
-        layers = student_to_teacher_layers(args, facts)
-        teacher["teacher_features"] = distill.FeatureRows(features, [facts["feature_layers"].index(layer) for layer in layers])
+        saved = [facts["feature_layers"].index(layer) for layer in student_to_teacher_layers(args, facts)]
+        teacher["teacher_features"] = distill.FeatureRows(features, saved)
     return teacher
 
 
@@ -72,7 +72,7 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
     layers = distill.mapped_layers(depth, facts["teacher_layers"])
     if not set(layers) <= set(facts["feature_layers"]):
         settings.stop(
-            f"02 saved the states of layers {facts['feature_layers']} but a student of {depth} layers maps to {layers}: "
+            f"02 saved the states of layers {facts['feature_layers']}; a student of {depth} layers maps to {layers}: "
             f"run 02_finetune_roberta.py --student-layers {depth} --force, or pass --feature-weight 0"
         )
     return layers
@@ -123,20 +123,22 @@ def main(argv: list[str] | None = None) -> None:
         epochs = max(1, int(args.epochs * len(hard_labels) / len(gold_ids)))
         print(f"control: {len(gold_ids):,} labelled reviews, up to {epochs} epochs", flush=True)
         logits["control"] = distill.train_student(
-            args, hardware, folder / "control", training.ReviewDataset(gold_ids, gold), validation, epochs=epochs, alpha=0.0
+            args,
+            hardware,
+            folder / "control",
+            training.ReviewDataset(gold_ids, gold),
+            validation,
+            epochs=epochs,
+            alpha=0.0,
         )
 
     scores = {name: metrics.describe(labels, of) for name, of in logits.items()}
     artifacts.write_json(folder / "metrics.json", {"validation": scores})
-    artifacts.finish(
-        args,
-        folder,
-        {"labels": data.LABELS, "student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length},
-        memory.peak_mb(),
-    )
+    made = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
+    artifacts.finish(args, folder, {"labels": data.LABELS} | made, memory.peak_mb())
     for name, one in scores.items():
-        print(f"{name}: validation accuracy {one['accuracy']:.4f} [{one['ci_low']:.4f}, {one['ci_high']:.4f}], n {one['n']:,}")
-    print(f"next: python 04b_distill_from_mistral.py --preset {args.preset}, or python 05_benchmark.py --preset {args.preset}")
+        print(f"{name}: validation accuracy {metrics.in_words(one)}")
+    print(f"next: python 04b_distill_from_mistral.py --preset {args.preset} (or 05_benchmark.py)")
 
 
 if __name__ == "__main__":

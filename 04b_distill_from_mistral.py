@@ -8,7 +8,7 @@ log-probabilities on disk; an interrupted run continues them. Batch calibration 
 student then trains on the labelled reviews and the transfer set together, with the trainer of 04a.
 
 Reads   the reviews, outputs/03_mistral/adapter/
-Writes  outputs/04b_student_from_mistral/  soft_labels/{train,validation,transfer}.parquet  model/  metrics.json  run.json
+Writes  outputs/04b_student_from_mistral/  soft_labels/ (a table by split)  model/  metrics.json  run.json
 Takes   on a Kaggle T4: not measured yet
 
     python 04b_distill_from_mistral.py
@@ -49,19 +49,18 @@ def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, facts: dic
     base = settings.locate(args, facts["base"])
     tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, facts["prompt"], facts["label_words"])
-    print(f"label words {facts['label_words']} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}, ids {label_ids}")
+    words = tokenizer.convert_ids_to_tokens(label_ids)
+    print(f"label words {facts['label_words']} are the tokens {words}")
     model = models.load_llm(base, hardware, artifacts.require(args, TEACHER_STEP, "adapter"))
     for split in splits:
         table = getattr(reviews, split)
 
-        def score(rows: slice, texts=table["text"].tolist()):
-            ids = verbalizer.encode_prompts(tokenizer, texts[rows], facts["prompt"], facts["max_length"])
-            scores = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
-            return {"scores": scores}
+        def score(texts: list[str]) -> dict[str, np.ndarray]:
+            ids = verbalizer.encode_prompts(tokenizer, texts, facts["prompt"], facts["max_length"])
+            log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
+            return {"scores": log_p}
 
-        scoring.in_chunks(folder, split, table["example_id"], scoring.LOG_PROBABILITIES, score)
-    del model
-    memory.free()
+        scoring.in_chunks(folder, split, table, scoring.LOG_PROBABILITIES, score)
 
 
 def read_teacher(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -> tuple[dict, dict]:
@@ -73,7 +72,9 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, folder: Path) 
         table = getattr(reviews, split)
         if len(table):
             in_file, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
-            log_p[split] = scores[distill.teacher_rows(in_file, table["example_id"], split, "04b_distill_from_mistral.py")]
+            log_p[split] = scores[
+                distill.teacher_rows(in_file, table["example_id"], split, "04b_distill_from_mistral.py")
+            ]
     labels = reviews.validation["label"].to_numpy()
     bias = 0.0
     if args.calibration == "batch":
@@ -86,12 +87,16 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, folder: Path) 
     mass = verbalizer.label_mass(log_p["validation"])
     before, after = metrics.describe(labels, raw), metrics.describe(labels, calibrated)
 
-    print(f"label mass {mass:.3f}; log-odds of the soft labels: 5% {spread[0]:.2f}, median {spread[1]:.2f}, 95% {spread[2]:.2f}")
-    print(f"teacher's validation accuracy {before['accuracy']:.4f} raw, {after['accuracy']:.4f} after subtracting {bias:.3f}")
+    print(f"label mass p(positive) + p(negative): {mass:.3f}")
     if mass < LOW_LABEL_MASS:
-        print(f"warning: the LLM gives the label words only {mass:.3f} of its probability; its ranking may still be good")
+        print("warning: the LLM would rather say something else than a label word; its ranking may still be good")
+    print("log-odds of the soft labels: 5% {:.2f}, median {:.2f}, 95% {:.2f}".format(*spread))
+    print(f"teacher's validation accuracy, raw: {metrics.in_words(before)}")
+    print(f"the same with {bias:.3f} subtracted ({args.calibration} calibration): {metrics.in_words(after)}")
     distill.refuse_bad_teacher(calibrated, labels, "validation")
-    training.refuse_collapse(calibrated, labels, "this LLM cannot teach; run 03_finetune_mistral.py --force with more reviews")
+    training.refuse_collapse(
+        calibrated, labels, "this LLM cannot teach; run 03_finetune_mistral.py --force with more reviews"
+    )
     quality = {"label_mass": round(mass, 6), "teacher_raw": before, "teacher_calibrated": after}
     return {"teacher_logits": training_logits}, {"calibration": args.calibration, "bias": bias, "quality": quality}
 
@@ -113,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     from common import distill, training
 
     save_soft_labels(args, reviews, facts, hardware, folder / "soft_labels")
+    memory.free()  # the LLM's, for the student
     teacher, calibration = read_teacher(args, reviews, folder / "soft_labels")
     tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
     gold_ids, transfer_ids, validation_ids = (
@@ -137,14 +143,9 @@ def main(argv: list[str] | None = None) -> None:
 
     one = metrics.describe(labels, logits)
     artifacts.write_json(folder / "metrics.json", {"validation": {"student": one} | calibration.pop("quality")})
-    artifacts.finish(
-        args,
-        folder,
-        {"labels": data.LABELS, "student": args.student_model, "teacher": facts["base"], "max_length": args.max_length}
-        | calibration,
-        memory.peak_mb(),
-    )
-    print(f"student: validation accuracy {one['accuracy']:.4f} [{one['ci_low']:.4f}, {one['ci_high']:.4f}], n {one['n']:,}")
+    made = {"student": args.student_model, "teacher": facts["base"], "max_length": args.max_length}
+    artifacts.finish(args, folder, {"labels": data.LABELS} | made | calibration, memory.peak_mb())
+    print(f"student: validation accuracy {metrics.in_words(one)}")
     print(f"next: python 05_benchmark.py --preset {args.preset}")
 
 

@@ -58,7 +58,12 @@ class Contender:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = settings.make_parser(__doc__, reads=("test",))
     add = parser.add_argument
-    add("--max-llm-samples", type=settings.positive_int, default=1000, help="test reviews that the LLM reads, stratified")
+    add(
+        "--max-llm-samples",
+        type=settings.positive_int,
+        default=1000,
+        help="test reviews that the LLM reads, stratified",
+    )
     add("--latency-samples", type=settings.positive_int, default=100, help="reviews timed one at a time")
     add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch in throughput")
     return settings.parse(parser, STEP, argv)
@@ -89,7 +94,9 @@ def load_encoder(args: argparse.Namespace, hardware: device.Hardware, folder: Pa
     return Loaded(logits, parameters, weight_bytes, facts)
 
 
-def load_mistral(args: argparse.Namespace, hardware: device.Hardware, folder: Path, run: dict, calibration: dict) -> Loaded:
+def load_mistral(
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, run: dict, calibration: dict
+) -> Loaded:
     facts = run["facts"]
     base = settings.locate(args, facts["base"])
     tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, folder / "adapter")
@@ -120,10 +127,15 @@ def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: d
         load = partial(load_encoder, args, hardware, root / "02_roberta" / "model", facts["max_length"])
         found.append(Contender(short(facts["teacher"]), "teacher, fine-tuned", load))
     if "03_mistral" in runs:
-        calibration = runs.get("04b_student_from_mistral", {}).get("facts", {"calibration": "none (no 04b)", "bias": 0.0})
+        calibration = runs.get("04b_student_from_mistral", {}).get(
+            "facts", {"calibration": "none (no 04b)", "bias": 0.0}
+        )
         load = partial(load_mistral, args, hardware, root / "03_mistral", runs["03_mistral"], calibration)
         found.append(Contender(short(runs["03_mistral"]["facts"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True))
-    for step, kind in (("04a_student_from_roberta", "student, white-box"), ("04b_student_from_mistral", "student, black-box")):
+    for step, kind in (
+        ("04a_student_from_roberta", "student, white-box"),
+        ("04b_student_from_mistral", "student, black-box"),
+    ):
         if step in runs:
             facts = runs[step]["facts"]
             load = partial(load_encoder, args, hardware, root / step / "model", facts["max_length"])
@@ -146,7 +158,9 @@ def time_one_by_one(loaded: Loaded, texts: list[str], hardware: device.Hardware)
     return np.array(times[-len(texts) :])
 
 
-def measure(contender: Contender, test: pd.DataFrame, latency_texts: list[str], hardware: device.Hardware) -> tuple[dict, np.ndarray]:
+def measure(
+    contender: Contender, test: pd.DataFrame, latency_texts: list[str], hardware: device.Hardware
+) -> tuple[dict, np.ndarray]:
     """The row of one model on `test`, and its (n, 2) logits."""
     loaded = contender.load()
     texts = test["text"].tolist()
@@ -219,7 +233,9 @@ def environment(hardware: device.Hardware) -> dict:
 def as_markdown(table: pd.DataFrame) -> str:
     """The table of the named columns with the accuracy's interval, for people."""
     shown = table[COLUMNS].copy()
-    interval = [f"{a:.4f} [{lo:.4f}, {hi:.4f}]" for a, lo, hi in zip(table["Accuracy"], table["ci_low"], table["ci_high"])]
+    interval = [
+        f"{a:.4f} [{lo:.4f}, {hi:.4f}]" for a, lo, hi in zip(table["Accuracy"], table["ci_low"], table["ci_high"])
+    ]
     shown["Accuracy"] = interval
     shown["n"] = table["n"]
     cells = [list(shown.columns), *([("" if pd.isna(v) else str(v)) for v in row] for row in shown.to_numpy(object))]
@@ -243,7 +259,9 @@ def main(argv: list[str] | None = None) -> int:
     runs = {step: artifacts.read_json(artifacts.require(args, step, "run.json")) for step in finished}
     for run in runs.values():
         artifacts.refuse_conflict(args, run, reviews.fingerprints, same=())
-    folder = artifacts.begin(args, STEP, reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in finished})
+    folder = artifacts.begin(
+        args, STEP, reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in finished}
+    )
 
     test = reviews.test
     order = data.stratified_order(test["label"], args.seed)
@@ -257,13 +275,22 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row, logits = measure(contender, part, latency_texts, hardware)
             predictions.loc[part.index, contender.name] = logits[:, 1] - logits[:, 0]
-        except Exception as problem:  # one broken model must not cost the other rows: it is shown, and the exit code says so
+        except (
+            Exception
+        ) as problem:  # one broken model must not cost the other rows: it is shown, and the exit code says so
             traceback.print_exc()
-            row = {"Model": contender.name, "Type": contender.kind, "status": f"failed: {type(problem).__name__}: {problem}"}
+            row = {
+                "Model": contender.name,
+                "Type": contender.kind,
+                "status": f"failed: {type(problem).__name__}: {problem}",
+            }
         rows.append(row)
         memory.free()
 
-    table = compare(pd.DataFrame(rows).reindex(columns=list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))), predictions)
+    table = compare(
+        pd.DataFrame(rows).reindex(columns=list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))),
+        predictions,
+    )
     artifacts.write_table(folder / "benchmark.csv", table)
     artifacts.write_table(folder / "predictions.parquet", predictions)
     artifacts.write_json(folder / "environment.json", environment(hardware))

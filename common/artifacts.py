@@ -26,7 +26,7 @@ SCRIPTS = {
     "04b_student_from_mistral": "04b_distill_from_mistral.py",
     "05_benchmark": "05_benchmark.py",
 }
-PACKAGES = ("torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy").split()
+PACKAGES = "torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()  # noqa: SIM905
 _process_started = time.time()
 
 
@@ -103,7 +103,10 @@ def finished_steps(args: argparse.Namespace) -> list[str]:
 
 
 def refuse_conflict(
-    args: argparse.Namespace, run: dict, fingerprints: dict[str, str], same: tuple[str, ...] = ("seed", "validation_samples")
+    args: argparse.Namespace,
+    run: dict,
+    fingerprints: dict[str, str],
+    same: tuple[str, ...] = ("seed", "validation_samples"),
 ) -> None:
     """Stop when an earlier step (its run.json) read other reviews, or split them otherwise, than this one would.
 
@@ -116,7 +119,9 @@ def refuse_conflict(
     for name in same:
         theirs, ours = run["settings"][name], getattr(args, name)
         if theirs != ours:
-            stop(f"{script} ran with {name} {theirs} and this step with {ours}: pass --{name.replace('_', '-')} {theirs}")
+            stop(
+                f"{script} ran with {name} {theirs} and this step with {ours}: pass --{name.replace('_', '-')} {theirs}"
+            )
 
 
 def begin(args: argparse.Namespace, step: str, inputs: dict[str, str]) -> Path:
@@ -151,7 +156,9 @@ def _refuse_other(folder: Path, state: str, then: dict, now: dict) -> None:
         if old.get(name, "absent") != new.get(name, "absent")
     ]
     if differing:
-        stop(f"{folder}/ was {state} with other settings ({'; '.join(differing)}): pass --force or another --output-dir")
+        stop(
+            f"{folder}/ was {state} with other settings ({'; '.join(differing)}): pass --force or another --output-dir"
+        )
 
 
 def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: float) -> None:

@@ -61,7 +61,7 @@ def load_baseline(folder: Path) -> Baseline:
         vectorizer = make_tfidf(ngrams, config["sublinear_tf"], vocabulary=terms)
         vectorizer.idf_ = arrays["idf"]
     else:
-        vectorizer = make_binary(ngrams, vocabulary=terms)
+        vectorizer = make_binary(ngrams, vocabulary=terms).fit([])
     return Baseline(vectorizer, arrays["weights"], arrays["bias"])
 
 

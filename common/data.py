@@ -14,13 +14,17 @@ LABELS = ("negative", "positive")  # their index is the label: 0, 1
 UNLABELLED = -1
 MIN_TRAIN = 16
 # What people call the three files, and the columns, elsewhere (the IMDB CSV of Kaggle has "review" and "sentiment").
-FILE_NAMES = {"train": ("train",), "test": ("test",), "transfer": ("unsupervised", "unlabelled", "unlabeled", "transfer")}
+FILE_NAMES = {
+    "train": ("train",),
+    "test": ("test",),
+    "transfer": ("unsupervised", "unlabelled", "unlabeled", "transfer"),
+}
 TEXT_COLUMNS = ("text", "review", "sentence")
 LABEL_COLUMNS = ("label", "sentiment")
 LABEL_VALUES = {
-    **{word: 0 for word in ("0", "0.0", "negative", "neg")},
-    **{word: 1 for word in ("1", "1.0", "positive", "pos")},
-    **{word: UNLABELLED for word in ("-1", "-1.0", "", "nan", "none", "<na>")},
+    **dict.fromkeys(("0", "0.0", "negative", "neg"), 0),
+    **dict.fromkeys(("1", "1.0", "positive", "pos"), 1),
+    **dict.fromkeys(("-1", "-1.0", "", "nan", "none", "<na>"), UNLABELLED),
 }
 
 
@@ -43,7 +47,9 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
     """
     name = locate(args, args.dataset)
     # The test split is read even where only train is asked for: its texts must leave train and transfer.
-    needed = [split for split in ("train", "test", "transfer") if split in reads or split != "transfer" and "train" in reads]
+    needed = [
+        split for split in ("train", "test", "transfer") if split in reads or split != "transfer" and "train" in reads
+    ]
     read = _read_folder(Path(name), needed) if Path(name).is_dir() else _read_hub(name, needed)
     splits = {split: _clean(table, split) for split, table in read.items()}
     fingerprints = {f"dataset/{split}": _fingerprint(table) for split, table in splits.items()}
@@ -64,7 +70,9 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
     test = nothing
     if "test" in reads:
         test = stratified_subset(splits["test"], args.max_test_samples, args.seed, "test")
-    print(f"reviews: train {len(train):,}, validation {len(validation):,}, transfer {len(transfer):,}, test {len(test):,}")
+    print(
+        f"reviews: train {len(train):,}, validation {len(validation):,}, transfer {len(transfer):,}, test {len(test):,}"
+    )
     tables = (table.reset_index(drop=True) for table in (train, validation, transfer, test))
     return Reviews(*tables, fingerprints=fingerprints)
 
@@ -91,9 +99,11 @@ def stratified_subset(table: pd.DataFrame, n: int | None, seed: int, split: str)
     return table
 
 
-def _split_train(table: pd.DataFrame, n_validation: int, n_train: int | None, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _split_train(
+    table: pd.DataFrame, n_validation: int, n_train: int | None, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     if len(table) < n_validation + MIN_TRAIN:
-        stop(f"train has {len(table)} reviews, too few for --validation-samples {n_validation} and {MIN_TRAIN} to train on")
+        stop(f"train has {len(table)} reviews: too few for --validation-samples {n_validation} and {MIN_TRAIN} more")
     if n_train is not None and n_train < MIN_TRAIN:
         stop(f"--max-train-samples {n_train} is too few to train on: pass at least {MIN_TRAIN}")
     order = stratified_order(table["label"], seed)
@@ -109,7 +119,8 @@ def _read_folder(folder: Path, needed: list[str]) -> dict[str, pd.DataFrame]:
         files = [
             file
             for file in sorted(folder.iterdir())
-            if file.suffix in (".parquet", ".csv", ".json", ".jsonl") and file.name.lower().startswith(FILE_NAMES[split])
+            if file.suffix in (".parquet", ".csv", ".json", ".jsonl")
+            and file.name.lower().startswith(FILE_NAMES[split])
         ]
         if files:
             found[split] = pd.concat([_read_file(file) for file in files], ignore_index=True)
@@ -144,9 +155,14 @@ def _read_hub(name: str, needed: list[str]) -> dict[str, pd.DataFrame]:
         hub = datasets.load_dataset(name)
     except (OSError, ValueError) as problem:  # no network, no such dataset, an empty cache offline
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        stop(f"the dataset {name} cannot be had from the hub ({reason}): pass --dataset a folder of parquet, CSV or JSON files")
+        stop(
+            f"the dataset {name} cannot be had from the hub ({reason}): pass --dataset a folder of parquet or CSV files"
+        )
     return {
-        split: pd.concat([hub[key].to_pandas() for key in hub if key in FILE_NAMES[split]] or [pd.DataFrame({"text": [], "label": []})])
+        split: pd.concat(
+            [hub[key].to_pandas() for key in hub if key in FILE_NAMES[split]]
+            or [pd.DataFrame({"text": [], "label": []})]
+        )
         for split in needed
     }
 
@@ -160,12 +176,11 @@ def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
     texts = ["" if text is None or text != text else str(text) for text in table[text_column]]
     # split() and join() are 2x faster than a regular expression for white space over 100,000 reviews.
     texts = [" ".join(text.replace("<br />", " ").replace("<br>", " ").replace("<br/>", " ").split()) for text in texts]
-    if split == "transfer":
-        labels = np.full(len(texts), UNLABELLED)
-    else:
-        labels = _parse_labels(table[label_column], split)
+    labels = UNLABELLED if split == "transfer" else _parse_labels(table[label_column], split)
     ids = [f"{split}/{row:05d}" for row in range(len(texts))]
-    cleaned = pd.DataFrame({"example_id": ids, "text": texts, "label": labels}).astype({"label": "int64"})
+    cleaned = pd.DataFrame({"example_id": ids, "text": texts, "label": labels}).astype(
+        {"text": "str", "label": "int64"}
+    )
     if split != "test":
         empty = cleaned["text"] == ""
         if empty.any():
@@ -189,7 +204,10 @@ def _without_repeats(table: pd.DataFrame, seen: set[str], split: str) -> pd.Data
     keys = table["text"].str.lower()
     known, repeated = keys.isin(seen), keys.duplicated()
     if known.any() or repeated.any():
-        print(f"{split}: {known.sum()} reviews that stand in {'test' if split == 'train' else 'test or train'} and {(repeated & ~known).sum()} repeats left out")
+        earlier = "test" if split == "train" else "test or train"
+        print(
+            f"{split}: {known.sum()} reviews that stand in {earlier} and {(repeated & ~known).sum()} repeats left out"
+        )
     return table[~known & ~repeated]
 
 

@@ -1,6 +1,8 @@
 """The device, the precision and the seed, decided in one place and printed."""
 
+import logging
 import os
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,9 +48,9 @@ def detect(precision: str) -> Hardware:
     auto is fp16 on a GPU before compute capability 8.0 (a T4: torch counts its emulated bf16 as support), bf16 from
     there on, fp32 on a CPU.
     """
-    # One process drives one GPU: with two in sight, Trainer would fall into nn.DataParallel and 4-bit models would split.
+    # One process drives one GPU: with two in sight Trainer falls into nn.DataParallel, and a 4-bit model would split.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LOCAL_RANK", "0"))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _quiet_libraries()
     import torch
 
     if torch.cuda.is_available():
@@ -58,11 +60,22 @@ def detect(precision: str) -> Hardware:
         if hardware.precision == "bf16" and capability[0] < 8:
             stop(f"{hardware.name} has no bf16 arithmetic: pass --precision fp16 or leave it at auto")
     else:
-        hardware = Hardware("cpu", "fp32" if precision == "auto" else precision, f"CPU, {torch.get_num_threads()} threads")
+        hardware = Hardware(
+            "cpu", "fp32" if precision == "auto" else precision, f"CPU, {torch.get_num_threads()} threads"
+        )
         if hardware.precision == "fp16":
-            stop("fp16 needs a GPU and none is in sight: pass --precision fp32, or bf16 on a processor with AVX512-BF16")
+            stop(
+                "fp16 needs a GPU and none is in sight: pass --precision fp32, or bf16 on a processor with AVX512-BF16"
+            )
     print(f"running on {hardware.name} in {hardware.precision}")
     return hardware
+
+
+def _quiet_libraries() -> None:
+    """Silence what a user cannot act on, at its source; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a warning at every fork
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel is not installed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.modeling_utils")  # peft's old call
 
 
 def seed_everything(seed: int) -> None:

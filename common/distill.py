@@ -26,7 +26,7 @@ def soft_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
 
 
 def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, labelled_share: float) -> torch.Tensor:
-    """Cross-entropy summed over the labelled reviews of a batch, divided by batch size × labelled share of the whole set.
+    """Cross-entropy summed over a batch's labelled reviews, divided by batch size × labelled share of the whole set.
 
     Dividing by the expected number of labelled reviews, not by this batch's, makes the mean over micro-batches and
     processes equal to that over the batch, however the labelled reviews fall.
@@ -61,7 +61,9 @@ class Student(nn.Module):
         count = layers if teacher_width is not None else 0
         self.projections = nn.ModuleList(nn.Linear(width, teacher_width or 0, bias=False) for _ in range(count))
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """`logits` (n, 2), and in training with projections `features` (n, layers, 2, teacher width)."""
         wanted = self.training and len(self.projections) > 0
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=wanted)
@@ -85,7 +87,11 @@ class DistillationTrainer(training.ReviewTrainer):
         self._terms: dict[str, list[torch.Tensor]] = {}
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: object = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: object = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum in training; in evaluation, which has no teacher, the mean cross-entropy."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -123,7 +129,9 @@ def teacher_rows(in_file: pd.Index, wanted: pd.Series, split: str, script: str) 
     rows = in_file.get_indexer(wanted)
     if (rows < 0).any():
         missing = int((rows < 0).sum())
-        settings.stop(f"{missing} of {len(wanted)} {split} reviews have no soft label: run {script} with the same sample counts")
+        settings.stop(
+            f"{missing} of {len(wanted)} {split} reviews have no soft label: run {script} with the same sample counts"
+        )
     return rows
 
 
@@ -146,7 +154,9 @@ class FeatureRows:
 def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: str) -> None:
     """Stop when soft labels cannot teach: constant, or against the gold labels (swapped order)."""
     if float(np.ptp(teacher_logits[:, 1] - teacher_logits[:, 0])) < 1e-6:
-        settings.stop(f"the teacher's logits on {split} are constant: its scoring or training failed; redo the teacher's step")
+        settings.stop(
+            f"the teacher's logits on {split} are constant: its scoring or training failed; redo the teacher's step"
+        )
     accuracy = float((teacher_logits.argmax(axis=1) == labels).mean())
     if accuracy < 0.5 - 1 / np.sqrt(len(labels)):
         settings.stop(f"the teacher's {split} accuracy is {accuracy:.3f}, below chance: its label order is swapped")

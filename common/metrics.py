@@ -52,6 +52,11 @@ def mcnemar_p(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
+def in_words(scores: dict[str, float | int]) -> str:
+    """The accuracy of `describe` for a person, with its interval and n."""
+    return f"{scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}"
+
+
 def describe(labels: np.ndarray, logits: np.ndarray) -> dict[str, float | int]:
     """Accuracy with its 95% interval, F1, NLL and ECE of (n, 2) logits against (n,) labels."""
     predictions = logits.argmax(axis=1)

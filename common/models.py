@@ -54,7 +54,7 @@ def load_classifier(name: str) -> "PreTrainedModel":
 
 
 def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "PreTrainedModel | PeftModel":
-    """A causal LM in 4 bits (nf4, double quantisation; QLoRA, Dettmers et al. 2023), with a LoRA adapter on top or none.
+    """A causal LM in 4 bits (nf4, double quantisation; QLoRA, Dettmers et al. 2023), with or without a LoRA adapter.
 
     An adapter is always scored on the 4-bit base that it was trained on: on the unquantised one it differs.
     """
@@ -84,7 +84,7 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
 
 
 def _keep_linear4bit_differentiable(model: "PreTrainedModel") -> None:
-    """Stop bitsandbytes (0.50) from repacking weights in the first forward pass after eval(), on AVX512-BF16 processors.
+    """Keep bitsandbytes (0.50) from repacking weights in the first forward pass after eval() (with AVX512-BF16).
 
     The repacked kernel has no backward pass and the repacking is for good: after any evaluation, the gradients of a
     training step would silently have a cosine of 0.12 with the true ones.
@@ -107,7 +107,9 @@ def _avoid_gqa_kernel() -> None:
 def context_length(tokenizer: "PreTrainedTokenizerFast", model: "PreTrainedModel") -> int:
     """The longest input in tokens; RoBERTa's and MPNet's positions begin after the padding id."""
     positions = getattr(model.config, "max_position_embeddings", 10**9)
-    offset = tokenizer.pad_token_id + 1 if model.config.model_type in ("roberta", "mpnet", "xlm-roberta", "camembert") else 0
+    offset = (
+        tokenizer.pad_token_id + 1 if model.config.model_type in ("roberta", "mpnet", "xlm-roberta", "camembert") else 0
+    )
     return positions - offset
 
 
@@ -144,7 +146,7 @@ def head_and_tail(ids: list[int], budget: int) -> list[int]:
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: int) -> list[np.ndarray]:
-    """Each text as an int32 array of at most `max_length` ids: first special token, head+tail of the review, last one."""
+    """Each text as at most `max_length` int32 ids: first special token, head+tail of the review, last special token."""
     around = tokenizer("")["input_ids"]
     if len(around) != 2:
         stop(f"the tokenizer puts {len(around)} special tokens around a text; an encoder's puts 2")
@@ -179,7 +181,9 @@ def _explained(name: str) -> Iterator[None]:
     """Turn what can be a person's mistake in loading `name` into one sentence."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
-        stop(f"{name} is no model folder (it has no config.json): pass a folder written by save_pretrained or a hub name")
+        stop(
+            f"{name} is no model folder (it has no config.json): pass a folder written by save_pretrained or a hub name"
+        )
     if not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         stop(f"the model folder {name} does not exist: pass a folder written by save_pretrained or a hub name")
     from huggingface_hub.errors import GatedRepoError

@@ -1,8 +1,8 @@
-"""Many reviews through one model, fast: sorted by length, batched by token budget, in chunks that a restart continues."""
+"""Many reviews through one model, fast: sorted by length, batched by tokens, in chunks that a restart continues."""
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 LOGITS = ("logit_negative", "logit_positive")  # columns of an encoder's soft labels
 LOG_PROBABILITIES = ("log_p_negative", "log_p_positive")  # columns of an LLM's: raw, of the two label words
 
-# One function scores a slice of reviews and returns named arrays with a row a review.
-ScoreSlice = Callable[[slice], dict[str, np.ndarray]]
+# From texts to named arrays with a row a text: `scores` (n, 2), and `features` where asked for.
+Score = Callable[[list[str]], dict[str, np.ndarray]]
 
 
 def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -69,7 +69,7 @@ def score_encoder(
     batch_tokens: int,
     feature_layers: list[int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """`scores`: (n, 2) float32 logits in the order of `ids`; where layers are named `features`: (n, layers, 2, width) float16.
+    """`scores`: (n, 2) float32 logits in the order of `ids`; `features`: (n, layers, 2, width) float16 of named layers.
 
     Layer 0 is the embeddings' output, layer i the i-th block's.
     """
@@ -82,7 +82,9 @@ def score_encoder(
             output = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(feature_layers))
             logits[rows] = output.logits.float().cpu().numpy()
             if feature_layers:
-                pooled = torch.stack([pool(output.hidden_states[layer].float(), mask) for layer in feature_layers], dim=1)
+                pooled = torch.stack(
+                    [pool(output.hidden_states[layer].float(), mask) for layer in feature_layers], dim=1
+                )
                 if features is None:
                     features = np.empty((len(ids), *pooled.shape[1:]), np.float16)
                 features[rows] = pooled.half().cpu().numpy()
@@ -91,7 +93,7 @@ def score_encoder(
 
 
 def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
-    """(n, vocabulary) next-token logits after left-padded prompts: one forward pass, the head on the last position alone."""
+    """(n, vocabulary) next-token logits after left-padded prompts: one pass, the head on the last position alone."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return model(
         input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False
@@ -126,15 +128,15 @@ def _require_finite(scores: np.ndarray) -> None:
 
 
 def in_chunks(
-    folder: Path, split: str, example_ids: Sequence[str], columns: tuple[str, str], score: ScoreSlice, chunk: int = 1000
+    folder: Path, split: str, reviews: pd.DataFrame, columns: tuple[str, str], score: Score, chunk: int = 1000
 ) -> None:
-    """Score a split's reviews in chunks on disk and join them: `scores` into `split`.parquet, others into `split`_KEY.npy.
+    """Score a split in chunks on disk and join them: `scores` into `split`.parquet, others into `split`_KEY.npy.
 
     A restart keeps whole chunks; the caller vouches (started.json does) that model, prompt, truncation and reviews are
     those of the earlier ones. The table, written last, means that the split is finished. Host memory holds one chunk,
     whatever the number of reviews.
     """
-    n, parts = len(example_ids), folder / f"{split}_chunks"
+    n, parts = len(reviews), folder / f"{split}_chunks"
     if (folder / f"{split}.parquet").exists() or n == 0:
         return
     started, scored = time.time(), 0
@@ -142,15 +144,18 @@ def in_chunks(
         end, part = min(begin + chunk, n), parts / f"{begin:07d}.npz"
         if part.exists():
             continue
-        arrays = score(slice(begin, end))
+        arrays = score(reviews["text"].iloc[begin:end].tolist())
         with whole(part) as temporary, open(temporary, "wb") as handle:
             np.savez(handle, **arrays)
         scored += end - begin
         rate = scored / (time.time() - started)
-        print(f"  {split}: {end:,} of {n:,} scored, {rate:.1f} reviews/s, {(n - end) / rate / 60:.0f} min left", flush=True)
+        print(
+            f"  {split}: {end:,} of {n:,} scored, {rate:.1f} reviews/s, {(n - end) / rate / 60:.0f} min left",
+            flush=True,
+        )
     joined = {key: _join(parts, folder / f"{split}_{key}.npy", key, n) for key in _keys(parts)}
     table = pd.DataFrame(joined["scores"], columns=list(columns))
-    table.insert(0, "example_id", list(example_ids))
+    table.insert(0, "example_id", reviews["example_id"].to_numpy())
     write_table(folder / f"{split}.parquet", table)
     shutil.rmtree(parts)
 

@@ -1,4 +1,4 @@
-"""The flags that scripts share, the presets, and how a person's mistake is told. Standard library only: --help is instant."""
+"""The flags that scripts share, the presets, and how a person's mistake is told. Standard library only."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-# Precedence: shared default < script default < preset < explicit flag. A key "02_roberta.epochs" belongs to that step alone.
+# Precedence: shared default < script default < preset < explicit flag. "02_roberta.epochs" is for that step alone.
 PRESETS: dict[str, dict[str, object]] = {
     "kaggle": {
         "dataset": "stanfordnlp/imdb",
@@ -79,7 +79,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def make_parser(description: str | None, reads: tuple[str, ...], precision: bool = True) -> argparse.ArgumentParser:
-    """A parser with the shared flags; `reads` names the splits of reviews (train, transfer, test) that the script reads."""
+    """A parser with the shared flags; `reads` names the splits (train, transfer, test) that the script reads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), default="kaggle", help="which table of defaults applies")
@@ -87,7 +87,12 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     add("--output-dir", default="outputs", help="where every step reads and writes")
     add("--seed", type=int, default=42, help="of splits, subsets, initial heads and the order of training")
     if precision:
-        add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the arithmetic; auto: the hardware's")
+        add(
+            "--precision",
+            choices=("auto", "fp32", "bf16", "fp16"),
+            default="auto",
+            help="of the arithmetic; auto: the hardware's",
+        )
     add("--force", action=argparse.BooleanOptionalAction, default=False, help="delete this step's results and redo it")
     if "train" in reads:
         add("--validation-samples", type=positive_int, default=2500, help="reviews of train that choose checkpoints")

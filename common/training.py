@@ -1,4 +1,4 @@
-"""What every training script needs: datasets, padding, TrainingArguments for any 5.x, safe resume, the best checkpoint."""
+"""What every training script needs: datasets, padding, TrainingArguments for any 5.x, safe resume, saving."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalPrediction
 from common.artifacts import whole
 from common.data import LABELS
 from common.device import Hardware
-from common.scoring import pad
+from common.scoring import last_logits, pad
 from common.settings import stop
 
 
@@ -54,6 +54,21 @@ class ReviewTrainer(Trainer):
         return SequentialSampler(eval_dataset)
 
 
+class LabelWordTrainer(ReviewTrainer):
+    """Trains a causal LM on the cross-entropy, over all tokens, of the label word as the token after the prompt."""
+
+    def __init__(self, *args, label_ids: list[int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_ids = label_ids
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over its micro-batch: Trainer must divide
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = last_logits(model, inputs["input_ids"], inputs["attention_mask"]).float()
+        words = torch.tensor(self.label_ids, device=logits.device)[inputs["labels"]]
+        loss = torch.nn.functional.cross_entropy(logits, words)
+        return (loss, {"logits": logits[:, self.label_ids]}) if return_outputs else loss
+
+
 def validation_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Trainer's metric that chooses the checkpoint."""
     return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
@@ -70,9 +85,11 @@ def training_arguments(
     steps = math.ceil(math.ceil(rows / args.batch_size) * more.get("num_train_epochs", args.epochs))
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     grouping = (
-        {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in fields else {"group_by_length": True}
+        {"train_sampling_strategy": "group_by_length"}
+        if "train_sampling_strategy" in fields
+        else {"group_by_length": True}
     )
-    settings = dict(
+    settings = dict(  # noqa: C408
         output_dir=str(checkpoints),
         num_train_epochs=args.epochs,
         learning_rate=args.learning_rate,
@@ -101,7 +118,7 @@ def training_arguments(
 
 
 def train(trainer: Trainer) -> None:
-    """Train, continuing from the newest undamaged checkpoint of an interrupted run; a divergence stops with its remedy."""
+    """Train, continuing from the newest undamaged checkpoint of an interrupted run; stop when the loss is NaN."""
     checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
@@ -145,7 +162,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, checkpoints: Path) -> None:
-    """Write weights (safetensors), config and tokenizer into `folder`, whole, and delete the checkpoints behind them."""
+    """Write weights (safetensors), config and tokenizer into `folder`, whole; then the checkpoints can go."""
     with whole(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -15,12 +15,17 @@ PROMPT = "[INST] Is the sentiment of this movie review positive or negative?\n\n
 LABEL_WORDS = ("negative", "positive")  # by label: 0, 1
 
 
-def prompt_parts(prompt: str) -> tuple[str, str]:
-    """The text before and after the review."""
+def prompt_parts(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> tuple[list[int], str]:
+    """The ids before the review, beginning-of-text included, and the text after it."""
     if prompt.count("{review}") != 1:
         stop("--prompt needs {review} once, where the review goes")
     before, after = prompt.split("{review}")
-    return before, after
+    # The space before a review is its first token's, and SentencePiece tokenizers put one before any text by themselves.
+    start = tokenizer(before.rstrip(" "))["input_ids"]
+    (first, *_) = tokenizer.tokenize("x")
+    if first.startswith(("▁", "Ġ")):
+        after = after.removeprefix(" ")
+    return [one for one in start if one != tokenizer.eos_token_id], after
 
 
 def encode_prompts(
@@ -28,17 +33,15 @@ def encode_prompts(
 ) -> list[np.ndarray]:
     """The one way from a review to the LLM's input, in training (03), scoring (04b) and the benchmark (05).
 
-    Each prompt is an int32 array of at most `max_length` ids. Only the review is ever truncated, head and tail kept.
+    Each prompt is an int32 array of at most `max_length` ids. Review and prompt are encoded apart: only the review is
+    ever truncated (head and tail kept), and nothing in it can change the prompt around it.
     """
-    before, after = prompt_parts(prompt)
-    start = tokenizer(before.rstrip(" "))["input_ids"]  # the space before a review belongs to its first token
-    if start and start[-1] == tokenizer.eos_token_id:
-        start = start[:-1]
-    # As the model reads it: right after a review, so without a beginning-of-text token.
+    start, after = prompt_parts(tokenizer, prompt)
     end = tokenizer(after, add_special_tokens=False)["input_ids"]
     budget = max_length - len(start) - len(end)
     if budget < 8:
-        stop(f"--max-length {max_length} leaves {max(budget, 0)} tokens for the review beside the prompt's {len(start) + len(end)}")
+        used = len(start) + len(end)
+        stop(f"--max-length {max_length} leaves too little for a review beside the prompt's {used} tokens: raise it")
     encoded = []
     for begin in range(0, len(texts), 1000):
         for ids in token_ids(tokenizer, texts[begin : begin + 1000]):
@@ -51,17 +54,17 @@ def label_token_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, label_wor
 
     The word alone would mislead: with SentencePiece `encode(" positive")[0]` is the lone "▁" for both words.
     """
-    after = prompt_parts(prompt)[1]
+    after = prompt_parts(tokenizer, prompt)[1]
     bare = tokenizer(after, add_special_tokens=False)["input_ids"]
     ids = []
     for word in label_words:
         continued = tokenizer(f"{after} {word}", add_special_tokens=False)["input_ids"]
         if continued[: len(bare)] != bare or len(continued) != len(bare) + 1:
             pieces = tokenizer.convert_ids_to_tokens(continued[len(bare) :])
-            stop(f"the label word {word!r} is not one token after the prompt but {pieces}: choose another with --label-words")
+            stop(f"the label word {word!r} is not one token after the prompt but {pieces}: pass other --label-words")
         ids.append(continued[-1])
     if ids[0] == ids[1]:
-        stop(f"the label words {' and '.join(label_words)} share their token: choose others with --label-words")
+        stop(f"the label words {' and '.join(label_words)} share their token: pass other --label-words")
     return ids
 
 
@@ -89,6 +92,6 @@ def batch_calibration(unlabelled_log_odds: np.ndarray) -> float:
 
 
 def teacher_logits(log_probabilities: np.ndarray, bias: float) -> np.ndarray:
-    """(n, 2) logits whose softmax is the verbalizer's two-word distribution after subtracting `bias` from the log-odds."""
+    """(n, 2) logits whose softmax is the two words' distribution after subtracting `bias` from the log-odds."""
     half = (log_odds(log_probabilities) - bias) / 2
     return np.stack([-half, half], axis=1).astype(np.float32)

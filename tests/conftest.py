@@ -1,0 +1,96 @@
+"""What tests share: the scripts as modules, a small corpus, tiny checkpoints of the three architectures."""
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Load a numbered script by its beginning ("04a"); its name is no identifier, so import cannot."""
+
+    def load(number: str):
+        file = next(ROOT.glob(f"{number}_*.py"))
+        spec = importlib.util.spec_from_file_location(f"script_{number}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def write_reviews(folder: Path, train: int = 80, test: int = 20, transfer: int = 30) -> Path:
+    """A folder of label-sorted parquet files whose texts name their split and row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, n in (("train", train), ("test", test), ("unsupervised", transfer)):
+        labels = [-1] * n if split == "unsupervised" else [0] * (n // 2) + [1] * (n - n // 2)
+        words = {-1: "whole", 0: "dull weak silly", 1: "funny warm fresh"}
+        # Lengths vary, but not with the label: training groups reviews by length.
+        texts = [f"{words[label]} film {'film ' * (row * 7 % 5)}, {split} {row}" for row, label in enumerate(labels)]
+        pd.DataFrame({"text": texts, "label": labels}).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def reviews_folder(tmp_path):
+    return write_reviews(tmp_path / "reviews")
+
+
+@pytest.fixture
+def data_args(reviews_folder):
+    """The flags that load_reviews reads, for a small folder; set attributes to change them."""
+    return argparse.Namespace(
+        dataset=str(reviews_folder),
+        output_dir="unused",
+        seed=1,
+        validation_samples=20,
+        max_train_samples=None,
+        max_transfer_samples=None,
+        max_test_samples=None,
+    )
+
+
+@pytest.fixture
+def stops(capsys):
+    """Assert that a call tells a person's mistake in one line (with these words) and leaves with exit code 2."""
+
+    def check(call, *words: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            call()
+        message = capsys.readouterr().err.strip()
+        assert left.value.code == 2
+        assert len(message.splitlines()) == 1, message
+        for word in words:
+            assert word in message, message
+        return message
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The demo's three architectures and tokenizers as folders, not pre-trained: enough for everything but accuracy."""
+    import torch
+
+    from common import demo
+    from common.verbalizer import LABEL_WORDS, PROMPT
+
+    folder = tmp_path_factory.mktemp("tiny")
+    corpus = demo.write_reviews(train=200, test=2, unsupervised=2)
+    texts = [f"{PROMPT.format(review=text)} {LABEL_WORDS[label]}" for text, label in corpus["train"]]
+    for role in ("roberta", "mistral", "distilbert"):
+        tokenizer = getattr(demo, f"_{role}_tokenizer")(texts)
+        torch.manual_seed(0)
+        getattr(demo, f"_{role}")(tokenizer).save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    return folder

@@ -1,0 +1,110 @@
+import argparse
+import json
+
+import pytest
+
+from common import artifacts
+
+
+@pytest.fixture
+def args(tmp_path):
+    return argparse.Namespace(output_dir=str(tmp_path), preset="demo", force=False, precision="auto", seed=1, epochs=2)
+
+
+INPUTS = {"dataset/train": "aa"}
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    artifacts.write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), artifacts.whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert artifacts.read_json(path) == {"old": 1}
+
+
+def test_a_folder_takes_its_name_whole_and_replaces_the_old_one(tmp_path):
+    folder = tmp_path / "model"
+    for content in ("old", "new"):
+        with artifacts.whole(folder) as temporary:
+            temporary.mkdir()
+            assert not (temporary / "weights").exists()
+            (temporary / "weights").write_text(content)
+    assert (folder / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_finished_with_the_same_settings_stops_with_exit_code_0(args, capsys):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    artifacts.finish(args, folder, {"labels": ["negative", "positive"]}, peak_memory_mb=1)
+    args.precision = "bf16"  # how, not what
+    with pytest.raises(SystemExit) as left:
+        artifacts.begin(args, "02_roberta", INPUTS)
+    assert left.value.code == 0 and "--force redoes it" in capsys.readouterr().out
+
+
+def test_interrupted_with_the_same_settings_continues(args):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    (folder / "half").touch()
+    assert artifacts.begin(args, "02_roberta", INPUTS) == folder
+    assert (folder / "half").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_or_inputs_are_named_and_nothing_is_deleted(args, stops, finished):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    if finished:
+        artifacts.finish(args, folder, {}, peak_memory_mb=1)
+    args.epochs = 3
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "epochs was 2, is 3", "--force", "--output-dir")
+    args.epochs = 2
+    stops(lambda: artifacts.begin(args, "02_roberta", {"dataset/train": "bb"}), "dataset/train was aa, is bb")
+    assert (folder / "started.json").exists()
+
+
+def test_force_deletes_and_begins_anew(args):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    (folder / "old").touch()
+    args.force, args.epochs = True, 5
+    artifacts.begin(args, "02_roberta", INPUTS)
+    assert not (folder / "old").exists()
+    assert artifacts.read_json(folder / "started.json")["settings"]["epochs"] == 5
+
+
+def test_a_missing_input_names_its_script(args, stops):
+    message = stops(lambda: artifacts.require(args, "02_roberta", "soft_labels"), "run 02_finetune_roberta.py first")
+    assert "02_roberta/soft_labels/ is missing" in message
+
+
+def test_an_unfinished_input_says_so(args, stops):
+    artifacts.begin(args, "03_mistral", INPUTS)
+    stops(lambda: artifacts.require(args, "03_mistral", "adapter"), "not finished", "03_finetune_mistral.py again")
+
+
+def test_a_damaged_json_file_is_named(args, stops, tmp_path):
+    (tmp_path / "run.json").write_text('{"step": ')
+    stops(lambda: artifacts.read_json(tmp_path / "run.json"), "run.json is damaged")
+
+
+def test_run_json_holds_what_a_reader_needs(args):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    artifacts.finish(args, folder, {"max_length": 512}, peak_memory_mb=12.3)
+    run = json.loads((folder / "run.json").read_text())
+    assert {"settings", "inputs", "facts", "seed", "versions", "git_commit", "wall_time_s", "peak_memory_mb"} <= set(
+        run
+    )
+    assert run["versions"]["torch"] and run["facts"] == {"max_length": 512} and run["inputs"] == INPUTS
+
+
+def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(args, stops):
+    args.validation_samples = 20
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    artifacts.finish(args, folder, {}, peak_memory_mb=1)
+    run = artifacts.read_json(folder / "run.json")
+    artifacts.refuse_conflict(args, run, INPUTS)
+    stops(
+        lambda: artifacts.refuse_conflict(args, run, {"dataset/train": "bb"}),
+        "02_finetune_roberta.py read other reviews",
+    )
+    args.validation_samples = 30
+    stops(lambda: artifacts.refuse_conflict(args, run, INPUTS), "--validation-samples 20")

@@ -1,0 +1,167 @@
+import argparse
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.special import log_softmax, rel_entr, softmax
+
+from common import device, distill, models, training
+
+CPU = device.Hardware("cpu", "fp32", "test")
+RNG = np.random.default_rng(0)
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.tensor(array, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 8.0])
+def test_soft_label_loss_is_t_squared_times_the_mean_kl_of_scipy(temperature):
+    student, teacher = RNG.normal(size=(5, 2)), RNG.normal(size=(5, 2))
+    p, q = softmax(teacher / temperature, axis=1), softmax(student / temperature, axis=1)
+    expected = temperature**2 * rel_entr(p, q).sum(axis=1).mean()
+    ours = distill.soft_label_loss(tensor(student), tensor(teacher), temperature)
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_soft_label_loss_by_hand_and_zero_where_student_and_teacher_agree():
+    teacher = tensor([[0.0, np.log(3)]])  # p = (1/4, 3/4) against (1/2, 1/2)
+    by_hand = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
+    assert distill.soft_label_loss(tensor([[0.0, 0.0]]), teacher, 1.0).item() == pytest.approx(by_hand, rel=1e-6)
+    assert distill.soft_label_loss(teacher + 5, teacher, 3.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_gradient_of_the_soft_term_keeps_its_size_at_a_high_temperature():
+    norms = []
+    for temperature in (1.0, 8.0):
+        student = tensor([[0.1, -0.2]]).requires_grad_()
+        distill.soft_label_loss(student, tensor([[1.0, -1.0]]), temperature).backward()
+        norms.append(student.grad.norm().item())
+    assert 0.5 < norms[1] / norms[0] < 2  # without T² it would be 1/64
+
+
+def test_hard_label_loss_counts_labelled_reviews_alone():
+    logits, labels = RNG.normal(size=(4, 2)), np.array([0, -100, 1, -100])
+    by_hand = -(log_softmax(logits, axis=1)[[0, 2], [0, 1]]).sum() / (4 * 0.5)
+    ours = distill.hard_label_loss(tensor(logits), torch.tensor(labels), labelled_share=0.5)
+    assert ours.item() == pytest.approx(by_hand, rel=1e-5)
+    none = distill.hard_label_loss(tensor(logits), torch.full((4,), -100), labelled_share=0.5)
+    assert none.item() == 0.0
+
+
+def test_the_mean_over_micro_batches_is_the_loss_of_the_batch_however_labels_fall():
+    logits, labels = tensor(RNG.normal(size=(8, 2))), torch.tensor([0, 1, 1, 0, -100, -100, -100, -100])
+    whole = distill.hard_label_loss(logits, labels, 0.5)
+    parts = [distill.hard_label_loss(logits[rows], labels[rows], 0.5) for rows in (slice(0, 4), slice(4, 8))]
+    assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_feature_loss_by_hand():
+    student = tensor([[[[3.0, 4.0]]]])  # normalised (0.6, 0.8)
+    teacher = tensor([[[[0.0, 2.0]]]])  # normalised (0, 1)
+    assert distill.feature_loss(student, teacher).item() == pytest.approx(0.36 + 0.04, rel=1e-5)
+    assert distill.feature_loss(10 * student, student).item() == pytest.approx(0, abs=1e-6)
+    assert distill.feature_loss(-student, student).item() == pytest.approx(4, rel=1e-5)
+
+
+def test_the_last_layer_meets_the_last_layer():
+    assert distill.mapped_layers(6, 24) == [4, 8, 12, 16, 20, 24]
+    assert distill.mapped_layers(6, 12) == [2, 4, 6, 8, 10, 12]
+    assert distill.mapped_layers(2, 5)[-1] == 5 and distill.mapped_layers(3, 3) == [1, 2, 3]
+
+
+@pytest.fixture
+def args(tiny):
+    return argparse.Namespace(
+        student_model=str(tiny / "distilbert"), output_dir="unused", seed=1, epochs=1, learning_rate=1e-3, batch_size=4,
+        micro_batch_size=4, weight_decay=0.0, warmup_fraction=0.0, temperature=2.0,
+    )  # fmt: skip
+
+
+def datasets(tiny, teacher_width: int = 0, layers: int = 2):
+    tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
+    ids = models.encode(tokenizer, [("good fun " if row % 2 else "bad dull ") * (1 + row % 3) for row in range(12)], 32)
+    gold = np.arange(12) % 2
+    labels = np.where(np.arange(12) < 6, gold, distill.IGNORED)
+    teacher = {"teacher_logits": (4 * np.eye(2)[gold] - 2).astype(np.float32)}
+    if teacher_width:
+        teacher["teacher_features"] = RNG.normal(size=(12, layers, 2, teacher_width)).astype(np.float16)
+    return training.ReviewDataset(ids, labels, **teacher), training.ReviewDataset(ids, gold)
+
+
+def test_gradients_reach_the_projections_and_the_student(tiny, args, tmp_path):
+    train, _ = datasets(tiny, teacher_width=24)
+    student = distill.Student(models.load_classifier(args.student_model), teacher_width=24)
+    trainer = distill.DistillationTrainer(
+        model=student,
+        args=training.training_arguments(args, CPU, tmp_path, 12),
+        train_dataset=train,
+        eval_dataset=train,
+        alpha=0.0,
+        temperature=2.0,
+        feature_weight=1.0,
+    )
+    batch = training.Collator(0)([train[row] for row in range(4)])
+    trainer.compute_loss(student.train(), batch).backward()
+    assert len(student.projections) == 2
+    for projection in student.projections:
+        assert projection.weight.shape[0] == 24 and projection.weight.grad.norm() > 0
+    assert student.model.distilbert.embeddings.word_embeddings.weight.grad.norm() > 0
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(tiny, args, tmp_path):
+    train, _ = datasets(tiny, teacher_width=24)
+    student = distill.Student(models.load_classifier(args.student_model), teacher_width=24)
+    trainer = distill.DistillationTrainer(
+        model=student, args=training.training_arguments(args, CPU, tmp_path, 12), train_dataset=train, eval_dataset=train,
+        alpha=0.7, temperature=2.0, feature_weight=0.3,
+    )  # fmt: skip
+    batch = training.Collator(0)([train[row] for row in range(12)])
+    torch.nn.Module.train(student)
+    loss, output = trainer.compute_loss(student, batch, return_outputs=True)
+    kl = distill.soft_label_loss(output["logits"], batch["teacher_logits"], 2.0)
+    ce = distill.hard_label_loss(output["logits"], batch["labels"], 0.5)
+    features = distill.feature_loss(output["features"], batch["teacher_features"].float())
+    assert loss.item() == pytest.approx((0.7 * kl + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
+
+
+def test_a_trained_student_learns_and_leaves_no_projections_or_checkpoints(tiny, args, tmp_path):
+    train, validation = datasets(tiny, teacher_width=24)
+    args.epochs = 8
+    logits = distill.train_student(
+        args, CPU, tmp_path / "model", train, validation, epochs=8, alpha=0.9, feature_weight=0.1, teacher_width=24
+    )
+    assert (logits.argmax(axis=1) == validation.labels).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    saved = models.load_classifier(str(tmp_path / "model"))
+    assert not [name for name in saved.state_dict() if "projection" in name]
+    again = distill.train_student(args, CPU, tmp_path / "model", train, validation, epochs=8, alpha=0.9)
+    np.testing.assert_array_equal(again, logits)  # what is saved is what was scored; it is not trained twice
+
+
+def test_a_control_needs_no_teacher(tiny, args, tmp_path):
+    _, labelled = datasets(tiny)
+    logits = distill.train_student(args, CPU, tmp_path / "control", labelled, labelled, epochs=8, alpha=0.0)
+    assert (logits.argmax(axis=1) == labelled.labels).all()
+
+
+def test_features_come_from_the_right_file_row_and_layer():
+    first, second = RNG.normal(size=(3, 4, 2, 5)), RNG.normal(size=(2, 4, 2, 5))
+    rows = distill.FeatureRows([(first, np.array([2, 0])), (second, np.array([1]))], layers=[1, 3])
+    np.testing.assert_array_equal(rows[0], first[2][[1, 3]])
+    np.testing.assert_array_equal(rows[2], second[1][[1, 3]])
+
+
+def test_soft_labels_are_joined_by_example_id_and_a_gap_is_refused(stops):
+    in_file = pd.Index(["train/3", "train/1", "train/2"])
+    assert distill.teacher_rows(in_file, pd.Series(["train/1", "train/3"]), "train", "02.py").tolist() == [1, 0]
+    stops(lambda: distill.teacher_rows(in_file, pd.Series(["train/9"]), "train", "02.py"), "1 of 1", "run 02.py")
+
+
+def test_constant_and_swapped_teachers_are_refused(stops):
+    labels = np.arange(100) % 2
+    constant, right = np.tile([1.0, 2.0], (100, 1)), np.eye(2)[labels]
+    stops(lambda: distill.refuse_bad_teacher(constant, labels, "train"), "constant")
+    stops(lambda: distill.refuse_bad_teacher(right[:, ::-1], labels, "train"), "label order is swapped")
+    distill.refuse_bad_teacher(right, labels, "train")

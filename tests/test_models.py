@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from common import device, models
+
+CPU = device.Hardware("cpu", "fp32", "test")
+
+
+@pytest.mark.parametrize("role", ["roberta", "distilbert"])
+def test_an_encoders_input_is_what_its_own_tokenizer_makes_of_a_short_text(tiny, role):
+    tokenizer = models.load_tokenizer(str(tiny / role))
+    texts = ["The plot is dull.", "", "😀 Привет 世界"]
+    for ids, text in zip(models.encode(tokenizer, texts, 64), texts):
+        assert ids.tolist() == tokenizer(text)["input_ids"]
+
+
+def test_truncation_keeps_a_quarter_of_the_head_and_the_rest_of_the_tail(tiny):
+    assert models.head_and_tail(list(range(100)), 8) == [0, 1, 94, 95, 96, 97, 98, 99]
+    assert models.head_and_tail([1, 2], 8) == [1, 2]
+    tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
+    (ids,) = models.encode(tokenizer, ["dull " * 400], 32)
+    assert len(ids) == 32 and ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
+
+
+@pytest.mark.parametrize(("role", "typed"), [("roberta", "</s> <mask>"), ("distilbert", "[SEP] [MASK]")])
+def test_a_special_token_in_a_review_is_plain_text(tiny, role, typed):
+    tokenizer = models.load_tokenizer(str(tiny / role))
+    (ids,) = models.encode(tokenizer, [f"good {typed} bad"], 64)
+    assert not set(ids[1:-1].tolist()) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+
+
+def test_a_base_checkpoint_becomes_a_two_class_model_with_label_names(tiny):
+    model = models.load_classifier(str(tiny / "distilbert"))
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert model.accepts_loss_kwargs is False
+
+
+def test_parameters_and_bytes_are_counted(tiny):
+    model = models.load_classifier(str(tiny / "roberta"))
+    parameters = sum(np.prod(tensor.shape) for tensor in model.state_dict().values() if tensor.is_floating_point())
+    assert models.count(model) == (parameters, 4 * parameters)
+
+
+def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(tiny):
+    from transformers import AutoModelForCausalLM
+
+    unquantised = AutoModelForCausalLM.from_pretrained(tiny / "mistral", dtype=torch.float32)
+    parameters, weight_bytes = models.count(models.load_llm(str(tiny / "mistral"), CPU))
+    assert parameters == unquantised.num_parameters()
+    linear = sum(m.weight.numel() for n, m in unquantised.named_modules() if n.endswith("_proj"))
+    others = parameters - linear
+    # Half a byte a weight, then one 8-bit constant for each 64 of them and what double quantisation adds.
+    assert 4 * others + linear * 0.5 < weight_bytes < 4 * others + linear * (0.5 + 1 / 64) + 40_000
+
+
+def test_the_positions_of_roberta_begin_after_its_padding_id(tiny):
+    for role, longest in (("roberta", 512), ("distilbert", 512)):
+        model, tokenizer = models.load_classifier(str(tiny / role)), models.load_tokenizer(str(tiny / role))
+        assert models.context_length(tokenizer, model) == longest
+        (ids,) = models.encode(tokenizer, ["dull " * 2000], longest)
+        model(input_ids=torch.tensor(ids[None].astype(np.int64)))
+
+
+def test_too_long_an_input_is_refused(tiny, stops):
+    model, tokenizer = models.load_classifier(str(tiny / "roberta")), models.load_tokenizer(str(tiny / "roberta"))
+    stops(lambda: models.check_length(513, tokenizer, model), "--max-length 513", "512 positions")
+
+
+def test_a_folder_that_is_no_model_and_a_missing_folder_are_told_apart(tmp_path, stops):
+    stops(lambda: models.load_tokenizer(str(tmp_path)), "no config.json")
+    stops(lambda: models.load_classifier("./nowhere"), "does not exist")
+
+
+def test_a_hub_name_without_the_hub_is_one_sentence(stops, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    stops(lambda: models.load_classifier("FacebookAI/roberta-large"), "FacebookAI/roberta-large", "local folder")

@@ -1,0 +1,184 @@
+"""All six scripts, end to end, on tiny models and a few reviews; and each script without its input."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import write_reviews
+
+from common import artifacts
+
+NUMBERS = ("01", "02", "03", "04a", "04b", "05")
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, tmp_path_factory):
+    """The command line of each script in one shared output folder."""
+    root = tmp_path_factory.mktemp("pipeline")
+    shared = [
+        *("--dataset", str(write_reviews(root / "reviews", train=140, test=40, transfer=60))),
+        *("--output-dir", str(root / "outputs"), "--seed", "5"),
+    ]
+    trained = ["--validation-samples", "40", "--learning-rate", "1e-3", "--batch-size", "8", "--epochs", "4"]
+    student = ["--student-model", str(tiny / "distilbert"), "--max-length", "32"]
+    return {
+        "01": [*shared, "--validation-samples", "40"],
+        "02": [
+            *shared,
+            *trained,
+            "--roberta-model",
+            str(tiny / "roberta"),
+            "--max-length",
+            "40",
+            "--student-layers",
+            "2",
+        ],
+        "03": [*shared, *trained, "--mistral-model", str(tiny / "mistral"), "--max-length", "96"],
+        "04a": [*shared, *trained, *student],
+        "04b": [*shared, *trained, *student, "--max-transfer-samples", "50"],
+        "05": [*shared, "--max-llm-samples", "20", "--latency-samples", "5"],
+    }
+
+
+@pytest.fixture(scope="module")
+def outputs(flags, script):
+    """The folder after all six scripts."""
+    from pathlib import Path
+
+    folder = Path(flags["05"][3])
+    for number in NUMBERS:
+        assert script(number).main(flags[number]) in (None, 0), number
+        if number == "02":  # 04a must not need the teacher: without its model folder it still runs
+            (folder / "02_roberta" / "model").rename(folder / "set_aside")
+        if number == "04a":
+            (folder / "set_aside").rename(folder / "02_roberta" / "model")
+    return folder
+
+
+def test_the_benchmark_has_the_promised_columns_and_a_row_for_every_model(outputs):
+    table = pd.read_csv(outputs / "05_benchmark" / "benchmark.csv")
+    assert table.columns[:8].tolist() == [
+        "Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)",
+    ]  # fmt: skip
+    assert table["Type"].tolist() == [
+        "baseline", "baseline", "teacher, fine-tuned", "teacher, 4-bit + LoRA", "student, white-box", "control, no teacher",
+        "student, black-box",
+    ]  # fmt: skip
+    assert (table["status"] == "ok").all()
+    assert table["n"].tolist() == [40, 40, 40, 20, 40, 40, 40]
+    assert (table["ci_low"] <= table["Accuracy"]).all() and (table["Accuracy"] <= table["ci_high"]).all()
+    teacher = table[table["Type"] == "teacher, fine-tuned"].iloc[0]
+    assert teacher["Speedup (x)"] == 1
+    assert table["Speedup (x)"].to_numpy() == pytest.approx(teacher["Latency (ms)"] / table["Latency (ms)"], abs=0.01)
+    assert not table["Model"].str.contains("RoBERTa-L|Mistral-7B", case=False).any()  # these are stand-ins
+
+
+def test_saved_predictions_give_the_tables_accuracies(outputs):
+    table = pd.read_csv(outputs / "05_benchmark" / "benchmark.csv")
+    predictions = pd.read_parquet(outputs / "05_benchmark" / "predictions.parquet")
+    for name, accuracy in table[["Model", "Accuracy"]].to_numpy():
+        read = predictions.dropna(subset=[name])
+        assert ((read[name] > 0) == (read["label"] == 1)).mean() == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_02_saves_logits_and_features_by_example_id(outputs):
+    folder = outputs / "02_roberta" / "soft_labels"
+    for split, n in (("train", 100), ("validation", 40), ("transfer", 60)):
+        table = pd.read_parquet(folder / f"{split}.parquet")
+        assert len(table) == n and table["example_id"].is_unique
+        features = np.load(folder / f"{split}_features.npy", mmap_mode="r", allow_pickle=False)
+        assert features.shape[:3] == (n, 2, 2) and features.dtype == np.float16
+    run = json.loads((outputs / "02_roberta" / "run.json").read_text())
+    assert run["facts"]["feature_layers"][-1] == run["facts"]["teacher_layers"]
+
+
+def test_a_saved_teacher_loads_with_pipeline_and_says_negative_and_positive(outputs):
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", str(outputs / "02_roberta" / "model"), device="cpu")
+    assert classify(["dull weak silly film"])[0]["label"] == "negative"
+    assert classify(["funny warm fresh film"])[0]["label"] == "positive"
+
+
+def test_checkpoints_and_half_files_are_gone_when_a_step_is_finished(outputs):
+    assert not [
+        path for path in outputs.rglob("*") if path.name.endswith((".partial", "_chunks")) or "checkpoint" in path.name
+    ]
+
+
+def test_04b_records_its_calibration_and_the_benchmark_applies_it(outputs):
+    facts = json.loads((outputs / "04b_student_from_mistral" / "run.json").read_text())["facts"]
+    log_p = pd.read_parquet(outputs / "04b_student_from_mistral" / "soft_labels" / "transfer.parquet")
+    odds = (log_p["log_p_positive"] - log_p["log_p_negative"]).astype(float)
+    assert facts["calibration"] == "batch" and facts["bias"] == pytest.approx(odds.mean(), abs=1e-5)
+    table = pd.read_csv(outputs / "05_benchmark" / "benchmark.csv")
+    assert table.loc[table["Type"] == "teacher, 4-bit + LoRA", "calibration"].item() == "batch"
+
+
+def test_nothing_is_pickled(outputs):
+    kinds = {path.suffix for path in outputs.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".csv", ".md", ".parquet", ".npy", ".safetensors", ".jinja", ".txt"}, kinds
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_run_again_a_finished_script_says_so_and_stops(outputs, flags, script, number, capsys):
+    with pytest.raises(SystemExit) as left:
+        script(number).main(flags[number])
+    assert left.value.code == 0 and "is finished with these settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_other_settings_on_a_finished_folder_are_refused(outputs, flags, script, number, stops):
+    changed = ["--seed", "6"] if number in ("01", "02", "03", "05") else ["--temperature", "3"]
+    stops(lambda: script(number).main([*flags[number], *changed]), "was finished with other settings", "--force")
+
+
+def test_04a_refuses_another_split_and_other_reviews_than_02_read(outputs, flags, script, stops, tmp_path):
+    stops(lambda: script("04a").main([*flags["04a"], "--validation-samples", "30"]), "--validation-samples 40")
+    other = write_reviews(tmp_path / "other", train=150, test=40, transfer=60)
+    stops(
+        lambda: script("04a").main([*flags["04a"], "--dataset", str(other)]),
+        "02_finetune_roberta.py read other reviews",
+    )
+
+
+def test_04a_refuses_a_student_whose_layers_02_did_not_save(outputs, flags, script, stops, tiny):
+    module = script("04a")
+    args = module.parse_args([*flags["04a"], "--student-model", str(tiny / "roberta")])
+    facts = {"feature_layers": [1, 3], "teacher_layers": 5}
+    stops(lambda: module.student_to_teacher_layers(args, facts), "--student-layers")
+
+
+@pytest.mark.parametrize(("number", "missing"), [("04a", "02_finetune_roberta.py"), ("04b", "03_finetune_mistral.py")])
+def test_without_its_input_a_script_names_the_one_to_run(number, missing, flags, script, stops, tmp_path):
+    stops(lambda: script(number).main([*flags[number], "--output-dir", str(tmp_path)]), f"run {missing} first")
+
+
+def test_the_benchmark_of_nothing_and_of_one_step(outputs, flags, script, stops, tmp_path, capsys):
+    stops(lambda: script("05").main([*flags["05"], "--output-dir", str(tmp_path)]), "no finished step")
+    (tmp_path / "01_baseline").symlink_to(outputs / "01_baseline")
+    assert script("05").main([*flags["05"], "--output-dir", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
+    assert len(table) == 2 and table["Speedup (x)"].isna().all()
+
+
+def test_a_model_that_fails_is_a_row_that_says_so_and_a_non_zero_exit(outputs, flags, script, tmp_path):
+    (tmp_path / "01_baseline").symlink_to(outputs / "01_baseline")
+    (tmp_path / "02_roberta").mkdir()
+    (tmp_path / "02_roberta" / "model").mkdir()
+    for name in ("run.json", "started.json"):
+        (tmp_path / "02_roberta" / name).write_bytes((outputs / "02_roberta" / name).read_bytes())
+    for file in (outputs / "02_roberta" / "model").iterdir():
+        content = file.read_bytes()
+        (tmp_path / "02_roberta" / "model" / file.name).write_bytes(
+            content[:500] if file.suffix == ".safetensors" else content
+        )
+    assert script("05").main([*flags["05"], "--output-dir", str(tmp_path)]) == 1
+    table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
+    assert table["status"].str.startswith("failed").tolist() == [False, False, True]
+    assert not (tmp_path / "05_benchmark" / "run.json").exists()
+
+
+def test_every_script_has_a_step(script):
+    assert [script(number).STEP for number in NUMBERS] == list(artifacts.SCRIPTS)

@@ -1,0 +1,103 @@
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from common import device, models, scoring, training, verbalizer
+from common.verbalizer import LABEL_WORDS, PROMPT
+
+CPU = device.Hardware("cpu", "fp32", "test")
+TEXTS = ["The plot is dull.", "The plot is not dull at all.", "A moving film, " * 8, "ok"]
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    tokenizer = models.load_tokenizer(str(tiny / "mistral"))
+    ids = verbalizer.encode_prompts(tokenizer, TEXTS, PROMPT, 128)
+    labels = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS)
+    return ids, labels, tokenizer
+
+
+def with_lora(tiny, script, checkpointing=False):
+    args = argparse.Namespace(gradient_checkpointing=checkpointing, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    torch.manual_seed(0)
+    model = script("03").with_lora(args, models.load_llm(str(tiny / "mistral"), CPU))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, and then lora_A would have no gradient to compare
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    ids, labels, tokenizer = batch
+    model.train()
+    model.zero_grad()
+    logits = scoring.last_logits(model, *scoring.pad(ids, tokenizer.pad_token_id, left=True)).float()
+    torch.nn.functional.cross_entropy(logits, torch.tensor([labels[row % 2] for row in range(len(ids))])).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_gradients_are_the_same_whether_or_not_an_evaluation_ran_before(tiny, script, batch):
+    # On processors with AVX512-BF16 bitsandbytes would repack the weights in the evaluation, and the cosine would be 0.1.
+    ids, labels, tokenizer = batch
+    torch.manual_seed(0)
+    fresh = gradients(with_lora(tiny, script), batch)
+    torch.manual_seed(0)
+    evaluated = with_lora(tiny, script)
+    scoring.score_llm(evaluated.eval(), ids, labels, tokenizer.pad_token_id, CPU, 512)
+    for name, gradient in gradients(evaluated, batch).items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(gradient, fresh[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_every_linear_projection_is_quantised_and_adapted_and_only_adapters_train(tiny, script):
+    import bitsandbytes
+
+    model = with_lora(tiny, script)
+    names = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert names == {"base_layer"}
+    adapted = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_the_loss_is_that_of_the_label_token_in_the_full_sequence(tiny, script, batch, tmp_path):
+    ids, labels, tokenizer = batch
+    model = with_lora(tiny, script).eval()
+    args = argparse.Namespace(epochs=1, learning_rate=1e-3, batch_size=4, micro_batch_size=4, weight_decay=0.0,
+                              warmup_fraction=0.0, seed=0)  # fmt: skip
+    dataset = training.ReviewDataset(ids, np.array([0, 1, 1, 0]))
+    trainer = training.LabelWordTrainer(
+        label_ids=labels,
+        model=model,
+        args=training.training_arguments(args, CPU, tmp_path, 4),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+    )
+    inputs = training.Collator(tokenizer.pad_token_id, left=True)([dataset[row] for row in range(4)])
+    losses = []
+    for one, label in zip(ids, dataset.labels):  # the plain way: prompt and label word, every other token ignored
+        sequence = torch.tensor([[*one.tolist(), labels[label]]])
+        target = torch.full_like(sequence, -100)
+        target[0, -1] = labels[label]
+        losses.append(model(input_ids=sequence, labels=target).loss.item())
+    assert trainer.compute_loss(model, inputs).item() == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny, script, batch):
+    torch.manual_seed(0)
+    plain = gradients(with_lora(tiny, script), batch)
+    torch.manual_seed(0)
+    for name, gradient in gradients(with_lora(tiny, script, checkpointing=True), batch).items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_saved_adapter_scores_as_it_did(tiny, script, batch, tmp_path):
+    ids, labels, tokenizer = batch
+    model = with_lora(tiny, script).eval()
+    before = scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, CPU, 512)
+    training.save(model, tokenizer, tmp_path / "adapter", tmp_path / "none")
+    again = models.load_llm(str(tiny / "mistral"), CPU, tmp_path / "adapter")
+    after = scoring.score_llm(again, ids, labels, tokenizer.pad_token_id, CPU, 512)
+    np.testing.assert_allclose(after, before, atol=1e-5)

@@ -1,0 +1,103 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from common import device, models, scoring, verbalizer
+from common.verbalizer import LABEL_WORDS, PROMPT
+
+CPU = device.Hardware("cpu", "fp32", "test")
+TEXTS = [
+    "Dull.",
+    "",
+    "The plot is not funny. " * 12,
+    "😀 moving",
+    "The acting is good, but the story is dull.",
+    "ok " * 90,
+]
+
+
+def test_batches_hold_every_review_once_under_the_token_budget():
+    lengths = np.random.default_rng(0).integers(3, 60, 200)
+    batches = scoring.batches_by_length(lengths, 128)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
+    assert all(len(rows) * lengths[rows].max() <= 128 for rows in batches)
+    assert len(scoring.batches_by_length(np.array([500, 500]), 128)) == 2
+
+
+def test_pooling_ignores_padding():
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
+    pooled = scoring.pool(hidden, torch.tensor([[1, 1, 0]]))
+    assert pooled.tolist() == [[[1.0, 2.0], [2.0, 3.0]]]
+
+
+@pytest.mark.parametrize("role", ["roberta", "distilbert"])
+def test_a_batch_of_encoder_reviews_equals_each_alone_in_order(tiny, role):
+    tokenizer, model = models.load_tokenizer(str(tiny / role)), models.load_classifier(str(tiny / role)).eval()
+    ids = models.encode(tokenizer, TEXTS, 64)
+    together = scoring.score_encoder(model, ids, tokenizer.pad_token_id, CPU, 256, feature_layers=[0, 1, 2])
+    for row, one in enumerate(ids):
+        alone = scoring.score_encoder(model, [one], tokenizer.pad_token_id, CPU, 256, feature_layers=[0, 1, 2])
+        assert together["scores"][row] == pytest.approx(alone["scores"][0], abs=1e-5)
+        np.testing.assert_allclose(together["features"][row], alone["features"][0], atol=2e-3)  # stored in float16
+    assert together["features"].shape == (6, 3, 2, model.config.hidden_size)
+
+
+def test_a_batch_of_prompts_equals_each_unpadded_prompt_alone_in_order(tiny):
+    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), models.load_llm(str(tiny / "mistral"), CPU)
+    ids = verbalizer.encode_prompts(tokenizer, TEXTS, PROMPT, 128)
+    labels = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS)
+    together = scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, CPU, 512)
+    for row, one in enumerate(ids):
+        with torch.inference_mode():  # the plain way: no mask, no positions, all logits
+            logits = model(input_ids=torch.tensor(one[None].astype(np.int64))).logits[0, -1]
+        alone = logits.float().log_softmax(-1)[labels].numpy()
+        assert together[row] == pytest.approx(alone, abs=1e-3)
+
+
+def test_a_score_that_is_not_finite_is_never_passed_on(tiny):
+    tokenizer, model = models.load_tokenizer(str(tiny / "distilbert")), models.load_classifier(str(tiny / "distilbert"))
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    with pytest.raises(FloatingPointError, match="--precision fp32"):
+        scoring.score_encoder(model.eval(), models.encode(tokenizer, TEXTS, 64), 0, CPU, 256)
+
+
+def reviews_of(n: int) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"example_id": [f"train/{row:05d}" for row in range(n)], "text": [str(row) for row in range(n)]}
+    )
+
+
+def score(texts: list[str]) -> dict[str, np.ndarray]:
+    numbers = np.array([float(text) for text in texts], np.float32)
+    return {"scores": np.stack([numbers, -numbers], 1), "features": numbers[:, None, None].astype(np.float16)}
+
+
+def test_chunks_join_in_order_into_a_table_and_an_array(tmp_path):
+    scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10)
+    example_ids, scores = scoring.read_scores(tmp_path, "train", scoring.LOGITS)
+    assert example_ids.tolist() == reviews_of(25)["example_id"].tolist()
+    assert scores[:, 0].tolist() == list(range(25))
+    assert np.load(tmp_path / "train_features.npy", mmap_mode="r")[:, 0, 0].tolist() == list(range(25))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.parquet", "train_features.npy"]
+
+
+def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
+    calls = []
+
+    def interrupted(texts):
+        calls.append(texts[0])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        scoring.in_chunks(tmp_path, "train", reviews_of(40), scoring.LOGITS, interrupted, chunk=10)
+    scoring.in_chunks(tmp_path, "train", reviews_of(40), scoring.LOGITS, interrupted, chunk=10)
+    assert calls == ["0", "10", "20", "20", "30"]
+    assert scoring.read_scores(tmp_path, "train", scoring.LOGITS)[1][:, 0].tolist() == list(range(40))
+
+
+def test_a_finished_split_is_not_scored_again(tmp_path):
+    scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, score)
+    scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, None)

@@ -1,0 +1,65 @@
+import subprocess
+import sys
+
+import pytest
+
+from common import artifacts, settings
+
+ROOT = __import__("pathlib").Path(__file__).parent.parent
+NUMBERS = {"01": "01_baseline", "02": "02_roberta", "03": "03_mistral"}
+NUMBERS |= {"04a": "04a_student_from_roberta", "04b": "04b_student_from_mistral", "05": "05_benchmark"}
+
+
+@pytest.mark.parametrize("preset", settings.PRESETS)
+def test_each_preset_key_is_a_real_flag(preset, script):
+    flags = {step: vars(script(number).parse_args(["--preset", preset])) for number, step in NUMBERS.items()}
+    for key in settings.PRESETS[preset]:
+        owner, _, name = key.rpartition(".")
+        owners = [owner] if owner else list(flags)
+        assert any(name in flags[step] for step in owners), key
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(number, script):
+    parse = script(number).parse_args
+    assert parse([]).dataset == "stanfordnlp/imdb"
+    assert parse(["--preset", "demo"]).dataset == "demo:reviews"
+    assert parse(["--preset=demo"]).dataset == "demo:reviews"
+    assert parse(["--preset", "demo", "--dataset", "mine"]).dataset == "mine"
+
+
+def test_a_value_for_one_step_beats_the_presets_shared_value(monkeypatch):
+    parser = settings.make_parser("", reads=("train",))
+    monkeypatch.setitem(settings.PRESETS, "demo", {"02_roberta.validation_samples": 7, "validation_samples": 9})
+    assert settings.parse(parser, "02_roberta", ["--preset", "demo"]).validation_samples == 7
+    assert settings.parse(settings.make_parser("", reads=("train",)), "x", ["--preset", "demo"]).validation_samples == 9
+
+
+@pytest.mark.parametrize("script_name", artifacts.SCRIPTS.values())
+def test_help_shows_every_default_and_imports_no_torch(script_name):
+    code = f"import sys, runpy; sys.argv = ['{script_name}', '--preset', 'demo', '--help']\n"
+    code += f"try: runpy.run_path('{script_name}', run_name='__main__')\n"
+    code += "except SystemExit: pass\nassert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "(default: demo:reviews)" in shown.stdout and "(default: None)" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--presett", "demo"], "unrecognized"),
+        (["--preset", "big"], "invalid choice"),
+        (["--max-train-samples", "0"], "not at least 1"),
+        (["--max-train-samples", "many"], "many"),
+        (["--epochs", "-1"], "at least 0"),
+        (["--epochs", "nan"], "not a number"),
+        (["--warmup-fraction", "2"], "from 0 to 1"),
+        (["--seed", "-3"], "at least 0"),
+        (["--precision", "int8"], "invalid choice"),
+    ],
+)
+def test_a_wrong_value_is_told_with_exit_code_2(flags, words, script, capsys):
+    with pytest.raises(SystemExit) as left:
+        script("02").parse_args(flags)
+    assert left.value.code == 2 and words in capsys.readouterr().err

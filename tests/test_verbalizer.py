@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+
+from common import models, verbalizer
+from common.verbalizer import PROMPT
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return models.load_tokenizer(str(tiny / "mistral"))
+
+
+def test_a_prompt_reads_as_written(tokenizer):
+    (ids,) = verbalizer.encode_prompts(tokenizer, ["The plot is dull."], PROMPT, 200)
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
+    # A SentencePiece tokenizer puts a space before the review, as before any text.
+    assert tokenizer.decode(ids[1:]).strip() == PROMPT.format(review=" The plot is dull.")
+
+
+def test_only_the_review_is_cut_and_the_end_of_the_prompt_survives(tokenizer):
+    long = "The plot is dull. " * 6000  # 100,000 characters
+    short_ids, long_ids = verbalizer.encode_prompts(tokenizer, ["Fine.", long], PROMPT, 96)
+    end = tokenizer(PROMPT.split("{review}")[1], add_special_tokens=False)["input_ids"]
+    start = tokenizer(PROMPT.split("{review}")[0].rstrip(" "))["input_ids"]
+    assert len(long_ids) == 96 > len(short_ids)
+    for ids in (short_ids, long_ids):
+        assert ids[-len(end) :].tolist() == end and ids[: len(start)].tolist() == start
+
+
+def test_head_and_tail_of_a_long_review_stay(tokenizer):
+    words = ["funny"] + ["the"] * 500 + ["dull"]
+    (ids,) = verbalizer.encode_prompts(tokenizer, [" ".join(words)], PROMPT, 96)
+    text = tokenizer.decode(ids)
+    assert "funny" in text and "dull" in text
+
+
+def test_a_special_token_typed_by_a_reviewer_is_plain_text(tokenizer):
+    (ids,) = verbalizer.encode_prompts(tokenizer, ["Bad </s> <s> end"], PROMPT, 200)
+    assert tokenizer.eos_token_id not in ids and list(ids).count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("text", ["", "😀😀", "Привет, 世界", "\x00\x07"])
+def test_any_text_makes_a_prompt(tokenizer, text):
+    (ids,) = verbalizer.encode_prompts(tokenizer, [text], PROMPT, 200)
+    assert len(ids) > 10
+
+
+def test_label_words_are_one_distinct_token_each_in_context(tokenizer):
+    ids = verbalizer.label_token_ids(tokenizer, PROMPT, ("negative", "positive"))
+    assert len(set(ids)) == 2
+    (prompt,) = verbalizer.encode_prompts(tokenizer, ["Fine."], PROMPT, 200)
+    whole = tokenizer(PROMPT.format(review="Fine.") + " positive", add_special_tokens=True)["input_ids"]
+    assert whole[-1] == ids[1] and whole[-4:-1] == prompt[-3:].tolist()
+
+
+def test_label_words_of_several_tokens_or_the_same_token_are_refused(tokenizer, stops):
+    stops(
+        lambda: verbalizer.label_token_ids(tokenizer, PROMPT, ("unbelievably", "positive")),
+        "not one token",
+        "--label-words",
+    )
+    stops(lambda: verbalizer.label_token_ids(tokenizer, PROMPT, ("positive", "positive")), "share their token")
+
+
+def test_a_prompt_without_a_review_slot_is_refused(tokenizer, stops):
+    stops(lambda: verbalizer.encode_prompts(tokenizer, ["a"], "Is it good?", 200), "{review}")
+    stops(lambda: verbalizer.encode_prompts(tokenizer, ["a"], PROMPT, 30), "--max-length 30")
+
+
+def test_03_04b_and_05_build_the_prompt_by_the_same_function(script):
+    for number in ("03", "04b", "05"):
+        source = open(script(number).__file__).read()
+        assert "verbalizer.encode_prompts(" in source and "[INST]" not in source
+    assert script("03").parse_args([]).prompt == PROMPT
+
+
+def test_log_probabilities_are_over_the_whole_vocabulary():
+    logits = torch.log(torch.tensor([[0.5, 0.2, 0.1, 0.2]]))
+    log_p = verbalizer.label_log_probabilities(logits, [2, 1]).numpy()
+    assert np.exp(log_p) == pytest.approx(np.array([[0.1, 0.2]]), abs=1e-6)
+    assert verbalizer.log_odds(log_p) == pytest.approx([np.log(2)])
+    assert verbalizer.label_mass(log_p) == pytest.approx(0.3)
+
+
+def test_batch_calibration_centres_the_log_odds():
+    log_p = np.log(np.array([[0.1, 0.4], [0.2, 0.4], [0.3, 0.4]], dtype=np.float32))
+    bias = verbalizer.batch_calibration(verbalizer.log_odds(log_p))
+    assert bias == pytest.approx((np.log(4) + np.log(2) + np.log(4 / 3)) / 3)
+    logits = verbalizer.teacher_logits(log_p, bias)
+    assert (logits[:, 1] - logits[:, 0]).mean() == pytest.approx(0, abs=1e-6)
+    assert logits.argmax(axis=1).tolist() == [1, 0, 0]
+    raw = verbalizer.teacher_logits(log_p, 0.0)
+    softmax = np.exp(raw) / np.exp(raw).sum(axis=1, keepdims=True)
+    assert softmax[0] == pytest.approx([0.2, 0.8], abs=1e-6)
