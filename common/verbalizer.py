@@ -20,7 +20,7 @@ def prompt_parts(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> tuple[lis
     if prompt.count("{review}") != 1:
         stop("--prompt needs {review} once, where the review goes")
     before, after = prompt.split("{review}")
-    # The space before a review is its first token's, and SentencePiece tokenizers put one before any text by themselves.
+    # The space before a review is its first token's; SentencePiece tokenizers put one before any text by themselves.
     start = tokenizer(before.rstrip(" "))["input_ids"]
     (first, *_) = tokenizer.tokenize("x")
     if first.startswith(("▁", "Ġ")):

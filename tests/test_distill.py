@@ -90,36 +90,29 @@ def datasets(tiny, teacher_width: int = 0, layers: int = 2):
     return training.ReviewDataset(ids, labels, **teacher), training.ReviewDataset(ids, gold)
 
 
-def test_gradients_reach_the_projections_and_the_student(tiny, args, tmp_path):
+@pytest.fixture
+def trainer(tiny, args, tmp_path):
+    """A trainer with all three terms, whose student has projections into a width of 24."""
     train, _ = datasets(tiny, teacher_width=24)
     student = distill.Student(models.load_classifier(args.student_model), teacher_width=24)
-    trainer = distill.DistillationTrainer(
-        model=student,
-        args=training.training_arguments(args, CPU, tmp_path, 12),
-        train_dataset=train,
-        eval_dataset=train,
-        alpha=0.0,
-        temperature=2.0,
-        feature_weight=1.0,
-    )
-    batch = training.Collator(0)([train[row] for row in range(4)])
-    trainer.compute_loss(student.train(), batch).backward()
+    arguments = training.training_arguments(args, CPU, tmp_path, 12)
+    weights = {"alpha": 0.7, "temperature": 2.0, "feature_weight": 0.3}
+    return distill.DistillationTrainer(student, arguments, train_dataset=train, eval_dataset=train, **weights)
+
+
+def test_gradients_reach_the_projections_and_the_student(trainer):
+    trainer.alpha, student = 0.0, trainer.model.train()
+    batch = training.Collator(0)([trainer.train_dataset[row] for row in range(4)])
+    trainer.compute_loss(student, batch).backward()
     assert len(student.projections) == 2
     for projection in student.projections:
         assert projection.weight.shape[0] == 24 and projection.weight.grad.norm() > 0
     assert student.model.distilbert.embeddings.word_embeddings.weight.grad.norm() > 0
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(tiny, args, tmp_path):
-    train, _ = datasets(tiny, teacher_width=24)
-    student = distill.Student(models.load_classifier(args.student_model), teacher_width=24)
-    trainer = distill.DistillationTrainer(
-        model=student, args=training.training_arguments(args, CPU, tmp_path, 12), train_dataset=train, eval_dataset=train,
-        alpha=0.7, temperature=2.0, feature_weight=0.3,
-    )  # fmt: skip
-    batch = training.Collator(0)([train[row] for row in range(12)])
-    torch.nn.Module.train(student)
-    loss, output = trainer.compute_loss(student, batch, return_outputs=True)
+def test_the_loss_is_the_weighted_sum_of_its_terms(trainer):
+    batch = training.Collator(0)([trainer.train_dataset[row] for row in range(12)])
+    loss, output = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
     kl = distill.soft_label_loss(output["logits"], batch["teacher_logits"], 2.0)
     ce = distill.hard_label_loss(output["logits"], batch["labels"], 0.5)
     features = distill.feature_loss(output["features"], batch["teacher_features"].float())

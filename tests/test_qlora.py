@@ -39,7 +39,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_are_the_same_whether_or_not_an_evaluation_ran_before(tiny, script, batch):
-    # On processors with AVX512-BF16 bitsandbytes would repack the weights in the evaluation, and the cosine would be 0.1.
+    # With AVX512-BF16 bitsandbytes would repack the weights in the evaluation, and the gradients would be others.
     ids, labels, tokenizer = batch
     torch.manual_seed(0)
     fresh = gradients(with_lora(tiny, script), batch)

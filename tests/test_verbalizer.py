@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_a_prompt_without_a_review_slot_is_refused(tokenizer, stops):
 
 def test_03_04b_and_05_build_the_prompt_by_the_same_function(script):
     for number in ("03", "04b", "05"):
-        source = open(script(number).__file__).read()
+        source = Path(script(number).__file__).read_text(encoding="utf-8")
         assert "verbalizer.encode_prompts(" in source and "[INST]" not in source
     assert script("03").parse_args([]).prompt == PROMPT
 
