@@ -32,6 +32,8 @@ from common import artifacts, data, demo, device, memory, metrics, models, scori
 
 STEP = "05_benchmark"
 WARM_UP_REVIEWS = 16
+TEACHER, CONTROL = "teacher, fine-tuned", "control, no teacher"
+STUDENTS = {"04a_student_from_roberta": "student, white-box", "04b_student_from_mistral": "student, black-box"}
 COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
 
 
@@ -95,9 +97,8 @@ def load_encoder(args: argparse.Namespace, hardware: device.Hardware, folder: Pa
 
 
 def load_mistral(
-    args: argparse.Namespace, hardware: device.Hardware, folder: Path, run: dict, calibration: dict
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, facts: dict, calibration: dict
 ) -> Loaded:
-    facts = run["facts"]
     base = settings.locate(args, facts["base"])
     tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, folder / "adapter")
     label_ids = verbalizer.label_token_ids(tokenizer, facts["prompt"], facts["label_words"])
@@ -118,31 +119,28 @@ def load_mistral(
 
 def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: dict[str, dict]) -> list[Contender]:
     """One per model of the finished steps, in the order of the steps."""
-    found, root = [], Path(args.output_dir)
+    root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
+    found = []
     if "01_baseline" in runs:
         for name, folder in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
             found.append(Contender(name, "baseline", partial(load_bag_of_words, root / "01_baseline" / folder)))
     if "02_roberta" in runs:
-        facts = runs["02_roberta"]["facts"]
-        load = partial(load_encoder, args, hardware, root / "02_roberta" / "model", facts["max_length"])
-        found.append(Contender(short(facts["teacher"]), "teacher, fine-tuned", load))
+        load = partial(load_encoder, args, hardware, root / "02_roberta" / "model", facts["02_roberta"]["max_length"])
+        found.append(Contender(short(facts["02_roberta"]["teacher"]), TEACHER, load))
     if "03_mistral" in runs:
-        calibration = runs.get("04b_student_from_mistral", {}).get(
-            "facts", {"calibration": "none (no 04b)", "bias": 0.0}
-        )
-        load = partial(load_mistral, args, hardware, root / "03_mistral", runs["03_mistral"], calibration)
-        found.append(Contender(short(runs["03_mistral"]["facts"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True))
-    for step, kind in (
-        ("04a_student_from_roberta", "student, white-box"),
-        ("04b_student_from_mistral", "student, black-box"),
-    ):
+        calibration = facts.get("04b_student_from_mistral", {"calibration": "none (no 04b)", "bias": 0.0})
+        load = partial(load_mistral, args, hardware, root / "03_mistral", facts["03_mistral"], calibration)
+        found.append(Contender(short(facts["03_mistral"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True))
+    for step, kind in STUDENTS.items():
         if step in runs:
-            facts = runs[step]["facts"]
-            load = partial(load_encoder, args, hardware, root / step / "model", facts["max_length"])
-            found.append(Contender(f"{short(facts['student'])} from {short(facts['teacher'])}", kind, load))
-            if (root / step / "control").is_dir():
-                load = partial(load_encoder, args, hardware, root / step / "control", facts["max_length"])
-                found.append(Contender(f"{short(facts['student'])} control", "control, no teacher", load))
+            student, teacher = short(facts[step]["student"]), short(facts[step]["teacher"])
+            for folder, row in (
+                ("model", (f"{student} from {teacher}", kind)),
+                ("control", (f"{student} control", CONTROL)),
+            ):
+                if folder == "model" or (root / step / folder).is_dir():
+                    load = partial(load_encoder, args, hardware, root / step / folder, facts[step]["max_length"])
+                    found.append(Contender(*row, load))
     return found
 
 
@@ -179,12 +177,12 @@ def measure(
         "Latency (ms)": round(statistics.median(latency), 3),
         "Throughput (samp/s)": round(len(texts) / seconds, 2),
         "Speedup (x)": None,
-        "Size (MB)": round(loaded.weight_bytes / 1e6, 1),
-        "Params (M)": round(loaded.parameters / 1e6, 2),
+        "Size (MB)": round(loaded.weight_bytes / 1e6, 2),
+        "Params (M)": round(loaded.parameters / 1e6, 3),
         **quality,
         "latency_p90_ms": round(float(np.percentile(latency, 90)), 3),
         "latency_n": len(latency),
-        "peak_memory_mb": round(memory.peak_mb()),
+        "peak_gpu_memory_mb": round(memory.peak_mb()) if hardware.device == "cuda" else None,
         **loaded.facts,
         "status": "ok",
     }
@@ -193,11 +191,11 @@ def measure(
 
 def compare(table: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
     """Add the speed-ups over 02's row, and each row's McNemar p against the control on the reviews that both read."""
-    teacher = table[(table["Type"] == "teacher, fine-tuned") & (table["status"] == "ok")]
+    teacher = table[(table["Type"] == TEACHER) & (table["status"] == "ok")]
     if len(teacher):
         table["Speedup (x)"] = (teacher["Latency (ms)"].item() / table["Latency (ms)"]).round(2)
         table["throughput_speedup"] = (table["Throughput (samp/s)"] / teacher["Throughput (samp/s)"].item()).round(2)
-    control = table.loc[(table["Type"] == "control, no teacher") & (table["status"] == "ok"), "Model"]
+    control = table.loc[(table["Type"] == CONTROL) & (table["status"] == "ok"), "Model"]
     if len(control):
         labels, correct = predictions["label"] == 1, {}
         for name in table.loc[table["status"] == "ok", "Model"]:
@@ -259,6 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = {step: artifacts.read_json(artifacts.require(args, step, "run.json")) for step in finished}
     for run in runs.values():
         artifacts.refuse_conflict(args, run, reviews.fingerprints, same=())
+        artifacts.refuse_stale(args, run)
     folder = artifacts.begin(
         args, STEP, reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in finished}
     )
@@ -275,22 +274,15 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row, logits = measure(contender, part, latency_texts, hardware)
             predictions.loc[part.index, contender.name] = logits[:, 1] - logits[:, 0]
-        except (
-            Exception
-        ) as problem:  # one broken model must not cost the other rows: it is shown, and the exit code says so
+        except (Exception, settings.Stop) as problem:  # a broken model is a row and the exit code, not the others' end
             traceback.print_exc()
-            row = {
-                "Model": contender.name,
-                "Type": contender.kind,
-                "status": f"failed: {type(problem).__name__}: {problem}",
-            }
+            status = f"failed: {type(problem).__name__}: {problem}"
+            row = {"Model": contender.name, "Type": contender.kind, "status": status}
         rows.append(row)
         memory.free()
 
-    table = compare(
-        pd.DataFrame(rows).reindex(columns=list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))),
-        predictions,
-    )
+    columns = dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])
+    table = compare(pd.DataFrame(rows).reindex(columns=list(columns)), predictions)
     artifacts.write_table(folder / "benchmark.csv", table)
     artifacts.write_table(folder / "predictions.parquet", predictions)
     artifacts.write_json(folder / "environment.json", environment(hardware))

@@ -26,7 +26,7 @@ SCRIPTS = {
     "04b_student_from_mistral": "04b_distill_from_mistral.py",
     "05_benchmark": "05_benchmark.py",
 }
-PACKAGES = "torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()  # noqa: SIM905
+PACKAGES = "torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
 _process_started = time.time()
 
 
@@ -122,6 +122,14 @@ def refuse_conflict(
             stop(
                 f"{script} ran with {name} {theirs} and this step with {ours}: pass --{name.replace('_', '-')} {theirs}"
             )
+
+
+def refuse_stale(args: argparse.Namespace, run: dict) -> None:
+    """Stop when an earlier step that `run` read has been made again since, or made with other settings."""
+    for step in SCRIPTS:
+        current = Path(args.output_dir, step, "run.json")
+        if step in run["inputs"] and current.exists() and fingerprint(args, step) != run["inputs"][step]:
+            stop(f"{run['step']} learned from an earlier {step}: run {SCRIPTS[run['step']]} --force to make it anew")
 
 
 def begin(args: argparse.Namespace, step: str, inputs: dict[str, str]) -> Path:

@@ -1,106 +1,104 @@
 """The offline demo: a made-up review corpus, and tiny base checkpoints of the three architectures.
 
-The reviews come from a small grammar of this project, not from any corpus. It has what a bag of words cannot read: a negation
-some words before its adjective ("I did not find the script very funny"), a contrast in which one half counts ("although the
-cast is warm, the story is dull"), and a closing verdict that overrules what came before. The grammar decides the label.
-The checkpoints are pre-trained for seconds on text of the same grammar, so that fine-tuning has something to adapt.
+The reviews come from a grammar of this project, not from any corpus. It holds what a bag of words cannot read: a
+negation some words before its adjective ("I did not find the script very funny"), a contrast in which one half counts
+("although the cast is warm, the story is dull"), a verdict that overrules what came before, and plot that means
+nothing. The grammar decides the label. The checkpoints are pre-trained for seconds on text of the same grammar, so that
+fine-tuning and LoRA have something to adapt.
 """
 
 import json
-import os
 import random
-import shutil
-import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-PROMPT = "[INST] Is the sentiment of this movie review positive or negative?\n\n{review} [/INST] Sentiment:"  # that of verbalizer.py
-LABEL_WORDS = (" negative", " positive")
+import pandas as pd
+
+from common.artifacts import whole
+from common.verbalizer import LABEL_WORDS, PROMPT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SIZES = {"train": 1000, "test": 1000, "unsupervised": 3000}
 MAX_LENGTH = 512
 
-ASPECTS = (
-    "acting story dialogue music pacing script ending humour editing direction romance mystery plot cast soundtrack "
-    "photography premise finale opening structure"
-).split()
-ADJECTIVES = (  # by polarity: negative, positive
-    "boring dull clumsy tedious predictable flat silly weak lazy bland messy forgettable shallow annoying "
-    "lifeless hollow".split(),
-    "funny moving clever gripping charming fresh beautiful memorable touching warm witty elegant original convincing "
-    "lively subtle enjoyable".split(),
+ASPECTS = "acting story dialogue music pacing script ending humour editing plot cast soundtrack".split()
+ADJECTIVES = (  # by label: negative, positive
+    "boring dull clumsy tedious flat silly weak bland messy shallow".split(),
+    "funny moving clever gripping charming fresh beautiful warm witty subtle".split(),
 )
-# The same adverbs stand in plain and in negated clauses, so "very funny" as a pair of words says nothing about "not very funny".
-ADVERBS = ["really ", "very ", "particularly ", "truly ", "quite ", "terribly ", "all that ", "", "", "", ""]
-PLAIN = (
-    "the {x} is {a}|the {x} seemed {a}|the {x} felt {a}|I found the {x} {a}|I would call the {x} {a}|"
-    "most people will find the {x} {a}|the {x} turns out {a}|everybody finds the {x} {a}"
-).split("|")
+# The same adverbs stand in plain and negated clauses: "very funny" says nothing about "did not find it very funny".
+ADVERBS = ("really ", "very ", "truly ", "quite ", "terribly ", "")
+PLAIN = ("the {x} is {a}", "the {x} seemed {a}", "I found the {x} {a}", "most people will find the {x} {a}")
 NEGATED = (
-    "the {x} is not {a}|the {x} never seemed {a}|the {x} hardly felt {a}|I did not find the {x} {a}|"
-    "I would never call the {x} {a}|few people will find the {x} {a}|the {x} is by no means {a}|nobody finds the {x} {a}"
-).split("|")
-CONTRASTS = (
-    "{minor}, but {major}|{minor}, yet {major}|although {minor}, {major}|while {minor}, {major}|"
-    "{major}, although {minor}|{major}, even if {minor}"
-).split("|")
-VERDICTS = ["all in all", "overall", "in the end", "to sum up", "in short"]
+    "the {x} is not {a}",
+    "the {x} never seemed {a}",
+    "I did not find the {x} {a}",
+    "few people will find the {x} {a}",
+)
+CONTRASTS = ("{minor}, but {major}", "although {minor}, {major}")
+VERDICTS = ("all in all", "overall", "in the end")
+WHOLES = ("film", "movie", "picture")
 RECOMMENDATIONS = ("Avoid", "Watch")
-WHOLES = ["film", "movie", "picture", "feature", "whole"]
-
-PEOPLE = "baker sailor teacher widow detective farmer singer nurse soldier student pilot lawyer painter clerk doctor waiter".split()
+PEOPLE = (
+    "baker sailor teacher widow detective farmer singer nurse soldier student pilot lawyer painter clerk waiter".split()
+)
 PLACES = "Lisbon Chicago Bergen Naples Osaka Dublin Cairo Vienna Boston Madrid Prague Texas Norway Kenya".split()
-TIMES = "in winter|one summer|after the war|on a Monday|before dawn|at the harbour|years later|during a strike".split("|")
+TIMES = "in winter|one summer|after the war|on a Monday|before dawn|at the harbour|years later|during a strike".split(
+    "|"
+)
 EVENTS = (
-    "inherits a hotel|loses a letter|follows a stranger|buys an old boat|returns to the village|meets a rival|hides a suitcase|"
-    "wakes up in a train|opens a shop|joins a choir|searches for a brother|crosses the desert|borrows some money|"
-    "finds a photograph|misses the last bus|writes to a cousin"
+    "inherits a hotel|loses a letter|follows a stranger|buys an old boat|returns to the village|meets a rival|"
+    "hides a suitcase|wakes up in a train|opens a shop|joins a choir|searches for a brother|crosses the desert|"
+    "borrows some money|finds a photograph|misses the last bus|writes to a cousin"
 ).split("|")
 PLOTS = (
     "a {who} from {place} {event} and {then} {when}|{when} a {who} {event}, then {then} in {place}|"
     "we follow a {who} who {event} {when} in {place}|it begins when a {who} {event} near {place}"
 ).split("|")
+# Pre-training: (share of the steps, texts a batch). Clauses at first, then contrasts, then whole reviews: in this order
+# negation is learnt in seconds, all at once in many minutes.
+CURRICULUM = {"clause": (0.35, 64), "contrast": (0.25, 48), "review": (0.4, 32)}
 
 
-def _clause(rng: random.Random, polarity: int, nouns: list[str], negation: float) -> str:
+def _clause(rng: random.Random, label: int, nouns: list[str], negation: float) -> str:
     negated = rng.random() < negation
-    adjective = rng.choice(ADVERBS) + rng.choice(ADJECTIVES[1 - polarity if negated else polarity])
+    adjective = rng.choice(ADVERBS) + rng.choice(ADJECTIVES[1 - label if negated else label])
     return rng.choice(NEGATED if negated else PLAIN).format(x=rng.choice(nouns), a=adjective)
 
 
-def _opinion(rng: random.Random, polarity: int, negation: float, contrast: float) -> str:
-    major = _clause(rng, polarity, ASPECTS, negation)
+def _opinion(rng: random.Random, label: int, negation: float, contrast: float) -> str:
+    major = _clause(rng, label, ASPECTS, negation)
     if rng.random() >= contrast:
         return major
-    return rng.choice(CONTRASTS).format(minor=_clause(rng, 1 - polarity, ASPECTS, negation), major=major)
+    return rng.choice(CONTRASTS).format(minor=_clause(rng, 1 - label, ASPECTS, negation), major=major)
 
 
 def _plot(rng: random.Random) -> str:
     event, then = rng.sample(EVENTS, 2)
-    return rng.choice(PLOTS).format(
-        who=rng.choice(PEOPLE), place=rng.choice(PLACES), when=rng.choice(TIMES), event=event, then=then
-    )
+    words = {"who": rng.choice(PEOPLE), "place": rng.choice(PLACES), "when": rng.choice(TIMES)}
+    return rng.choice(PLOTS).format(event=event, then=then, **words)
 
 
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
+def _text(sentences: list[str]) -> str:
+    return " ".join(sentence[0].upper() + sentence[1:] + "." for sentence in sentences)
 
 
 def write_review(rng: random.Random, label: int) -> str:
-    """One review that means `label` (0 negative, 1 positive): two or three opinions, a plot, and perhaps a verdict."""
-    has_verdict = rng.random() < 0.4  # only a review that ends in a verdict may hold opinions against its label
-    opinions = []
-    for _ in range(rng.choice([2, 3, 3])):
-        dissent = has_verdict and rng.random() < 0.3
-        opinions.append(_opinion(rng, 1 - label if dissent else label, negation=0.15, contrast=0.3))
-    opinions.insert(rng.randrange(len(opinions)), _plot(rng))
-    if has_verdict:
-        opinions.append(f"{rng.choice(VERDICTS)}, {_clause(rng, label, WHOLES, negation=0.15)}")
-    return " ".join(_sentence(opinion) for opinion in opinions)
+    """One review that means `label` (0 negative, 1 positive): two opinions around a plot, and perhaps a verdict."""
+    has_verdict = rng.random() < 0.3
+    dissent = rng.randrange(2) if has_verdict and rng.random() < 0.5 else None  # only a verdict makes up for one
+    opinions = [_opinion(rng, 1 - label if place == dissent else label, 0.2, 0.4) for place in range(2)]
+    verdict = [f"{rng.choice(VERDICTS)}, {_clause(rng, label, WHOLES, negation=0.2)}"] if has_verdict else []
+    return _text([opinions[0], _plot(rng), opinions[1], *verdict])
 
 
-def write_reviews(seed: int = 42, train: int = 2000, test: int = 1000, unsupervised: int = 4000) -> dict[str, list[tuple]]:
-    """The corpus: per split a list of (text, label), sorted by label like IMDB; no text occurs twice in any split."""
+def write_reviews(sizes: dict[str, int], seed: int) -> dict[str, pd.DataFrame]:
+    """A table of text and label for each split, sorted by label like IMDB; no text occurs twice in any of them."""
     rng, seen, splits = random.Random(seed), set(), {}
-    for split, size in (("train", train), ("test", test), ("unsupervised", unsupervised)):
+    for split, size in sizes.items():
         rows = []
         while len(rows) < size:
             label = int(len(rows) >= size // 2)
@@ -108,34 +106,35 @@ def write_reviews(seed: int = 42, train: int = 2000, test: int = 1000, unsupervi
             if text not in seen:
                 seen.add(text)
                 rows.append((text, label))
-        if split == "unsupervised":
-            rng.shuffle(rows)
-            rows = [(text, -1) for text, _ in rows]
-        splits[split] = rows
+        splits[split] = pd.DataFrame(rows, columns=["text", "label"])
+    splits["unsupervised"] = splits["unsupervised"].sample(frac=1, random_state=seed).assign(label=-1)
     return splits
 
 
-def _pretraining_text(rng: random.Random, progress: float, prompts: bool) -> str:
-    """Opinions that agree and a recommendation (or an answered prompt): the web text on which a base model meets language."""
-    polarity = rng.randrange(2)
-    easy = progress < 0.6  # one clause at first, then contrasts and more sentences: negation is learnt in seconds, not minutes
-    count, contrast = (1, 0.0) if easy else (rng.choice([1, 2, 3]), 0.3)
-    text = " ".join(_sentence(_opinion(rng, polarity, negation=Q, contrast=contrast)) for _ in range(count))
-    if prompts and rng.random() < 0.5:
-        return PROMPT.format(review=text) + LABEL_WORDS[polarity]
-    return f"{text} {RECOMMENDATIONS[polarity]} it."
+def _pretraining_text(rng: random.Random, stage: str, prompts: bool) -> str:
+    """A text, and a recommendation or an answered prompt that agree with it: what a base model has read on the web."""
+    label = rng.randrange(2)
+    if stage == "review":
+        text = write_review(rng, label)
+    else:
+        sentences = [_opinion(rng, label, negation=0.2, contrast=0.6 if stage == "contrast" else 0.0)]
+        sentences = [_plot(rng)] * (rng.random() < 0.4) + sentences + [_plot(rng)] * (rng.random() < 0.4)
+        text = _text(sentences)
+    if prompts and rng.random() < 0.5:  # with two spaces: encode_prompts() encodes a review apart from its prompt
+        return f"{PROMPT.format(review=' ' + text)} {LABEL_WORDS[label]}"
+    return f"{text} {RECOMMENDATIONS[label]} it."
 
 
-def _roberta_tokenizer(texts: list[str]):
+def _roberta_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special_tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # in RoBERTa's order: positions count from the pad id
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # in RoBERTa's order: its positions count from the pad id
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+        vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=True)
@@ -143,136 +142,165 @@ def _roberta_tokenizer(texts: list[str]):
     return _wrap(tokenizer, **names, pad_token="<pad>", unk_token="<unk>", mask_token="<mask>")
 
 
-def _distilbert_tokenizer(texts: list[str]):
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+def _distilbert_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=2000, special_tokens=special_tokens, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    pieces = (piece for text in texts for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    words = sorted(set(pieces))  # by hand: WordPieceTrainer gives other ids, and other pieces, each time it runs
+    letters = sorted(set("".join(words)))
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    vocabulary = dict.fromkeys([*special.values(), *letters, *(f"##{letter}" for letter in letters), *words])
+    vocabulary = {token: token_id for token_id, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
+    tokenizer.add_special_tokens(list(special.values()))
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
-    return _wrap(tokenizer, **names)
+    return _wrap(tokenizer, **special)
 
 
-def _mistral_tokenizer(texts: list[str]):
+def _mistral_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation()]
-    )
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False
-    )
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([metaspace, pre_tokenizers.Punctuation()])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", "<s>", "</s>", *bytes_]
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    template = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", 1)]}
+    tokenizer.post_processor = processors.TemplateProcessing(**template)
     state = json.loads(tokenizer.to_str())  # the byte tokens were special only so that training kept them
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in byte_tokens]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in bytes_]
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
     return _wrap(Tokenizer.from_str(json.dumps(state)), **names, padding_side="left")
 
 
-def _wrap(tokenizer, **names):
+def _wrap(tokenizer: object, **names: str) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    inputs = ["input_ids", "attention_mask"]  # DistilBERT takes no token types
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, model_input_names=inputs, **names
-    )
+    names |= {"model_input_names": ["input_ids", "attention_mask"]}  # DistilBERT takes no token types
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, **names)
 
 
-def _roberta(tokenizer):
+def _roberta(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
     from transformers import RobertaConfig, RobertaForMaskedLM
 
-    return RobertaForMaskedLM(
-        RobertaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
-            max_position_embeddings=MAX_LENGTH + 2, type_vocab_size=1, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.05,
-        )
+    config = RobertaConfig(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=MAX_LENGTH + 2, type_vocab_size=1, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.05, **_ids(tokenizer),
     )  # fmt: skip
+    return RobertaForMaskedLM(config)
 
 
-def _distilbert(tokenizer):
+def _distilbert(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
     from transformers import DistilBertConfig, DistilBertForMaskedLM
 
-    return DistilBertForMaskedLM(
-        DistilBertConfig(
-            vocab_size=len(tokenizer), dim=96, n_layers=2, n_heads=4, hidden_dim=192, max_position_embeddings=MAX_LENGTH,
-            pad_token_id=tokenizer.pad_token_id, dropout=0.0, attention_dropout=0.0, initializer_range=0.05,
-        )
+    config = DistilBertConfig(
+        dim=96, n_layers=2, n_heads=4, hidden_dim=192, max_position_embeddings=MAX_LENGTH, dropout=0.0,
+        attention_dropout=0.0, initializer_range=0.05, **_ids(tokenizer),
     )  # fmt: skip
+    return DistilBertForMaskedLM(config)
 
 
-def _mistral(tokenizer):
+def _mistral(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
     from transformers import MistralConfig, MistralForCausalLM
 
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=256, max_position_embeddings=1024, sliding_window=None, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.05,
-        )
+    config = MistralConfig(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
+        max_position_embeddings=2 * MAX_LENGTH, sliding_window=None, initializer_range=0.05, **_ids(tokenizer),
     )  # fmt: skip
+    return MistralForCausalLM(config)
 
 
-def _last_id(tokenizer, word: str) -> int:
-    return tokenizer(f" {word.strip()}", add_special_tokens=False)["input_ids"][-1]
+def _ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int | None]:
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    return {"vocab_size": len(tokenizer), **ids}
 
 
-EASY=.7
-def _pretrain(model, tokenizer, steps: int, seed: int, learning_rate: float = 1e-3) -> None:
-    """Masked or causal language modelling, with most of the weight on opinion words: the rest is grammar, soon known."""
+ROLES = {  # tokenizer, model, pre-training steps, peak learning rate
+    "roberta": (_roberta_tokenizer, _roberta, 380, 1e-3),
+    "mistral": (_mistral_tokenizer, _mistral, 170, 1e-3),
+    "distilbert": (_distilbert_tokenizer, _distilbert, 300, 1.5e-3),
+}
+
+
+def _pretrain(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", steps: int, learning_rate: float, seed: int
+) -> None:
+    """Masked or causal language modelling; the words that need the whole text weigh most, the grammar is soon known."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    masked = tokenizer.mask_token is not None
-    if masked:
-        positions = model.base_model.embeddings.position_embeddings.weight
-        angles = torch.arange(len(positions))[:, None] / 10000 ** (torch.arange(0, positions.shape[1], 2) / positions.shape[1])
-        positions.data = SIN * torch.cat([angles.sin(), angles.cos()], dim=1)
-    verdict_ids = torch.tensor([_last_id(tokenizer, word) for word in (*RECOMMENDATIONS, *LABEL_WORDS)])
-    adjective_ids = torch.tensor([_last_id(tokenizer, word) for words in ADJECTIVES for word in words])
-    special_ids = torch.tensor(tokenizer.all_special_ids)
-    rng = random.Random(seed)
+    masked = tokenizer.mask_token_id is not None
+    words = RECOMMENDATIONS if masked else (*RECOMMENDATIONS, *LABEL_WORDS)
+    verdicts = torch.tensor([tokenizer(f" {word}", add_special_tokens=False)["input_ids"][-1] for word in words])
+    special = torch.tensor(tokenizer.all_special_ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, 2 - 2 * step / max(steps, 1), 1.0)
+    )
+    rng = random.Random(seed)
     model.train()
-    for step in range(steps):
-        texts = [_pretraining_text(rng, 0.1 if step < steps * EASY else .9, prompts=not masked) for _ in range(32)]
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
-        labels = batch["input_ids"]
-        is_verdict, is_adjective = torch.isin(labels, verdict_ids), torch.isin(labels, adjective_ids)
-        weights = (0.05 + 0.25 * is_adjective + 0.95 * is_verdict) * batch["attention_mask"]
-        if masked:
-            chosen = torch.rand(labels.shape) < M[0] + M[1] * is_adjective + M[2] * is_verdict
-            chosen &= ~torch.isin(labels, special_ids)
-            batch["input_ids"] = torch.where(chosen, tokenizer.mask_token_id, labels)
-            logits, labels, weights = model(**batch).logits[chosen], labels[chosen], weights[chosen]
-        else:
-            logits, labels, weights = model(**batch).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), weights[:, 1:].flatten()
-        loss = (cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if DEBUG and step % 100 == 99:
-            print(step + 1, round(loss.item(), 3), (logits[torch.isin(labels,verdict_ids[:4])].argmax(-1)==labels[torch.isin(labels,verdict_ids)]).float().mean().item(), round(time.process_time() - T0, 1), flush=True)
-    model.eval()
+    for stage, (share, size) in CURRICULUM.items():
+        for _ in range(round(share * steps)):
+            texts = [_pretraining_text(rng, stage, prompts=not masked) for _ in range(size)]
+            batch = tokenizer(texts, padding=True, return_tensors="pt")
+            labels = batch["input_ids"].clone()
+            learned = batch["attention_mask"].bool() & ~torch.isin(labels, special)
+            if masked:
+                learned &= (torch.rand(labels.shape) < 0.08) | torch.isin(labels, verdicts)
+                batch["input_ids"][learned & (torch.rand(labels.shape) < 0.95)] = tokenizer.mask_token_id
+                logits = model(**batch).logits[learned]
+            else:
+                learned[:, 0] = False
+                logits = model(**batch).logits[:, :-1][learned[:, 1:]]
+            labels = labels[learned]
+            weights = torch.where(torch.isin(labels, verdicts), 1.0, 0.05)
+            loss = (cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
 
-DEBUG, T0 = 0, time.process_time()
-SIN=.1
-M=(.03,.07,.87)
-Q=.3
+
+def prepare(folder: Path, sizes: dict[str, int] = SIZES, effort: float = 1.0, seed: int = 42) -> None:
+    """Make `folder`/reviews and the base checkpoints `folder`/{roberta,mistral,distilbert}, once, whole or not at all.
+
+    `effort` scales the pre-training steps. About a minute on two cores at 1.
+    """
+    if folder.exists():
+        return
+    import torch
+    import transformers
+
+    print("making the demo's reviews and tiny base checkpoints (once, about a minute)", flush=True)
+    started, rng = time.time(), random.Random(seed)
+    corpus = write_reviews(sizes, seed)
+    read = [*corpus["unsupervised"]["text"], *(_pretraining_text(rng, "review", prompts=True) for _ in range(1000))]
+    transformers.logging.disable_progress_bar()
+    with whole(folder) as temporary:
+        (temporary / "reviews").mkdir(parents=True)
+        for split, table in corpus.items():
+            table.to_parquet(temporary / "reviews" / f"{split}.parquet", index=False)
+        for role, (make_tokenizer, make_model, steps, learning_rate) in ROLES.items():
+            torch.manual_seed(seed)
+            tokenizer = make_tokenizer(read)
+            model = make_model(tokenizer)
+            _pretrain(model, tokenizer, round(effort * steps), learning_rate, seed)
+            model.save_pretrained(temporary / role)
+            tokenizer.save_pretrained(temporary / role)
+            print(
+                f"  {role}: {model.num_parameters() / 1e6:.2f} M parameters, {time.time() - started:.0f} s", flush=True
+            )

@@ -21,6 +21,20 @@ PRESETS: dict[str, dict[str, object]] = {
         "student_model": "demo:distilbert",
         "validation_samples": 300,
         "max_length": 128,
+        "weight_decay": 0.0,
+        "02_roberta.epochs": 4,
+        "02_roberta.learning_rate": 3e-4,
+        "02_roberta.batch_size": 16,
+        "02_roberta.micro_batch_size": 16,
+        "02_roberta.student_layers": 2,
+        "03_mistral.max_train_samples": "600",
+        "03_mistral.epochs": 2,
+        "03_mistral.learning_rate": 2e-3,
+        "03_mistral.micro_batch_size": 16,
+        "03_mistral.gradient_checkpointing": False,
+        "04a_student_from_roberta.learning_rate": 5e-4,
+        "04b_student_from_mistral.learning_rate": 5e-4,
+        "05_benchmark.max_llm_samples": 500,
     },
 }
 
@@ -28,10 +42,21 @@ PRESETS: dict[str, dict[str, object]] = {
 NOT_COMPARED = {"preset", "output_dir", "force", "precision", "batch_tokens", "gradient_checkpointing"}
 
 
+class Stop(SystemExit):
+    """A person's mistake: exit code 2, argparse's own."""
+
+    def __init__(self, message: str):
+        super().__init__(2)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def stop(message: str) -> NoReturn:
-    """Tell a person's mistake in one sentence, with its remedy, and leave with exit code 2 (argparse's own)."""
+    """Tell a person's mistake in one sentence, with its remedy, and leave with exit code 2."""
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise Stop(message)
 
 
 def positive_int(text: str) -> int:

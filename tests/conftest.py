@@ -79,18 +79,9 @@ def stops(capsys):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """The demo's three architectures and tokenizers as folders, not pre-trained: enough for everything but accuracy."""
-    import torch
-
+    """The demo's three base checkpoints, not pre-trained: enough for everything but accuracy."""
     from common import demo
-    from common.verbalizer import LABEL_WORDS, PROMPT
 
-    folder = tmp_path_factory.mktemp("tiny")
-    corpus = demo.write_reviews(train=200, test=2, unsupervised=2)
-    texts = [f"{PROMPT.format(review=text)} {LABEL_WORDS[label]}" for text, label in corpus["train"]]
-    for role in ("roberta", "mistral", "distilbert"):
-        tokenizer = getattr(demo, f"_{role}_tokenizer")(texts)
-        torch.manual_seed(0)
-        getattr(demo, f"_{role}")(tokenizer).save_pretrained(folder / role)
-        tokenizer.save_pretrained(folder / role)
+    folder = tmp_path_factory.mktemp("tiny") / "demo"
+    demo.prepare(folder, sizes={"train": 200, "test": 2, "unsupervised": 200}, effort=0.0)
     return folder

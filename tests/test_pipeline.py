@@ -178,5 +178,17 @@ def test_a_model_that_fails_is_a_row_that_says_so_and_a_non_zero_exit(outputs, f
     assert not (tmp_path / "05_benchmark" / "run.json").exists()
 
 
+def test_a_student_of_a_teacher_that_was_made_again_is_refused(outputs, flags, script, stops, tmp_path):
+    for step in ("02_roberta", "04a_student_from_roberta"):
+        (tmp_path / step).mkdir()
+        for file in (outputs / step).glob("*.json"):
+            (tmp_path / step / file.name).write_bytes(file.read_bytes())
+    made_again = tmp_path / "02_roberta" / "run.json"
+    made_again.write_text(made_again.read_text().replace('"wall_time_s": ', '"wall_time_s": 1'))
+    stops(
+        lambda: script("05").main([*flags["05"], "--output-dir", str(tmp_path)]), "04a_distill_from_roberta.py --force"
+    )
+
+
 def test_every_script_has_a_step(script):
     assert [script(number).STEP for number in NUMBERS] == list(artifacts.SCRIPTS)

@@ -1,0 +1,62 @@
+import random
+
+import pandas as pd
+import pytest
+
+from common import data, demo
+
+SMALL = {"train": 60, "test": 40, "unsupervised": 50}
+
+
+def test_the_corpus_is_the_same_for_the_same_seed_and_another_for_another():
+    first, again, other = (demo.write_reviews(SMALL, seed) for seed in (1, 1, 2))
+    for split in SMALL:
+        pd.testing.assert_frame_equal(first[split], again[split])
+    assert not set(first["train"]["text"]) & set(other["train"]["text"])
+
+
+def test_the_corpus_is_sorted_by_label_like_imdb_and_no_text_occurs_twice():
+    corpus = demo.write_reviews(SMALL, 1)
+    assert corpus["train"]["label"].tolist() == [0] * 30 + [1] * 30
+    assert set(corpus["unsupervised"]["label"]) == {-1}
+    texts = pd.concat(corpus.values())["text"]
+    assert texts.is_unique and len(texts) == sum(SMALL.values())
+
+
+def test_the_grammar_decides_the_label():
+    rng = random.Random(0)
+    for label in (0, 1):
+        for _ in range(50):
+            adjective = demo._clause(rng, label, ["plot"], negation=0.0).split()[-1]
+            assert adjective in demo.ADJECTIVES[label]
+            negated = demo._clause(rng, label, ["plot"], negation=1.0).split()[-1]
+            assert negated in demo.ADJECTIVES[1 - label]
+
+
+def test_reviews_of_both_labels_use_the_same_words():
+    # What a bag of words cannot read: each adjective stands in reviews of both labels.
+    corpus = demo.write_reviews({"train": 2000, "test": 2, "unsupervised": 2}, 1)["train"]
+    for word in (word for words in demo.ADJECTIVES for word in words):
+        share = corpus.loc[corpus["text"].str.contains(word), "label"].mean()
+        assert 0.15 < share < 0.85, word
+
+
+def test_prepare_makes_what_load_reviews_reads_and_a_second_time_does_nothing(tiny, capsys):
+    before = {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}
+    demo.prepare(tiny)
+    assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == before
+    assert capsys.readouterr().out == ""
+    assert set(data._read_folder(tiny / "reviews", ["train", "test", "transfer"])) == {"train", "test", "transfer"}
+
+
+@pytest.mark.parametrize(
+    ("role", "architecture"),
+    [("roberta", "RobertaForMaskedLM"), ("mistral", "MistralForCausalLM"), ("distilbert", "DistilBertForMaskedLM")],
+)
+def test_the_checkpoints_are_of_the_true_architectures(tiny, role, architecture):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(tiny / role)
+    assert config.architectures == [architecture]
+    if role == "mistral":
+        assert config.num_key_value_heads < config.num_attention_heads and config.sliding_window is None
