@@ -60,7 +60,7 @@ def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, facts: dic
             log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
             return {"scores": log_p}
 
-        scoring.in_chunks(folder, split, table, scoring.LOG_PROBABILITIES, score)
+        scoring.in_chunks(folder, split, table, scoring.LOG_PROBABILITIES, score, chunk=250)
 
 
 def read_teacher(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -> tuple[dict, dict]:

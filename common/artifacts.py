@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from common.settings import NOT_COMPARED, stop
@@ -68,12 +67,6 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
             table.to_csv(temporary, index=False)
         else:
             table.to_parquet(temporary, index=False)
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Write one array as .npy, whole or not at all."""
-    with whole(path) as temporary, open(temporary, "wb") as handle:
-        np.save(handle, array, allow_pickle=False)
 
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:

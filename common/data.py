@@ -47,9 +47,7 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
     """
     name = locate(args, args.dataset)
     # The test split is read even where only train is asked for: its texts must leave train and transfer.
-    needed = [
-        split for split in ("train", "test", "transfer") if split in reads or split != "transfer" and "train" in reads
-    ]
+    needed = list(dict.fromkeys((*reads, "test")))
     read = _read_folder(Path(name), needed) if Path(name).is_dir() else _read_hub(name, needed)
     splits = {split: _clean(table, split) for split, table in read.items()}
     fingerprints = {f"dataset/{split}": _fingerprint(table) for split, table in splits.items()}
