@@ -50,8 +50,8 @@ def load_classifier(name: str) -> "PreTrainedModel":
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, num_labels=2, **labels)
     # Trainer believes that a classifier with **kwargs normalises its own loss, and skips its division by accumulation.
     model.accepts_loss_kwargs = False
-    # transformers 5.0 saves a loaded model's LayerNorms as gamma and beta, which its Trainer does not read back: neither
-    # the best nor an interrupted checkpoint would be restored whole. Without this record it saves today's names.
+    # transformers 5.0 saves a loaded model's LayerNorms as gamma and beta, which its Trainer does not read back: no
+    # best or interrupted checkpoint would be restored whole. Without this record it saves today's names.
     vars(model).pop("_weight_conversions", None)
     return model
 
