@@ -60,3 +60,21 @@ def test_the_checkpoints_are_of_the_true_architectures(tiny, role, architecture)
     assert config.architectures == [architecture]
     if role == "mistral":
         assert config.num_key_value_heads < config.num_attention_heads and config.sliding_window is None
+
+
+def test_the_same_seed_gives_the_same_weights_and_vocabularies(tmp_path):
+    for name in ("first", "again"):
+        demo.prepare(tmp_path / name, sizes=SMALL, effort=0.01)
+    files = [path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "tokenizer.json", "train.parquet"} <= {file.name for file in files}
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("role", ["roberta", "mistral"])
+def test_no_byte_of_any_alphabet_is_lost(tiny, role):
+    from common import models
+
+    tokenizer, text = models.load_tokenizer(str(tiny / role)), "Привет 世界 😀 naïve"
+    (ids,) = models.token_ids(tokenizer, [text])
+    assert tokenizer.decode(ids).strip() == text
