@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
