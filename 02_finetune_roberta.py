@@ -42,7 +42,6 @@ def finetune(
 
     device.seed_everything(args.seed)
     model = models.load_classifier(settings.locate(args, args.roberta_model))
-    models.check_length(args.max_length, tokenizer, model)
     train, validation = (
         training.ReviewDataset(models.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
         for part in (reviews.train, reviews.validation)
@@ -79,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
+    models.check_length(args.max_length, settings.locate(args, args.roberta_model))
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     tokenizer = models.load_tokenizer(settings.locate(args, args.roberta_model))
     if not (folder / "model").exists():

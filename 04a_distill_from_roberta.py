@@ -68,7 +68,7 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
     """The teacher's layer for each of the student's; stops when 02 saved others."""
     from common import distill
 
-    depth = models.depth(settings.locate(args, args.student_model))
+    depth = models.load_config(settings.locate(args, args.student_model)).num_hidden_layers
     layers = distill.mapped_layers(depth, facts["teacher_layers"])
     if not set(layers) <= set(facts["feature_layers"]):
         settings.stop(
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
     inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
+    models.check_length(args.max_length, settings.locate(args, args.student_model))
     folder = artifacts.begin(args, STEP, inputs)
     facts = teacher_run["facts"]
 

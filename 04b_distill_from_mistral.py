@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
     inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
+    models.check_length(args.max_length, settings.locate(args, args.student_model))
     folder = artifacts.begin(args, STEP, inputs)
     facts = teacher_run["facts"]
 

@@ -145,7 +145,10 @@ def begin(args: argparse.Namespace, step: str, inputs: dict[str, str]) -> Path:
                 raise SystemExit(0)
             print(f"{folder}/ was interrupted; continuing.")
             return folder
-    write_json(folder / "started.json", now)
+    try:
+        write_json(folder / "started.json", now)
+    except OSError as problem:
+        stop(f"{folder}/ cannot be written ({problem.strerror}): pass another --output-dir, or free some space")
     return folder
 
 

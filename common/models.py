@@ -13,7 +13,7 @@ from common.settings import stop
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # Sun et al. 2019 (How to Fine-Tune BERT), 5.3.1: 128 tokens of the head and 382 of the tail beat either alone on IMDB.
 HEAD_SHARE = 0.25
@@ -32,12 +32,12 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def depth(name: str) -> int:
-    """The number of layers of a hub name or folder, from its configuration alone."""
+def load_config(name: str) -> "PretrainedConfig":
+    """The configuration of a hub name or folder, without its weights."""
     from transformers import AutoConfig
 
     with _explained(name):
-        return AutoConfig.from_pretrained(name).num_hidden_layers
+        return AutoConfig.from_pretrained(name)
 
 
 def load_classifier(name: str) -> "PreTrainedModel":
@@ -107,20 +107,14 @@ def _avoid_gqa_kernel() -> None:
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
-def context_length(tokenizer: "PreTrainedTokenizerFast", model: "PreTrainedModel") -> int:
-    """The longest input in tokens; RoBERTa's and MPNet's positions begin after the padding id."""
-    positions = getattr(model.config, "max_position_embeddings", 10**9)
-    offset = (
-        tokenizer.pad_token_id + 1 if model.config.model_type in ("roberta", "mpnet", "xlm-roberta", "camembert") else 0
-    )
-    return positions - offset
-
-
-def check_length(max_length: int, tokenizer: "PreTrainedTokenizerFast", model: "PreTrainedModel") -> None:
-    """Stop when --max-length is more than the model's positions can hold."""
-    longest = context_length(tokenizer, model)
+def check_length(max_length: int, name: str) -> None:
+    """Stop when --max-length is more than an encoder's positions can hold."""
+    config = load_config(name)
+    # RoBERTa's and MPNet's positions begin after the padding id.
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    longest = config.max_position_embeddings - offset
     if max_length > longest:
-        stop(f"--max-length {max_length} is more than the {longest} positions of {model.config.name_or_path}")
+        stop(f"--max-length {max_length} is more than the {longest} positions of {name}")
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:

@@ -155,6 +155,12 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be at least 0")
+    if (
+        "micro_batch_size" in args
+        and args.batch_size > args.micro_batch_size
+        and args.batch_size % args.micro_batch_size
+    ):
+        parser.error("--batch-size must be a multiple of --micro-batch-size")
     return args
 
 

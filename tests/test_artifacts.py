@@ -86,6 +86,12 @@ def test_a_damaged_json_file_is_named(args, stops, tmp_path):
     stops(lambda: artifacts.read_json(tmp_path / "run.json"), "run.json is damaged")
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(args, stops, tmp_path):
+    (tmp_path / "file").touch()
+    args.output_dir = str(tmp_path / "file")
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "cannot be written", "another --output-dir")
+
+
 def test_run_json_holds_what_a_reader_needs(args):
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     artifacts.finish(args, folder, {"max_length": 512}, peak_memory_mb=12.3)

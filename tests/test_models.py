@@ -54,17 +54,13 @@ def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(ti
     assert 4 * others + linear * 0.5 < weight_bytes < 4 * others + linear * (0.5 + 1 / 64) + 40_000
 
 
-def test_the_positions_of_roberta_begin_after_its_padding_id(tiny):
-    for role, longest in (("roberta", 512), ("distilbert", 512)):
-        model, tokenizer = models.load_classifier(str(tiny / role)), models.load_tokenizer(str(tiny / role))
-        assert models.context_length(tokenizer, model) == longest
-        (ids,) = models.encode(tokenizer, ["dull " * 2000], longest)
-        model(input_ids=torch.tensor(ids[None].astype(np.int64)))
-
-
-def test_too_long_an_input_is_refused(tiny, stops):
-    model, tokenizer = models.load_classifier(str(tiny / "roberta")), models.load_tokenizer(str(tiny / "roberta"))
-    stops(lambda: models.check_length(513, tokenizer, model), "--max-length 513", "512 positions")
+@pytest.mark.parametrize("role", ["roberta", "distilbert"])
+def test_the_longest_allowed_input_runs_and_a_longer_one_is_refused(tiny, role, stops):
+    model, tokenizer = models.load_classifier(str(tiny / role)), models.load_tokenizer(str(tiny / role))
+    models.check_length(512, str(tiny / role))
+    (ids,) = models.encode(tokenizer, ["dull " * 2000], 512)
+    model(input_ids=torch.tensor(ids[None].astype(np.int64)))
+    stops(lambda: models.check_length(513, str(tiny / role)), "--max-length 513", "512 positions")
 
 
 def test_a_folder_that_is_no_model_and_a_missing_folder_are_told_apart(tmp_path, stops):
