@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from common.data import LABELS
 from common.settings import NOT_COMPARED, stop
 
 SCRIPTS = {
@@ -104,8 +105,11 @@ def refuse_conflict(
     """Stop when an earlier step (its run.json) read other reviews, or split them otherwise, than this one would.
 
     Other reviews: its example_ids name other texts. Another split: it has trained on this step's validation reviews.
+    Another order of the labels: its logits mean the opposite.
     """
     script = SCRIPTS[run["step"]]
+    if run["facts"].get("labels") != list(LABELS):
+        stop(f"{script} numbered the labels {run['facts'].get('labels')}, not {list(LABELS)}: run it again")
     for split, ours in fingerprints.items():
         if run["inputs"].get(split, ours) != ours:
             stop(f"{script} read other reviews ({split} differs): pass the --dataset that it read, or run it again")
@@ -167,6 +171,8 @@ def _refuse_other(folder: Path, state: str, then: dict, now: dict) -> None:
 
 def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: float) -> None:
     """Write run.json, whose presence means "finished". `facts` are what later steps must match."""
+    for leftover in folder.glob("*checkpoints"):  # of a run that was killed between saving a model and deleting them
+        shutil.rmtree(leftover)
     started = read_json(folder / "started.json")
     run = {
         **started,

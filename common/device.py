@@ -48,8 +48,10 @@ def detect(precision: str) -> Hardware:
     auto is fp16 on a GPU before compute capability 8.0 (a T4: torch counts its emulated bf16 as support), bf16 from
     there on, fp32 on a CPU.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stop("these scripts run as one process so far: start them with python instead of torchrun")
     # One process drives one GPU: with two in sight Trainer falls into nn.DataParallel, and a 4-bit model would split.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LOCAL_RANK", "0"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     _quiet_libraries()
     import torch
 

@@ -138,6 +138,7 @@ def in_chunks(
     """
     n, parts = len(reviews), folder / f"{split}_chunks"
     if (folder / f"{split}.parquet").exists() or n == 0:
+        shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed between the table and this
         return
     started, scored = time.time(), 0
     for begin in range(0, n, chunk):

@@ -105,9 +105,11 @@ def test_run_json_holds_what_a_reader_needs(args):
 def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(args, stops):
     args.validation_samples = 20
     folder = artifacts.begin(args, "02_roberta", INPUTS)
-    artifacts.finish(args, folder, {}, peak_memory_mb=1)
+    artifacts.finish(args, folder, {"labels": ["negative", "positive"]}, peak_memory_mb=1)
     run = artifacts.read_json(folder / "run.json")
     artifacts.refuse_conflict(args, run, INPUTS)
+    swapped = run | {"facts": {"labels": ["positive", "negative"]}}
+    stops(lambda: artifacts.refuse_conflict(args, swapped, INPUTS), "numbered the labels", "run it again")
     stops(
         lambda: artifacts.refuse_conflict(args, run, {"dataset/train": "bb"}),
         "02_finetune_roberta.py read other reviews",
