@@ -50,13 +50,15 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
         table = getattr(reviews, split)
         if not len(table):
             continue
+        artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}.parquet")
         in_file, scores = scoring.read_scores(folder, split, scoring.LOGITS)
         rows = distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")
         logits.append(scores[rows])
         if split == "train":
             distill.refuse_bad_teacher(logits[0], table["label"].to_numpy(), split)
         if args.feature_weight > 0:
-            features.append((np.load(folder / f"{split}_features.npy", mmap_mode="r"), rows))
+            file = artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}_features.npy")
+            features.append((artifacts.read_array(file), rows))
     teacher = {"teacher_logits": np.concatenate(logits)}
     if features:
         saved = [facts["feature_layers"].index(layer) for layer in student_to_teacher_layers(args, facts)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from common.data import LABELS
@@ -61,6 +62,22 @@ def read_json(path: Path) -> dict:
         stop(f"{path} is damaged: delete its folder and run the step that made it again")
 
 
+def read_array(path: Path) -> np.ndarray:
+    """Memory-map a .npy file of an earlier step."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as problem:
+        stop(f"{path} is damaged ({problem}): run the script that made it again with --force")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a parquet table of an earlier step."""
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as problem:  # pyarrow's errors are ValueErrors
+        stop(f"{path} is damaged ({problem}): run the script that made it again with --force")
+
+
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV or parquet (by the name's ending), whole or not at all."""
     with whole(path) as temporary:
@@ -76,8 +93,11 @@ def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
     path = folder.joinpath(*parts)
     if (folder / "started.json").exists() and not (folder / "run.json").exists():
         stop(f"{folder}/ is not finished: run {SCRIPTS[step]} again to continue it")
-    if not (folder / "run.json").exists() or not path.exists():
-        stop(f"{path}{'' if path.suffix else '/'} is missing: run {SCRIPTS[step]} first")
+    shown = f"{path}{'' if path.suffix else '/'}"
+    if not (folder / "run.json").exists():
+        stop(f"{shown} is missing: run {SCRIPTS[step]} first")
+    if not path.exists():
+        stop(f"{shown} is missing though its step is finished: run {SCRIPTS[step]} --force to make it again")
     return path
 
 

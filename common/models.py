@@ -184,10 +184,11 @@ def _explained(name: str) -> Iterator[None]:
     if not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         stop(f"the model folder {name} does not exist: pass a folder written by save_pretrained or a hub name")
     from huggingface_hub.errors import GatedRepoError
+    from safetensors import SafetensorError
 
     try:
         yield
-    except OSError as problem:
+    except (OSError, ValueError, SafetensorError) as problem:  # ValueError: an unknown kind of model or tokenizer
         gated = isinstance(problem, GatedRepoError) or "gated repo" in str(problem)
         if gated:
             stop(f"{name} is gated: accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN")

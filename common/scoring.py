@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common.artifacts import whole, write_table
+from common.artifacts import read_table, whole, write_table
 from common.device import Hardware
 from common.verbalizer import label_log_probabilities
 
@@ -191,5 +191,5 @@ def _fill(joined: np.ndarray, files: list[Path], key: str) -> None:
 
 def read_scores(folder: Path, split: str, columns: tuple[str, str]) -> tuple[pd.Index, np.ndarray]:
     """The example_ids and the (n, 2) float32 scores that `in_chunks` wrote."""
-    table = pd.read_parquet(folder / f"{split}.parquet")
+    table = read_table(folder / f"{split}.parquet")
     return pd.Index(table["example_id"]), table[list(columns)].to_numpy(np.float32)

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,15 @@ def test_the_longest_allowed_input_runs_and_a_longer_one_is_refused(tiny, role, 
 def test_a_folder_that_is_no_model_and_a_missing_folder_are_told_apart(tmp_path, stops):
     stops(lambda: models.load_tokenizer(str(tmp_path)), "no config.json")
     stops(lambda: models.load_classifier("./nowhere"), "does not exist")
+
+
+def test_weights_cut_short_and_an_unknown_kind_of_model_are_one_sentence(tiny, tmp_path, stops):
+    shutil.copytree(tiny / "distilbert", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    stops(lambda: models.load_classifier(str(tmp_path / "model")), "cannot be loaded")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    stops(lambda: models.load_config(str(tmp_path / "model")), "cannot be loaded")
 
 
 def test_a_hub_name_without_the_hub_is_one_sentence(stops, monkeypatch, tmp_path):

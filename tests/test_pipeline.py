@@ -1,6 +1,7 @@
 """All six scripts, end to end, on tiny models and a few reviews; and each script without its input."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -188,6 +189,25 @@ def test_a_student_of_a_teacher_that_was_made_again_is_refused(outputs, flags, s
     stops(
         lambda: script("05").main([*flags["05"], "--output-dir", str(tmp_path)]), "04a_distill_from_roberta.py --force"
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("train_features.npy", None, "02_finetune_roberta.py --force"),
+        ("transfer.parquet", None, "02_finetune_roberta.py --force"),
+        ("train_features.npy", 500, "is damaged"),
+        ("transfer.parquet", 500, "is damaged"),
+    ],
+)
+def test_a_missing_or_cut_file_of_02_is_named(outputs, flags, script, stops, tmp_path, file, damage, words):
+    shutil.copytree(outputs / "02_roberta", tmp_path / "02_roberta")
+    path = tmp_path / "02_roberta" / "soft_labels" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(content[:damage])
+    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), file, words)
 
 
 def test_every_script_has_a_step(script):
