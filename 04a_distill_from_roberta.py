@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print("04a_distill_from_roberta.py with")
     settings.show(args)
-    teacher_run = artifacts.read_json(artifacts.require(args, TEACHER_STEP, "run.json"))
+    teacher_run = artifacts.read_run(args, TEACHER_STEP)
     hardware = device.detect(args.precision)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))

@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("test",))
-    runs = {step: artifacts.read_json(artifacts.require(args, step, "run.json")) for step in finished}
+    runs = {step: artifacts.read_run(args, step) for step in finished}
     for run in runs.values():
         artifacts.refuse_conflict(args, run, reviews.fingerprints, same=())
         artifacts.refuse_stale(args, run)

@@ -101,6 +101,15 @@ def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
     return path
 
 
+def read_run(args: argparse.Namespace, step: str) -> dict:
+    """The run.json of a finished step."""
+    path = require(args, step, "run.json")
+    run = read_json(path)
+    if not {"step", "settings", "inputs", "facts"} <= run.keys():
+        stop(f"{path} is damaged: run {SCRIPTS[step]} again with --force")
+    return run
+
+
 def fingerprint(args: argparse.Namespace, step: str) -> str:
     """What identifies a finished step: the SHA-256 of its run.json, which is written last and holds everything else."""
     return hashlib.sha256(require(args, step, "run.json").read_bytes()).hexdigest()[:16]

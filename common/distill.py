@@ -152,7 +152,9 @@ class FeatureRows:
 
 
 def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: str) -> None:
-    """Stop when soft labels cannot teach: constant, or against the gold labels (swapped order)."""
+    """Stop when soft labels cannot teach: not numbers, constant, or against the gold labels (swapped order)."""
+    if not np.isfinite(teacher_logits).all():
+        settings.stop(f"the teacher's logits on {split} are not all finite: redo the teacher's step with --force")
     if float(np.ptp(teacher_logits[:, 1] - teacher_logits[:, 0])) < 1e-6:
         settings.stop(
             f"the teacher's logits on {split} are constant: its scoring or training failed; redo the teacher's step"

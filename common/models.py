@@ -80,6 +80,8 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
     if adapter is not None:
         from peft import PeftModel
 
+        if not (adapter / "adapter_config.json").is_file():
+            stop(f"{adapter}/ is no adapter (it has no adapter_config.json): run 03_finetune_mistral.py --force")
         model = PeftModel.from_pretrained(model, str(adapter), torch_device=hardware.device)
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
         _avoid_gqa_kernel()

@@ -109,6 +109,7 @@ def training_arguments(
         use_cpu=hardware.device == "cpu",
         dataloader_pin_memory=hardware.device == "cuda",
         seed=args.seed,
+        logging_nan_inf_filter=False,  # else a NaN is logged as 0, and train() could not see it
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,

@@ -81,6 +81,12 @@ def test_an_unfinished_input_says_so(args, stops):
     stops(lambda: artifacts.require(args, "03_mistral", "adapter"), "not finished", "03_finetune_mistral.py again")
 
 
+def test_a_run_json_without_its_content_is_damaged(args, stops, tmp_path):
+    (tmp_path / "02_roberta").mkdir()
+    (tmp_path / "02_roberta" / "run.json").write_text("{}")
+    stops(lambda: artifacts.read_run(args, "02_roberta"), "run.json is damaged", "02_finetune_roberta.py again")
+
+
 def test_a_damaged_json_file_is_named(args, stops, tmp_path):
     (tmp_path / "run.json").write_text('{"step": ')
     stops(lambda: artifacts.read_json(tmp_path / "run.json"), "run.json is damaged")

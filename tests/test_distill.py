@@ -157,4 +157,5 @@ def test_constant_and_swapped_teachers_are_refused(stops):
     constant, right = np.tile([1.0, 2.0], (100, 1)), np.eye(2)[labels]
     stops(lambda: distill.refuse_bad_teacher(constant, labels, "train"), "constant")
     stops(lambda: distill.refuse_bad_teacher(right[:, ::-1], labels, "train"), "label order is swapped")
+    stops(lambda: distill.refuse_bad_teacher(np.where(right == 1, np.nan, 0), labels, "train"), "not all finite")
     distill.refuse_bad_teacher(right, labels, "train")

@@ -113,6 +113,12 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
         assert torch.equal(weight, continued.model.state_dict()[name]), name
 
 
+def test_a_training_that_diverges_is_refused_before_anything_is_saved(tiny, tmp_path, args, stops):
+    trainer = make_trainer(tiny, tmp_path, args)
+    torch.nn.init.constant_(trainer.model.classifier.bias, float("nan"))
+    stops(lambda: training.train(trainer), "became NaN", "--learning-rate")
+
+
 def test_a_model_that_calls_everything_one_class_is_refused(stops):
     labels = np.arange(100) % 2
     one_class = np.tile([1.0, 0.0], (100, 1))
