@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     models.check_length(args.max_length, settings.locate(args, args.roberta_model))
-    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     tokenizer = models.load_tokenizer(settings.locate(args, args.roberta_model))
+    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     if not (folder / "model").exists():
         finetune(args, reviews, tokenizer, hardware, folder)
 

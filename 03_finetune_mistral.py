@@ -95,11 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train",))
-    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
-
-    from common import training
-
     base = settings.locate(args, args.mistral_model)
+    models.check_length(args.max_length, base)
     tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
     train_ids, validation_ids = (
@@ -107,6 +104,11 @@ def main(argv: list[str] | None = None) -> None:
         for table in (reviews.train, reviews.validation)
     )
     labels = reviews.validation["label"].to_numpy()
+    # Every mistake in the flags is told before --force may delete anything.
+    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+
+    from common import training
+
     if not (folder / "adapter").exists():
         train = training.ReviewDataset(train_ids, reviews.train["label"])
         validation = training.ReviewDataset(validation_ids, labels)
@@ -126,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         "label_words": args.label_words,
         "label_token_ids": label_ids,
         "max_length": args.max_length,
+        "validation_accuracy": scores["accuracy"],
     }
     artifacts.finish(args, folder, facts, memory.peak_mb())
     print(f"validation accuracy {metrics.in_words(scores)}")

@@ -58,7 +58,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
             distill.refuse_bad_teacher(logits[0], table["label"].to_numpy(), split)
         if args.feature_weight > 0:
             file = artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}_features.npy")
-            features.append((artifacts.read_array(file), rows))
+            features.append((artifacts.read_array(file, len(in_file)), rows))
     teacher = {"teacher_logits": np.concatenate(logits)}
     if features:
         saved = [facts["feature_layers"].index(layer) for layer in student_to_teacher_layers(args, facts)]
@@ -92,13 +92,13 @@ def main(argv: list[str] | None = None) -> None:
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
     inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
     models.check_length(args.max_length, settings.locate(args, args.student_model))
-    folder = artifacts.begin(args, STEP, inputs)
+    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
     facts = teacher_run["facts"]
+    teacher = read_teacher(args, reviews, facts)
+    folder = artifacts.begin(args, STEP, inputs)
 
     from common import distill, training
 
-    teacher = read_teacher(args, reviews, facts)
-    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
     gold_ids, transfer_ids, validation_ids = (
         models.encode(tokenizer, table["text"].tolist(), args.max_length)
         for table in (reviews.train, reviews.transfer, reviews.validation)
@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     training.refuse_collapse(logits["student"], labels, AT_CHANCE)
     if args.control:
-        epochs = max(1, int(args.epochs * len(hard_labels) / len(gold_ids)))
-        print(f"control: {len(gold_ids):,} labelled reviews, up to {epochs} epochs", flush=True)
+        epochs = args.epochs * len(hard_labels) / len(gold_ids)  # as many steps as the student
+        print(f"control: {len(gold_ids):,} labelled reviews, up to {epochs:.1f} epochs", flush=True)
         logits["control"] = distill.train_student(
             args,
             hardware,
@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             epochs=epochs,
             alpha=0.0,
         )
+        training.refuse_collapse(logits["control"], labels, f"the control is no measure; {AT_CHANCE}")
 
     scores = {name: metrics.describe(labels, of) for name, of in logits.items()}
     artifacts.write_json(folder / "metrics.json", {"validation": scores})

@@ -16,6 +16,7 @@ Takes   on a Kaggle T4: not measured yet
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from common import artifacts, data, demo, device, memory, metrics, models, scori
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
 LOW_LABEL_MASS = 0.5
+OTHER_TEACHER = 0.03  # another precision moves the accuracy by less, another base by more
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +41,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--calibration", choices=("batch", "none"), default="batch", help="of the label log-odds, without labels")
     add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch of the LLM")
     return settings.parse(parser, STEP, argv)
+
+
+def keep_or_delete_soft_labels(args: argparse.Namespace, inputs: dict[str, str], folder: Path) -> None:
+    """Delete soft labels of another teacher or sample; those of other student settings took hours and still hold."""
+    names = ("seed", "validation_samples", "max_train_samples", "max_transfer_samples")
+    made_from = {"inputs": inputs, "settings": {name: getattr(args, name) for name in names}}
+    record = folder / "made_from.json"
+    if folder.exists() and (not record.exists() or artifacts.read_json(record) != made_from):
+        print(f"deleting {folder}/, which other settings made")
+        shutil.rmtree(folder)
+    artifacts.write_json(record, made_from)
 
 
 def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, facts: dict, hardware, folder: Path) -> None:
@@ -63,7 +76,7 @@ def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, facts: dic
         scoring.in_chunks(folder, split, table, scoring.LOG_PROBABILITIES, score, chunk=250)
 
 
-def read_teacher(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -> tuple[dict, dict]:
+def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict, folder: Path) -> tuple[dict, dict]:
     """The teacher's arrays for train followed by the transfer set, calibrated; and what 05 and a reader must know."""
     from common import distill, training
 
@@ -93,6 +106,12 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, folder: Path) 
     print("log-odds of the soft labels: 5% {:.2f}, median {:.2f}, 95% {:.2f}".format(*spread))
     print(f"teacher's validation accuracy, raw: {metrics.in_words(before)}")
     print(f"the same with {bias:.3f} subtracted ({args.calibration} calibration): {metrics.in_words(after)}")
+    recorded = facts["validation_accuracy"]
+    if abs(before["accuracy"] - recorded) > OTHER_TEACHER:
+        settings.stop(
+            f"the LLM's validation accuracy is {before['accuracy']:.3f} here and was {recorded:.3f} in 03: "
+            f"is {facts['base']} still the base that the adapter was trained on?"
+        )
     distill.refuse_bad_teacher(calibrated, labels, "validation")
     training.refuse_collapse(
         calibrated, labels, "this LLM cannot teach; run 03_finetune_mistral.py --force with more reviews"
@@ -113,15 +132,16 @@ def main(argv: list[str] | None = None) -> None:
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
     inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
     models.check_length(args.max_length, settings.locate(args, args.student_model))
-    folder = artifacts.begin(args, STEP, inputs)
+    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
     facts = teacher_run["facts"]
+    folder = artifacts.begin(args, STEP, inputs, keep="soft_labels")
 
     from common import distill, training
 
+    keep_or_delete_soft_labels(args, inputs, folder / "soft_labels")
     save_soft_labels(args, reviews, facts, hardware, folder / "soft_labels")
     memory.free()  # the LLM's, for the student
-    teacher, calibration = read_teacher(args, reviews, folder / "soft_labels")
-    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
+    teacher, calibration = read_teacher(args, reviews, facts, folder / "soft_labels")
     gold_ids, transfer_ids, validation_ids = (
         models.encode(tokenizer, table["text"].tolist(), args.max_length)
         for table in (reviews.train, reviews.transfer, reviews.validation)

@@ -141,6 +141,11 @@ def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: d
                 if folder == "model" or (root / step / folder).is_dir():
                     load = partial(load_encoder, args, hardware, root / step / folder, facts[step]["max_length"])
                     found.append(Contender(*row, load))
+    # Two folders may end alike (Kaggle's end in a version number); names key the predictions, so they must differ.
+    names = [contender.name for contender in found]
+    for contender in found:
+        if names.count(contender.name) > 1:
+            contender.name = f"{contender.name} ({contender.kind})"
     return found
 
 

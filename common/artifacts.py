@@ -1,6 +1,7 @@
 """Every path under outputs/: whole writes, started.json and run.json, and the errors that name the missing script."""
 
 import argparse
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -29,6 +30,7 @@ SCRIPTS = {
 }
 PACKAGES = "torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
 _process_started = time.time()
+_locks: dict[Path, object] = {}  # held by this process
 
 
 @contextmanager
@@ -62,12 +64,15 @@ def read_json(path: Path) -> dict:
         stop(f"{path} is damaged: delete its folder and run the step that made it again")
 
 
-def read_array(path: Path) -> np.ndarray:
-    """Memory-map a .npy file of an earlier step."""
+def read_array(path: Path, rows: int) -> np.ndarray:
+    """Memory-map a .npy file of an earlier step, which must have as many rows as its table."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as problem:
         stop(f"{path} is damaged ({problem}): run the script that made it again with --force")
+    if len(array) != rows:
+        stop(f"{path} has {len(array)} rows and its table {rows}: run the script that made it again with --force")
+    return array
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -158,31 +163,70 @@ def refuse_stale(args: argparse.Namespace, run: dict) -> None:
             stop(f"{run['step']} learned from an earlier {step}: run {SCRIPTS[run['step']]} --force to make it anew")
 
 
-def begin(args: argparse.Namespace, step: str, inputs: dict[str, str]) -> Path:
+def begin(args: argparse.Namespace, step: str, inputs: dict[str, str], keep: str | None = None) -> Path:
     """Open the step's folder: a new one, or an interrupted one that began with the same settings and inputs.
 
     Leaves with exit code 0 when the step is finished already, and with 2 when it was made with other settings.
-    `inputs` maps the name of each thing read (dataset split, earlier step) to its fingerprint.
+    `inputs` maps the name of each thing read (dataset split, earlier step) to its fingerprint. `keep` names a subfolder
+    that --force spares, because the step itself checks whether it still holds.
     """
     folder = Path(args.output_dir, step)
+    lock(folder)
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_COMPARED}
     now = {"step": step, "settings": settings, "inputs": inputs}
     if args.force and folder.exists():
-        print(f"--force: deleting {folder}/")
-        shutil.rmtree(folder)
+        print(f"--force: deleting {folder}/{f' but for {keep}/' if keep else ''}")
+        _delete(folder, keep)
     for name, state in (("run.json", "finished"), ("started.json", "begun")):
         if (folder / name).exists():
             _refuse_other(folder, state, read_json(folder / name), now)
             if state == "finished":
+                _refuse_missing(folder)
                 print(f"{folder}/ is finished with these settings; --force redoes it.")
                 raise SystemExit(0)
             print(f"{folder}/ was interrupted; continuing.")
             return folder
-    try:
-        write_json(folder / "started.json", now)
-    except OSError as problem:
-        stop(f"{folder}/ cannot be written ({problem.strerror}): pass another --output-dir, or free some space")
+    if folder.exists() and any(path.name != keep for path in folder.iterdir()):
+        stop(f"{folder}/ holds files of an unknown run (no started.json): pass --force or another --output-dir")
+    write_json(folder / "started.json", now)
     return folder
+
+
+def lock(folder: Path) -> None:
+    """Hold `folder` for this process until it ends, however it ends; stops when another process holds it."""
+    path = folder.with_name(f".{folder.name}.lock")
+    if path in _locks:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "w")  # noqa: SIM115 - open until the process ends
+    except OSError as problem:
+        stop(f"{path.parent}/ cannot be written ({problem.strerror}): pass another --output-dir")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"another process is at work in {folder}/: wait for it, or pass another --output-dir")
+    _locks[path] = handle
+
+
+def _delete(folder: Path, keep: str | None) -> None:
+    """Delete a step's results. They change their name first: what a kill leaves behind is never taken for results."""
+    deleted = folder.with_name(f".{folder.name}.deleted")
+    if deleted.exists():
+        shutil.rmtree(deleted)
+    os.replace(folder, deleted)
+    if keep is not None and (deleted / keep).exists():
+        folder.mkdir()
+        os.replace(deleted / keep, folder / keep)
+    shutil.rmtree(deleted)
+
+
+def _refuse_missing(folder: Path) -> None:
+    """Stop when a file that the finished step wrote is gone or has another size."""
+    for name, size in read_json(folder / "run.json").get("files", {}).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            stop(f"{path} is missing or damaged though its step is finished: pass --force to make it again")
 
 
 def _refuse_other(folder: Path, state: str, then: dict, now: dict) -> None:
@@ -212,9 +256,14 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: 
         "git_commit": _git_commit(),
         "wall_time_s": round(time.time() - _process_started, 1),
         "peak_memory_mb": round(peak_memory_mb),
+        "files": {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)},
     }
     write_json(folder / "run.json", run)
     print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
 
 
 def _version(package: str) -> str | None:

@@ -2,6 +2,8 @@
 
 import argparse
 import hashlib
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ FILE_NAMES = {
     "test": ("test",),
     "transfer": ("unsupervised", "unlabelled", "unlabeled", "transfer"),
 }
+SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")
 TEXT_COLUMNS = ("text", "review", "sentence")
 LABEL_COLUMNS = ("label", "sentiment")
 LABEL_VALUES = {
@@ -104,6 +107,8 @@ def _split_train(
         stop(f"train has {len(table)} reviews: too few for --validation-samples {n_validation} and {MIN_TRAIN} more")
     if n_train is not None and n_train < MIN_TRAIN:
         stop(f"--max-train-samples {n_train} is too few to train on: pass at least {MIN_TRAIN}")
+    if n_validation < MIN_TRAIN:
+        stop(f"--validation-samples {n_validation} is too few to choose by: pass at least {MIN_TRAIN}")
     order = stratified_order(table["label"], seed)
     validation = stratified_subset(table.iloc[np.sort(order[:n_validation])], None, seed, "validation")
     # The rest keeps the shuffled order, so that a prefix of train is never one class, whatever reads it.
@@ -111,15 +116,13 @@ def _split_train(
 
 
 def _read_folder(folder: Path, needed: list[str]) -> dict[str, pd.DataFrame]:
-    """Each split's files, by the beginning of their names; several files of one split are joined in order of name."""
+    """Each split's files: train.csv, or parts like train-00000-of-00002.parquet, joined in order of name."""
     found = {}
     for split in needed:
-        files = [
-            file
-            for file in sorted(folder.iterdir())
-            if file.suffix in (".parquet", ".csv", ".json", ".jsonl")
-            and file.name.lower().startswith(FILE_NAMES[split])
-        ]
+        named = re.compile(rf"({'|'.join(FILE_NAMES[split])})([-_]?\d+(-of-\d+)?)?", re.IGNORECASE)
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES and named.fullmatch(file.stem)]
+        if len({file.suffix for file in files}) > 1:
+            stop(f"{folder} has {split} in several formats ({', '.join(file.name for file in files)}): keep one")
         if files:
             found[split] = pd.concat([_read_file(file) for file in files], ignore_index=True)
         elif split == "transfer":
@@ -135,15 +138,20 @@ def _read_file(file: Path) -> pd.DataFrame:
         if file.suffix == ".parquet":
             return pd.read_parquet(file)
         if file.suffix == ".csv":
-            return pd.read_csv(file, dtype=str, keep_default_na=False)  # "NA" and "null" are words of reviews
+            with warnings.catch_warnings():  # a row with more cells than the header: an unquoted comma in its text
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                # "NA" and "null" are words of reviews; no column is an index
+                return pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
         lines = file.suffix == ".jsonl" or file.read_text(encoding="utf-8").lstrip()[:1] == "{"
         return pd.read_json(file, lines=lines, dtype=False, convert_dates=False)
-    except (ValueError, OSError) as problem:  # pandas' and pyarrow's parsing errors are ValueErrors
+    except (ValueError, OSError, pd.errors.ParserWarning) as problem:  # pandas' and pyarrow's errors are ValueErrors
         stop(f"{file} cannot be read as {file.suffix[1:]}: {str(problem).splitlines()[0]}")
 
 
 def _read_hub(name: str, needed: list[str]) -> dict[str, pd.DataFrame]:
     """Each split of a dataset on the model hub (or in its cache), by the `datasets` library."""
+    if Path(name).is_file():
+        stop(f"{name} is a file: pass --dataset the folder that holds it, with train and test files")
     if name.count("/") != 1 or name.startswith((".", "/")):
         stop(f"the dataset folder {name} does not exist: pass --dataset a folder or a hub name like stanfordnlp/imdb")
     import datasets
@@ -171,7 +179,10 @@ def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
     label_column = next((name for name in LABEL_COLUMNS if name in table), None)
     if text_column is None or label_column is None and split != "transfer":
         stop(f"the {split} reviews have the columns {', '.join(map(str, table.columns))}: name them text and label")
-    texts = ["" if text is None or text != text else str(text) for text in table[text_column]]
+    missing = table[text_column].isna()
+    if table.loc[~missing, text_column].map(lambda text: isinstance(text, bytes | list | dict | np.ndarray)).any():
+        stop(f"the {split} reviews hold bytes or lists where text should be: decode them to strings first")
+    texts = ["" if absent else str(text) for text, absent in zip(table[text_column], missing)]
     # split() and join() are 2x faster than a regular expression for white space over 100,000 reviews.
     texts = [" ".join(text.replace("<br />", " ").replace("<br>", " ").replace("<br/>", " ").split()) for text in texts]
     labels = UNLABELLED if split == "transfer" else _parse_labels(table[label_column], split)

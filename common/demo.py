@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from common.artifacts import whole
+from common.artifacts import lock, whole
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 if TYPE_CHECKING:
@@ -280,6 +280,7 @@ def prepare(folder: Path, sizes: dict[str, int] = SIZES, effort: float = 1.0, se
 
     `effort` scales the pre-training steps. About a minute on two cores at 1.
     """
+    lock(folder)
     if folder.exists():
         return
     import torch

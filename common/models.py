@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Sun et al. 2019 (How to Fine-Tune BERT), 5.3.1: 128 tokens of the head and 382 of the tail beat either alone on IMDB.
 HEAD_SHARE = 0.25
+MIN_LENGTH = 8
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
@@ -27,6 +28,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         tokenizer = AutoTokenizer.from_pretrained(name)
     if not tokenizer.is_fast:
         stop(f"{name} has no fast tokenizer (tokenizer.json): convert it with the tokenizers library")
+    # transformers makes an empty vocabulary for a BERT-like folder without tokenizer files: every word would be [UNK].
+    if 2 * len(tokenizer) < load_config(name).vocab_size:
+        stop(f"{name} has no tokenizer of its own ({len(tokenizer)} tokens): copy tokenizer.json and its kin into it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -80,8 +84,9 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
     if adapter is not None:
         from peft import PeftModel
 
-        if not (adapter / "adapter_config.json").is_file():
-            stop(f"{adapter}/ is no adapter (it has no adapter_config.json): run 03_finetune_mistral.py --force")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (adapter / name).is_file():
+                stop(f"{adapter}/ is no adapter (it has no {name}): run 03_finetune_mistral.py --force")
         model = PeftModel.from_pretrained(model, str(adapter), torch_device=hardware.device)
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
         _avoid_gqa_kernel()
@@ -110,13 +115,15 @@ def _avoid_gqa_kernel() -> None:
 
 
 def check_length(max_length: int, name: str) -> None:
-    """Stop when --max-length is more than an encoder's positions can hold."""
+    """Stop when --max-length is more than a model's positions can hold, or too little for a review."""
     config = load_config(name)
     # RoBERTa's and MPNet's positions begin after the padding id.
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-    longest = config.max_position_embeddings - offset
+    longest = getattr(config, "max_position_embeddings", max_length + offset) - offset
     if max_length > longest:
         stop(f"--max-length {max_length} is more than the {longest} positions of {name}")
+    if max_length < MIN_LENGTH:
+        stop(f"--max-length {max_length} leaves nothing of a review: pass at least {MIN_LENGTH}")
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
@@ -190,7 +197,8 @@ def _explained(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as problem:  # ValueError: an unknown kind of model or tokenizer
+    # ValueError: an unknown kind of model or tokenizer; RuntimeError: weights of other shapes, or too little memory.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         gated = isinstance(problem, GatedRepoError) or "gated repo" in str(problem)
         if gated:
             stop(f"{name} is gated: accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN")

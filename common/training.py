@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ class ReviewDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """For Trainer's length grouping, which walks the dataset for its lengths alone.
+
+        Without this it would read every feature from disk for them, and take any IndexError for the end of the data.
+        """
+        return ({"input_ids": ids} for ids in self.ids)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         return {"input_ids": self.ids[row], "labels": self.labels[row]} | {k: a[row] for k, a in self.arrays.items()}

@@ -58,6 +58,8 @@ def label_token_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, label_wor
     bare = tokenizer(after, add_special_tokens=False)["input_ids"]
     ids = []
     for word in label_words:
+        if not word.strip():
+            stop("a label word is empty: pass two words to --label-words")
         continued = tokenizer(f"{after} {word}", add_special_tokens=False)["input_ids"]
         if continued[: len(bare)] != bare or len(continued) != len(bare) + 1:
             pieces = tokenizer.convert_ids_to_tokens(continued[len(bare) :])

@@ -1,5 +1,8 @@
 import argparse
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ def args(tmp_path):
     return argparse.Namespace(output_dir=str(tmp_path), preset="demo", force=False, precision="auto", seed=1, epochs=2)
 
 
+ROOT = Path(__file__).parent.parent
 INPUTS = {"dataset/train": "aa"}
 
 
@@ -60,6 +64,40 @@ def test_other_settings_or_inputs_are_named_and_nothing_is_deleted(args, stops, 
     args.epochs = 2
     stops(lambda: artifacts.begin(args, "02_roberta", {"dataset/train": "bb"}), "dataset/train was aa, is bb")
     assert (folder / "started.json").exists()
+
+
+def test_a_folder_of_an_unknown_run_is_never_adopted(args, stops):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    (folder / "model").mkdir()
+    (folder / "started.json").unlink()
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "unknown run", "--force")
+
+
+def test_a_finished_step_whose_files_are_gone_or_cut_says_so(args, stops):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    (folder / "weights").write_text("12345")
+    artifacts.finish(args, folder, {}, peak_memory_mb=1)
+    for damage in (lambda: (folder / "weights").write_text("123"), (folder / "weights").unlink):
+        damage()
+        stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "weights is missing or damaged", "--force")
+
+
+def test_force_spares_what_the_step_keeps(args):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    (folder / "old").touch()
+    (folder / "kept").mkdir()
+    args.force = True
+    artifacts.begin(args, "02_roberta", INPUTS, keep="kept")
+    assert sorted(path.name for path in folder.iterdir()) == ["kept", "started.json"]
+
+
+def test_a_second_process_in_the_same_folder_is_refused(args, tmp_path):
+    code = f"import pathlib, common.artifacts as a; a.lock(pathlib.Path({str(tmp_path)!r}, '02_roberta'))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0  # a lock ends with its process
+    artifacts.begin(args, "02_roberta", INPUTS)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 2 and "another process is at work" in second.stderr
 
 
 def test_force_deletes_and_begins_anew(args):

@@ -154,6 +154,44 @@ def test_a_folder_without_a_test_file_and_a_missing_folder_are_told_apart(data_a
     stops(lambda: data.load_reviews(data_args, ALL), "does not exist")
 
 
+def test_only_files_named_for_a_split_are_read(data_args, reviews_folder):
+    before = data.load_reviews(data_args, ALL).fingerprints
+    for name in ("train_predictions.parquet", "testament.parquet", "train.parquet.bak"):
+        (reviews_folder / name).write_bytes((reviews_folder / "train.parquet").read_bytes())
+    assert data.load_reviews(data_args, ALL).fingerprints == before
+
+
+def test_parts_of_a_split_are_joined_in_order(data_args, reviews_folder):
+    before = data.load_reviews(data_args, ALL).fingerprints
+    table = pd.read_parquet(reviews_folder / "train.parquet")
+    (reviews_folder / "train.parquet").unlink()
+    table.iloc[:30].to_parquet(reviews_folder / "train-00000-of-00002.parquet")
+    table.iloc[30:].to_parquet(reviews_folder / "train-00001-of-00002.parquet")
+    assert data.load_reviews(data_args, ALL).fingerprints == before
+
+
+def test_a_split_in_two_formats_is_refused(data_args, reviews_folder, stops):
+    pd.read_parquet(reviews_folder / "test.parquet").to_csv(reviews_folder / "test.csv", index=False)
+    stops(lambda: data.load_reviews(data_args, ALL), "several formats", "test.csv, test.parquet")
+
+
+def test_a_csv_with_unquoted_commas_is_refused_instead_of_losing_text(data_args, reviews_folder, stops):
+    (reviews_folder / "train.parquet").unlink()
+    rows = "\n".join(f"first half {row}, rest,{row % 2}" for row in range(60))
+    (reviews_folder / "train.csv").write_text(f"text,label\n{rows}\n")
+    stops(lambda: data.load_reviews(data_args, ALL), "train.csv", "cannot be read")
+
+
+@pytest.mark.parametrize("text", [b"bytes", ["a", "list"]])
+def test_text_that_is_no_text_is_refused(stops, text):
+    stops(lambda: data._clean(pd.DataFrame({"text": [text], "label": 1}), "train"), "bytes or lists")
+
+
+def test_a_file_instead_of_its_folder_is_named(data_args, reviews_folder, stops):
+    data_args.dataset = str(reviews_folder / "train.parquet")
+    stops(lambda: data.load_reviews(data_args, ALL), "is a file", "the folder")
+
+
 def test_a_broken_file_is_named(data_args, reviews_folder, stops):
     (reviews_folder / "train.parquet").write_bytes(b"PAR1 no")
     stops(lambda: data.load_reviews(data_args, ALL), "train.parquet", "cannot be read")

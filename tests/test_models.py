@@ -79,6 +79,13 @@ def test_weights_cut_short_and_an_unknown_kind_of_model_are_one_sentence(tiny, t
     stops(lambda: models.load_config(str(tmp_path / "model")), "cannot be loaded")
 
 
+def test_a_folder_without_its_tokenizer_is_refused_and_not_read_as_unknown_words(tiny, tmp_path, stops):
+    shutil.copytree(tiny / "distilbert", tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    stops(lambda: models.load_tokenizer(str(tmp_path / "model")), "tokenizer")
+
+
 def test_a_hub_name_without_the_hub_is_one_sentence(stops, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     stops(lambda: models.load_classifier("FacebookAI/roberta-large"), "FacebookAI/roberta-large", "local folder")

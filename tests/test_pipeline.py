@@ -117,7 +117,7 @@ def test_04b_records_its_calibration_and_the_benchmark_applies_it(outputs):
 
 def test_nothing_is_pickled(outputs):
     kinds = {path.suffix for path in outputs.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".csv", ".md", ".parquet", ".npy", ".safetensors", ".jinja", ".txt"}, kinds
+    assert kinds <= {".lock", ".json", ".csv", ".md", ".parquet", ".npy", ".safetensors", ".jinja", ".txt"}, kinds
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -208,6 +208,57 @@ def test_a_missing_or_cut_file_of_02_is_named(outputs, flags, script, stops, tmp
     if damage:
         path.write_bytes(content[:damage])
     stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), file, words)
+
+
+def test_features_with_fewer_rows_than_their_table_are_refused(outputs, flags, script, stops, tmp_path):
+    shutil.copytree(outputs / "02_roberta", tmp_path / "02_roberta")
+    path = tmp_path / "02_roberta" / "soft_labels" / "train_features.npy"
+    np.save(path, np.load(path)[:50])
+    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), "50 rows and its table 100")
+
+
+def test_a_mistake_beside_force_deletes_nothing(outputs, flags, script, stops):
+    for wrong in (["--label-words", "unbelievably", "good"], ["--prompt", "no slot"], ["--max-length", "20"]):
+        stops(lambda wrong=wrong: script("03").main([*flags["03"], "--force", *wrong]), "error")
+    stops(lambda: script("04a").main([*flags["04a"], "--force", "--max-length", "5000"]), "--max-length 5000")
+    for step in ("03_mistral", "04a_student_from_roberta"):
+        assert (outputs / step / "run.json").exists()
+
+
+def test_other_student_settings_of_04b_keep_the_llms_soft_labels(outputs, flags, script, tmp_path, monkeypatch):
+    for step in ("03_mistral", "04b_student_from_mistral"):
+        shutil.copytree(outputs / step, tmp_path / step)
+    module = script("04b")
+    monkeypatch.setattr(module.models, "load_llm", None)  # it must not be needed
+    module.main([*flags["04b"], "--output-dir", str(tmp_path), "--alpha", "0.5", "--force"])
+    run = json.loads((tmp_path / "04b_student_from_mistral" / "run.json").read_text())
+    assert run["settings"]["alpha"] == 0.5
+
+
+def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stops, tmp_path):
+    for step in ("03_mistral", "04b_student_from_mistral"):
+        shutil.copytree(outputs / step, tmp_path / step)
+    module = script("04b")
+    args = module.parse_args([*flags["04b"], "--output-dir", str(tmp_path)])
+    reviews = module.data.load_reviews(args, reads=("train", "transfer"))
+    facts = json.loads((tmp_path / "03_mistral" / "run.json").read_text())["facts"] | {"validation_accuracy": 0.6}
+    folder = tmp_path / "04b_student_from_mistral" / "soft_labels"
+    stops(lambda: module.read_teacher(args, reviews, facts, folder), "0.600 in 03", "still the base")
+
+
+def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
+    facts = {
+        "labels": [],
+        "teacher": "a/roberta/1",
+        "student": "a/distilbert/1",
+        "base": "a/mistral/1",
+        "max_length": 8,
+    }
+    runs = {step: {"facts": facts} for step in list(artifacts.SCRIPTS)[1:5]}
+    module = script("05")
+    args = module.parse_args(["--output-dir", "nowhere"])
+    names = [contender.name for contender in module.find_contenders(args, None, runs)]
+    assert len(names) == len(set(names)) == 4
 
 
 def test_every_script_has_a_step(script):

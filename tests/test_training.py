@@ -63,6 +63,13 @@ def test_evaluation_keeps_the_rows_in_order_though_training_groups_by_length(tin
     assert grouping in ("group_by_length", True)
 
 
+def test_walking_a_dataset_for_its_lengths_reads_no_features_and_hides_no_error():
+    dataset = training.ReviewDataset([np.arange(3), np.arange(5)], np.array([0, 1]), teacher_features=[])
+    assert [len(row["input_ids"]) for row in dataset] == [3, 5]
+    with pytest.raises(IndexError):
+        dataset[0]
+
+
 def test_the_shim_passes_only_fields_of_this_transformers(args, tmp_path):
     made = training.training_arguments(args, CPU, tmp_path, 100, num_train_epochs=3)
     assert made.num_train_epochs == 3 and made.warmup_steps == 0
