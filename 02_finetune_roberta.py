@@ -54,7 +54,7 @@ def finetune(
         data_collator=training.Collator(tokenizer.pad_token_id),
         compute_metrics=training.validation_accuracy,
     )
-    training.train(trainer)
+    training.train(trainer, hardware)
     training.save(model, tokenizer, folder / "model", folder / "checkpoints")
 
 
@@ -70,25 +70,33 @@ def save_soft_labels(
     scoring.in_chunks(folder, split, getattr(reviews, split), scoring.LOGITS, score)
 
 
+def origin(args: argparse.Namespace, reviews: data.Reviews, weights: str, layers: list[int]) -> dict[str, object]:
+    """What decides the soft labels; 04a refuses those of other weights, reviews or truncation."""
+    return {"weights": weights, "max_length": args.max_length, "feature_layers": layers} | reviews.fingerprints
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print("02_finetune_roberta.py with")
     settings.show(args)
-    hardware = device.detect(args.precision)
+    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     models.check_length(args.max_length, settings.locate(args, args.roberta_model))
     tokenizer = models.load_tokenizer(settings.locate(args, args.roberta_model))
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+    device.one_process_per_gpu(args, hardware, __file__, argv)
     if not (folder / "model").exists():
         finetune(args, reviews, tokenizer, hardware, folder)
+        memory.free()
 
     from common import distill, training
 
     model = models.load_classifier(str(folder / "model")).to(hardware.device).eval()
     layers = distill.mapped_layers(args.student_layers, model.config.num_hidden_layers)
     soft_labels = folder / "soft_labels"
+    scoring.made_from(soft_labels, origin(args, reviews, models.weights_digest(folder / "model"), layers))
     # Validation comes first: a collapsed teacher is refused before it scores 70,000 reviews.
     save_soft_labels(args, reviews, "validation", model, tokenizer, layers, hardware, soft_labels)
     _, logits = scoring.read_scores(soft_labels, "validation", scoring.LOGITS)
@@ -97,6 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     for split in ("train", "transfer"):
         save_soft_labels(args, reviews, split, model, tokenizer, layers, hardware, soft_labels)
 
+    peak_mb = max(device.gather(memory.highest_peak_mb()))
+    if device.rank() > 0:
+        return
     scores = metrics.describe(labels, logits)
     artifacts.write_json(folder / "metrics.json", {"validation": scores})
     facts = {
@@ -107,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         "teacher_layers": model.config.num_hidden_layers,
         "teacher_width": model.config.hidden_size,
     }
-    artifacts.finish(args, folder, facts, memory.peak_mb())
+    artifacts.finish(args, folder, facts, peak_mb)
     print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: python 03_finetune_mistral.py --preset {args.preset} (or 04a_distill_from_roberta.py)")
 

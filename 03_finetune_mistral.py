@@ -83,7 +83,7 @@ def finetune(
         data_collator=training.Collator(tokenizer.pad_token_id, left=True),
         compute_metrics=training.validation_accuracy,
     )
-    training.train(trainer)
+    training.train(trainer, hardware)
     training.save(model, tokenizer, folder / "adapter", checkpoints)
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print("03_finetune_mistral.py with")
     settings.show(args)
-    hardware = device.detect(args.precision)
+    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train",))
@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     labels = reviews.validation["label"].to_numpy()
     # Every mistake in the flags is told before --force may delete anything.
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+    device.one_process_per_gpu(args, hardware, __file__, argv)
 
     from common import training
 

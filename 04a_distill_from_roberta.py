@@ -45,6 +45,9 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
     from common import distill
 
     folder = artifacts.require(args, TEACHER_STEP, "soft_labels")
+    model = folder.with_name("model")
+    weights = {"weights": models.weights_digest(model)} if model.exists() else {}  # the teacher itself is not needed
+    scoring.refuse_stale(folder, weights | reviews.fingerprints, "02_finetune_roberta.py")
     logits, features = [], []
     for split in ("train", "transfer"):
         table = getattr(reviews, split)
@@ -85,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     print("04a_distill_from_roberta.py with")
     settings.show(args)
     teacher_run = artifacts.read_run(args, TEACHER_STEP)
-    hardware = device.detect(args.precision)
+    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
@@ -96,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = teacher_run["facts"]
     teacher = read_teacher(args, reviews, facts)
     folder = artifacts.begin(args, STEP, inputs)
+    device.one_process_per_gpu(args, hardware, __file__, argv)
 
     from common import distill, training
 
@@ -136,10 +140,13 @@ def main(argv: list[str] | None = None) -> None:
         )
         training.refuse_collapse(logits["control"], labels, f"the control is no measure; {AT_CHANCE}")
 
+    peak_mb = max(device.gather(memory.highest_peak_mb()))
+    if device.rank() > 0:
+        return
     scores = {name: metrics.describe(labels, of) for name, of in logits.items()}
     artifacts.write_json(folder / "metrics.json", {"validation": scores})
     made = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
-    artifacts.finish(args, folder, {"labels": data.LABELS} | made, memory.peak_mb())
+    artifacts.finish(args, folder, {"labels": data.LABELS} | made, peak_mb)
     for name, one in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(one)}")
     print(f"next: python 04b_distill_from_mistral.py --preset {args.preset} (or 05_benchmark.py)")

@@ -3,20 +3,19 @@
 
     loss = alpha · T² · KL(teacher ‖ student)  +  (1 − alpha) · cross-entropy
 
-The 4-bit base with 03's adapter scores train, validation and the transfer set, one forward pass a batch, into raw label
-log-probabilities on disk; an interrupted run continues them. Batch calibration is applied when they are read. The
-student then trains on the labelled reviews and the transfer set together, with the trainer of 04a.
+The 4-bit LLM, with 03's adapter or as it is (--no-adapter), scores train, validation and the transfer set, one forward
+pass a batch, into raw label log-probabilities on disk; an interrupted run continues them. Calibration is applied when
+they are read. The student then trains on the labelled reviews and the transfer set together, with the trainer of 04a.
 
 Reads   the reviews, outputs/03_mistral/adapter/
 Writes  outputs/04b_student_from_mistral/  soft_labels/ (a table by split)  model/  metrics.json  run.json
 Takes   on a Kaggle T4: not measured yet
 
     python 04b_distill_from_mistral.py
-    python 04b_distill_from_mistral.py --max-transfer-samples 5000 --calibration none
+    python 04b_distill_from_mistral.py --no-adapter --mistral-model path/to/any-causal-lm --max-transfer-samples 5000
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,9 @@ import numpy as np
 from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
+CANNOT_TEACH = "this LLM cannot teach; run 03_finetune_mistral.py --force with more reviews, or take another LLM"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
+PROMPT_LENGTH = 512
 LOW_LABEL_MASS = 0.5
 OTHER_TEACHER = 0.03  # another precision moves the accuracy by less, another base by more
 
@@ -38,46 +39,89 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     settings.add_training_flags(parser, epochs=3, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
     add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
     add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")
-    add("--calibration", choices=("batch", "none"), default="batch", help="of the label log-odds, without labels")
+    add(
+        "--calibration",
+        choices=("batch", "fitted", "none"),
+        default="batch",
+        help="of the label log-odds: their mean over the transfer set subtracted (no labels needed; assumes balanced "
+        "classes), or a bias and a temperature fitted on validation",
+    )
+    add("--adapter", action=argparse.BooleanOptionalAction, default=True, help="teach with 03's adapter on the LLM")
+    add("--mistral-model", help="with --no-adapter: hub name or folder of the causal LM; else 03's holds")
+    add(
+        "--prompt", default=verbalizer.PROMPT, help="with --no-adapter: {review} where the review goes; else 03's holds"
+    )
+    add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="likewise")
+    add("--prompt-length", type=settings.positive_int, default=PROMPT_LENGTH, help="likewise: tokens with the review")
     add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch of the LLM")
     return settings.parse(parser, STEP, argv)
 
 
-def keep_or_delete_soft_labels(args: argparse.Namespace, inputs: dict[str, str], folder: Path) -> None:
-    """Delete soft labels of another teacher or sample; those of other student settings took hours and still hold."""
-    names = ("seed", "validation_samples", "max_train_samples", "max_transfer_samples")
-    made_from = {"inputs": inputs, "settings": {name: getattr(args, name) for name in names}}
-    record = folder / "made_from.json"
-    if folder.exists() and (not record.exists() or artifacts.read_json(record) != made_from):
-        print(f"deleting {folder}/, which other settings made")
-        shutil.rmtree(folder)
-    artifacts.write_json(record, made_from)
+def find_llm(args: argparse.Namespace) -> dict:
+    """What the teacher is and what it is asked: the facts that 03 recorded, or the flags of --no-adapter."""
+    asked = {"prompt": args.prompt, "label_words": args.label_words, "max_length": args.prompt_length}
+    if not args.adapter:
+        return {"base": args.mistral_model, **asked, "adapter": False}
+    facts = artifacts.read_run(args, TEACHER_STEP)["facts"]
+    defaults = {"prompt": verbalizer.PROMPT, "label_words": list(verbalizer.LABEL_WORDS), "max_length": PROMPT_LENGTH}
+    for name, value in asked.items():
+        if value not in (defaults[name], facts[name]):
+            settings.stop(f"03's adapter was trained with {name} {facts[name]!r}: leave it so, or pass --no-adapter")
+    return facts | {"adapter": True}
 
 
-def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, facts: dict, hardware, folder: Path) -> None:
-    """Raw label log-probabilities by example_id, of every split, by the LLM with 03's adapter, prompt and length."""
+def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, llm: dict, hardware, folder: Path) -> None:
+    """Raw label log-probabilities by example_id, of every split, by the LLM with its prompt and length.
+
+    Those of other student settings took hours and still hold; those of another teacher or sample are deleted.
+    """
+    adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
+    decides = ("base", "prompt", "label_words", "max_length")
+    origin = {
+        "weights": models.weights_digest(adapter) if adapter else "no adapter",
+        **{name: llm[name] for name in decides},
+        **{split: data.fingerprint(getattr(reviews, split)) for split in ("validation", "train", "transfer")},
+    }
+    scoring.made_from(folder, origin)
     splits = [split for split in ("validation", "train", "transfer") if len(getattr(reviews, split))]
-    if all((folder / f"{split}.parquet").exists() for split in splits):
+    if device.share(all((folder / f"{split}.parquet").exists() for split in splits)):
         return
-    base = settings.locate(args, facts["base"])
+    base = settings.locate(args, llm["base"])
     tokenizer = models.load_tokenizer(base)
-    label_ids = verbalizer.label_token_ids(tokenizer, facts["prompt"], facts["label_words"])
-    words = tokenizer.convert_ids_to_tokens(label_ids)
-    print(f"label words {facts['label_words']} are the tokens {words}")
-    model = models.load_llm(base, hardware, artifacts.require(args, TEACHER_STEP, "adapter"))
+    label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
+    print(f"label words {llm['label_words']} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
+    model = models.load_llm(base, hardware, adapter)
+
+    def score(texts: list[str]) -> dict[str, np.ndarray]:
+        ids = verbalizer.encode_prompts(tokenizer, texts, llm["prompt"], llm["max_length"])
+        return {"scores": scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)}
+
     for split in splits:
-        table = getattr(reviews, split)
-
-        def score(texts: list[str]) -> dict[str, np.ndarray]:
-            ids = verbalizer.encode_prompts(tokenizer, texts, facts["prompt"], facts["max_length"])
-            log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
-            return {"scores": log_p}
-
-        scoring.in_chunks(folder, split, table, scoring.LOG_PROBABILITIES, score, chunk=250)
+        scoring.in_chunks(folder, split, getattr(reviews, split), scoring.LOG_PROBABILITIES, score, chunk=250)
 
 
-def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict, folder: Path) -> tuple[dict, dict]:
-    """The teacher's arrays for train followed by the transfer set, calibrated; and what 05 and a reader must know."""
+def calibrate(
+    chosen: str, log_odds: dict[str, np.ndarray], labels: np.ndarray
+) -> tuple[float, float, dict[str, dict[str, float]]]:
+    """Bias and temperature of the chosen calibration, and how good the teacher is on validation with each of them."""
+    bias = verbalizer.batch_calibration(log_odds.get("transfer", log_odds["train"]))
+    calibrations = {"none": (0.0, 1.0), "batch": (bias, 1.0)}
+    quality = {
+        name: metrics.describe(labels, verbalizer.teacher_logits(log_odds["validation"], *shift))
+        for name, shift in calibrations.items()
+    }
+    if chosen == "fitted":
+        calibrations["fitted"] = verbalizer.fitted_calibration(log_odds["validation"], labels)
+        held_out = verbalizer.out_of_fold(log_odds["validation"], labels)
+        quality["fitted"] = metrics.describe(labels, verbalizer.teacher_logits(held_out))
+    return *calibrations[chosen], quality
+
+
+def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, folder: Path) -> tuple[dict, dict, dict]:
+    """Teacher's arrays for train followed by the transfer set, calibrated; the calibration; its figures on validation.
+
+    Stops when the LLM is at chance or another than the one that 03 trained, instead of making a random student.
+    """
     from common import distill, training
 
     log_p = {}
@@ -85,63 +129,64 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict, f
         table = getattr(reviews, split)
         if len(table):
             in_file, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
-            log_p[split] = scores[
-                distill.teacher_rows(in_file, table["example_id"], split, "04b_distill_from_mistral.py")
-            ]
+            rows = distill.teacher_rows(in_file, table["example_id"], split, "04b_distill_from_mistral.py")
+            log_p[split] = scores[rows]
+    log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
     labels = reviews.validation["label"].to_numpy()
-    bias = 0.0
-    if args.calibration == "batch":
-        bias = verbalizer.batch_calibration(verbalizer.log_odds(log_p.get("transfer", log_p["train"])))
-    raw, calibrated = (verbalizer.teacher_logits(log_p["validation"], shift) for shift in (0.0, bias))
-    training_logits = np.concatenate(
-        [verbalizer.teacher_logits(log_p[split], bias) for split in ("train", "transfer") if split in log_p]
-    )
-    spread = np.percentile(training_logits[:, 1] - training_logits[:, 0], (5, 50, 95))
+    bias, temperature, quality = calibrate(args.calibration, log_odds, labels)
+    shared = np.concatenate([log_odds[split] for split in ("train", "transfer") if split in log_odds])
+    teacher_logits = verbalizer.teacher_logits(shared, bias, temperature)
     mass = verbalizer.label_mass(log_p["validation"])
-    before, after = metrics.describe(labels, raw), metrics.describe(labels, calibrated)
 
     print(f"label mass p(positive) + p(negative): {mass:.3f}")
     if mass < LOW_LABEL_MASS:
         print("warning: the LLM would rather say something else than a label word; its ranking may still be good")
+    spread = np.percentile((shared - bias) / temperature, (5, 50, 95))
     print("log-odds of the soft labels: 5% {:.2f}, median {:.2f}, 95% {:.2f}".format(*spread))
-    print(f"teacher's validation accuracy, raw: {metrics.in_words(before)}")
-    print(f"the same with {bias:.3f} subtracted ({args.calibration} calibration): {metrics.in_words(after)}")
-    recorded = facts["validation_accuracy"]
-    if abs(before["accuracy"] - recorded) > OTHER_TEACHER:
-        settings.stop(
-            f"the LLM's validation accuracy is {before['accuracy']:.3f} here and was {recorded:.3f} in 03: "
-            f"is {facts['base']} still the base that the adapter was trained on?"
+    for name, scores in quality.items():
+        note = f" (in use: {bias:.3f} subtracted, divided by {temperature:.3f})" if name == args.calibration else ""
+        print(
+            f"teacher on validation, calibration {name}: accuracy {metrics.in_words(scores)}, "
+            f"NLL {scores['nll']:.3f}, ECE {scores['ece']:.3f}{note}"
         )
-    distill.refuse_bad_teacher(calibrated, labels, "validation")
-    training.refuse_collapse(
-        calibrated, labels, "this LLM cannot teach; run 03_finetune_mistral.py --force with more reviews"
-    )
-    quality = {"label_mass": round(mass, 6), "teacher_raw": before, "teacher_calibrated": after}
-    return {"teacher_logits": training_logits}, {"calibration": args.calibration, "bias": bias, "quality": quality}
+    now, recorded = quality["none"]["accuracy"], llm.get("validation_accuracy")
+    if recorded is not None and abs(now - recorded) > OTHER_TEACHER:
+        settings.stop(
+            f"the LLM's validation accuracy is {now:.3f} here and was {recorded:.3f} in 03: "
+            f"is {llm['base']} still the base that the adapter was trained on?"
+        )
+    on_validation = verbalizer.teacher_logits(log_odds["validation"], bias, temperature)
+    distill.refuse_bad_teacher(on_validation, labels, "validation")
+    training.refuse_collapse(on_validation, labels, CANNOT_TEACH)
+    calibration = {"calibration": args.calibration, "bias": bias, "calibration_temperature": temperature}
+    figures = {"label_mass": round(mass, 6)} | {f"teacher_{name}": scores for name, scores in quality.items()}
+    return {"teacher_logits": teacher_logits}, calibration, figures
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print("04b_distill_from_mistral.py with")
     settings.show(args)
-    teacher_run = artifacts.read_run(args, TEACHER_STEP)
-    hardware = device.detect(args.precision)
+    llm = find_llm(args)
+    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
-    artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
-    inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
+    inputs = dict(reviews.fingerprints)
+    if llm["adapter"]:
+        artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
+        inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
+    models.check_length(llm["max_length"], settings.locate(args, llm["base"]))
     models.check_length(args.max_length, settings.locate(args, args.student_model))
     tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
-    facts = teacher_run["facts"]
     folder = artifacts.begin(args, STEP, inputs, keep="soft_labels")
+    device.one_process_per_gpu(args, hardware, __file__, argv)
 
     from common import distill, training
 
-    keep_or_delete_soft_labels(args, inputs, folder / "soft_labels")
-    save_soft_labels(args, reviews, facts, hardware, folder / "soft_labels")
+    save_soft_labels(args, reviews, llm, hardware, folder / "soft_labels")
     memory.free()  # the LLM's, for the student
-    teacher, calibration = read_teacher(args, reviews, facts, folder / "soft_labels")
+    teacher, calibration, figures = read_teacher(args, reviews, llm, folder / "soft_labels")
     gold_ids, transfer_ids, validation_ids = (
         models.encode(tokenizer, table["text"].tolist(), args.max_length)
         for table in (reviews.train, reviews.transfer, reviews.validation)
@@ -162,10 +207,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     training.refuse_collapse(logits, labels, AT_CHANCE)
 
+    peak_mb = max(device.gather(memory.highest_peak_mb()))
+    if device.rank() > 0:
+        return
     one = metrics.describe(labels, logits)
-    artifacts.write_json(folder / "metrics.json", {"validation": {"student": one} | calibration.pop("quality")})
-    made = {"student": args.student_model, "teacher": facts["base"], "max_length": args.max_length}
-    artifacts.finish(args, folder, {"labels": data.LABELS} | made | calibration, memory.peak_mb())
+    artifacts.write_json(folder / "metrics.json", {"validation": {"student": one} | figures})
+    made = {"student": args.student_model, "teacher": llm["base"], "max_length": args.max_length, "llm": llm}
+    artifacts.finish(args, folder, {"labels": data.LABELS} | made | calibration, peak_mb)
     print(f"student: validation accuracy {metrics.in_words(one)}")
     print(f"next: python 05_benchmark.py --preset {args.preset}")
 

@@ -34,6 +34,7 @@ STEP = "05_benchmark"
 WARM_UP_REVIEWS = 16
 TEACHER, CONTROL = "teacher, fine-tuned", "control, no teacher"
 STUDENTS = {"04a_student_from_roberta": "student, white-box", "04b_student_from_mistral": "student, black-box"}
+UNCALIBRATED = {"calibration": "none (no 04b)", "bias": 0.0, "calibration_temperature": 1.0}
 COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
 
 
@@ -97,16 +98,17 @@ def load_encoder(args: argparse.Namespace, hardware: device.Hardware, folder: Pa
 
 
 def load_mistral(
-    args: argparse.Namespace, hardware: device.Hardware, folder: Path, facts: dict, calibration: dict
+    args: argparse.Namespace, hardware: device.Hardware, adapter: Path | None, facts: dict, calibration: dict
 ) -> Loaded:
     base = settings.locate(args, facts["base"])
-    tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, folder / "adapter")
+    tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, adapter)
     label_ids = verbalizer.label_token_ids(tokenizer, facts["prompt"], facts["label_words"])
 
     def logits(texts: list[str]) -> np.ndarray:
         ids = verbalizer.encode_prompts(tokenizer, texts, facts["prompt"], facts["max_length"])
         log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
-        return verbalizer.teacher_logits(log_p, calibration["bias"])
+        log_odds = verbalizer.log_odds(log_p)
+        return verbalizer.teacher_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
 
     ran = {
         "precision": f"nf4, {hardware.precision}",
@@ -127,10 +129,14 @@ def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: d
     if "02_roberta" in runs:
         load = partial(load_encoder, args, hardware, root / "02_roberta" / "model", facts["02_roberta"]["max_length"])
         found.append(Contender(short(facts["02_roberta"]["teacher"]), TEACHER, load))
+    from_llm = facts.get("04b_student_from_mistral")
     if "03_mistral" in runs:
-        calibration = facts.get("04b_student_from_mistral", {"calibration": "none (no 04b)", "bias": 0.0})
-        load = partial(load_mistral, args, hardware, root / "03_mistral", facts["03_mistral"], calibration)
+        calibration = from_llm if from_llm and from_llm["llm"]["adapter"] else UNCALIBRATED
+        load = partial(load_mistral, args, hardware, root / "03_mistral" / "adapter", facts["03_mistral"], calibration)
         found.append(Contender(short(facts["03_mistral"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True))
+    if from_llm and not from_llm["llm"]["adapter"]:
+        load = partial(load_mistral, args, hardware, None, from_llm["llm"], from_llm)
+        found.append(Contender(short(from_llm["llm"]["base"]), "teacher, 4-bit zero-shot", load, is_llm=True))
     for step, kind in STUDENTS.items():
         if step in runs:
             student, teacher = short(facts[step]["student"]), short(facts[step]["teacher"])
@@ -255,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     finished = artifacts.finished_steps(args)
     if not finished:
         settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py, or any other, first")
-    hardware = device.detect(args.precision)
+    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("test",))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common import device
 from common.data import LABELS
 from common.settings import NOT_COMPARED, stop
 
@@ -168,12 +169,21 @@ def begin(args: argparse.Namespace, step: str, inputs: dict[str, str], keep: str
 
     Leaves with exit code 0 when the step is finished already, and with 2 when it was made with other settings.
     `inputs` maps the name of each thing read (dataset split, earlier step) to its fingerprint. `keep` names a subfolder
-    that --force spares, because the step itself checks whether it still holds.
+    that --force spares, because the step itself checks whether it still holds. Of several processes the first one
+    opens the folder, which all must see.
     """
     folder = Path(args.output_dir, step)
+    if not device.begun_by_parent():
+        device.first_alone(lambda: _begin(args, folder, inputs, keep))
+    if not (folder / "started.json").exists():
+        stop(f"{folder}/ is not the first process's: pass an --output-dir on a disk that all machines share")
+    return folder
+
+
+def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep: str | None) -> None:
     lock(folder)
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_COMPARED}
-    now = {"step": step, "settings": settings, "inputs": inputs}
+    now = {"step": folder.name, "settings": settings, "inputs": inputs}
     if args.force and folder.exists():
         print(f"--force: deleting {folder}/{f' but for {keep}/' if keep else ''}")
         _delete(folder, keep)
@@ -185,11 +195,10 @@ def begin(args: argparse.Namespace, step: str, inputs: dict[str, str], keep: str
                 print(f"{folder}/ is finished with these settings; --force redoes it.")
                 raise SystemExit(0)
             print(f"{folder}/ was interrupted; continuing.")
-            return folder
+            return
     if folder.exists() and any(path.name != keep for path in folder.iterdir()):
         stop(f"{folder}/ holds files of an unknown run (no started.json): pass --force or another --output-dir")
     write_json(folder / "started.json", now)
-    return folder
 
 
 def lock(folder: Path) -> None:

@@ -53,7 +53,7 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
     needed = list(dict.fromkeys((*reads, "test")))
     read = _read_folder(Path(name), needed) if Path(name).is_dir() else _read_hub(name, needed)
     splits = {split: _clean(table, split) for split, table in read.items()}
-    fingerprints = {f"dataset/{split}": _fingerprint(table) for split, table in splits.items()}
+    fingerprints = {f"dataset/{split}": fingerprint(table) for split, table in splits.items()}
 
     seen = set(splits["test"]["text"].str.lower())
     for split in ("train", "transfer"):
@@ -220,7 +220,7 @@ def _without_repeats(table: pd.DataFrame, seen: set[str], split: str) -> pd.Data
     return table[~known & ~repeated]
 
 
-def _fingerprint(table: pd.DataFrame) -> str:
+def fingerprint(table: pd.DataFrame) -> str:
     """SHA-256 over ids, texts and labels of a split, in order."""
     digest = hashlib.sha256("\0".join(table["example_id"]).encode())
     digest.update("\0".join(table["text"]).encode("utf-8", "surrogatepass"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from common import device
 from common.artifacts import lock, whole
 from common.verbalizer import LABEL_WORDS, PROMPT
 
@@ -280,8 +281,13 @@ def prepare(folder: Path, sizes: dict[str, int] = SIZES, effort: float = 1.0, se
 
     `effort` scales the pre-training steps. About a minute on two cores at 1.
     """
+    if not device.share(folder.exists()):
+        device.first_alone(lambda: _make(folder, sizes, effort, seed))
+
+
+def _make(folder: Path, sizes: dict[str, int], effort: float, seed: int) -> None:
     lock(folder)
-    if folder.exists():
+    if folder.exists():  # another process has made it while this one came here
         return
     import torch
     import transformers

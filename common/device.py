@@ -1,25 +1,38 @@
-"""The device, the precision and the seed, decided in one place and printed."""
+"""The device, the precision, the seed and one process per GPU, decided in one place and printed."""
 
+import argparse
+import ctypes
+import datetime
 import logging
 import os
+import signal
+import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from common.settings import stop
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+# Set in the processes that `one_process_per_gpu` starts: their parent has told and begun everything up to there.
+STARTED = "SENTIMENT_STARTED_BY"
+# What one process does alone while the others wait: the longest is joining 75,000 reviews' features on a slow disk.
+PATIENCE = datetime.timedelta(hours=2)
+
 
 @dataclass(frozen=True)
 class Hardware:
     """Where and in what precision a model runs."""
 
-    device: str  # "cuda" or "cpu"
+    device: str  # "cuda" (this process's own GPU) or "cpu"
     precision: str  # "fp32", "bf16" or "fp16"
     name: str
+    processes: int = 1  # of this run, on all machines together
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -42,35 +55,167 @@ class Hardware:
             torch.cuda.synchronize()
 
 
-def detect(precision: str) -> Hardware:
-    """The hardware at hand; `precision` is the flag. Call it before anything touches CUDA.
+def world_size() -> int:
+    """How many processes share this step (torchrun's count); 1 under plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    auto is fp16 on a GPU before compute capability 8.0 (a T4: torch counts its emulated bf16 as support), bf16 from
-    there on, fp32 on a CPU.
+
+def rank() -> int:
+    """This process's number among them; 0 is the first, which speaks and writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def detect(args: argparse.Namespace) -> Hardware:
+    """The hardware at hand, after joining the other processes where there are some; nothing may touch CUDA before it.
+
+    --precision auto is fp16 on a GPU before compute capability 8.0 (a T4: torch counts its emulated bf16 as support),
+    bf16 from there on, fp32 on a CPU. A script without --num-processes runs on one GPU.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        stop("these scripts run as one process so far: start them with python instead of torchrun")
-    # One process drives one GPU: with two in sight Trainer falls into nn.DataParallel, and a 4-bit model would split.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     _quiet_libraries()
     import torch
 
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        auto = "bf16" if capability[0] >= 8 else "fp16"
-        hardware = Hardware("cuda", auto if precision == "auto" else precision, torch.cuda.get_device_name())
-        if hardware.precision == "bf16" and capability[0] < 8:
-            stop(f"{hardware.name} has no bf16 arithmetic: pass --precision fp16 or leave it at auto")
+    gpus = torch.cuda.device_count()
+    if world_size() > 1:
+        if "num_processes" not in args:
+            stop("this script measures one process on one GPU: start it with python instead of torchrun")
+        _join(gpus)
+        processes = world_size()
     else:
-        hardware = Hardware(
-            "cpu", "fp32" if precision == "auto" else precision, f"CPU, {torch.get_num_threads()} threads"
-        )
+        processes = getattr(args, "num_processes", 1) or max(1, gpus)
+        if gpus and processes > gpus:
+            stop(f"--num-processes {processes} is more than the {gpus} GPUs in sight")
+        if processes == 1:
+            # With two GPUs in sight Trainer falls into nn.DataParallel, and a 4-bit model would split.
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if gpus:
+        capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+        auto = "bf16" if capability[0] >= 8 else "fp16"
+        hardware = Hardware("cuda", auto if args.precision == "auto" else args.precision, name, processes)
+        if hardware.precision == "bf16" and capability[0] < 8:
+            stop(f"{name} has no bf16 arithmetic: pass --precision fp16 or leave it at auto")
+    else:
+        precision = "fp32" if args.precision == "auto" else args.precision
+        hardware = Hardware("cpu", precision, f"CPU, {torch.get_num_threads()} threads", processes)
         if hardware.precision == "fp16":
             stop(
                 "fp16 needs a GPU and none is in sight: pass --precision fp32, or bf16 on a processor with AVX512-BF16"
             )
-    print(f"running on {hardware.name} in {hardware.precision}")
+    times = f"{processes} x " if processes > 1 else ""
+    print(f"running on {times}{hardware.name} in {hardware.precision}{', a process each' if times else ''}")
     return hardware
+
+
+def one_process_per_gpu(args: argparse.Namespace, hardware: Hardware, script: str, argv: list[str] | None) -> None:
+    """Start the same command once per GPU and leave with its exit code; return where one process does all the work.
+
+    A script calls it when its flags and inputs are checked and its folder is begun. The started processes come by the
+    same lines, in silence, and return from here. Under torchrun, which has started them already, all return.
+    """
+    if world_size() > 1:
+        if rank() == 0:
+            sys.stdout = sys.__stdout__
+        return
+    if hardware.processes == 1:
+        return
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ[STARTED] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // hardware.processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # an exit code of 2 has been explained
+    sys.stdout.flush()
+    # The loopback address: not every container can resolve its own host name.
+    where = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={hardware.processes}"]
+    command = sys.argv[1:] if argv is None else argv
+    try:
+        # --force has deleted what it should; a second time it would delete what the first process has begun.
+        torchrun([*where, script, *command, "--no-force"])
+    except ChildFailedError as failed:
+        _, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            killed = signal.Signals(-failure.exitcode).name
+            print(f"process {failure.local_rank} was ended by {killed} (too little memory?)", file=sys.stderr)
+        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+    except SignalException as interrupted:
+        print(f"{interrupted.sigval.name}: all processes ended; the same command continues", file=sys.stderr)
+        raise SystemExit(128 + interrupted.sigval) from None
+    finally:
+        del os.environ[STARTED]
+    raise SystemExit(0)
+
+
+def begun_by_parent() -> bool:
+    """Whether the process that started this one has begun the step, and holds its folder."""
+    return STARTED in os.environ and world_size() > 1
+
+
+def first_alone(action: Callable[[], T]) -> T | None:
+    """Let the first process act while all others wait, and leave with its exit code if it stops. They get None."""
+    if world_size() == 1:
+        return action()
+    from torch.distributed import broadcast_object_list
+
+    result, code = None, [None]
+    if rank() == 0:
+        try:
+            result = action()
+        except SystemExit as stopped:
+            broadcast_object_list([stopped.code or 0])
+            raise
+    broadcast_object_list(code)
+    if code[0] is not None:
+        raise SystemExit(code[0])
+    return result
+
+
+def share(value: T) -> T:
+    """The first process's value, in all."""
+    if world_size() == 1:
+        return value
+    from torch.distributed import broadcast_object_list
+
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in all, by rank."""
+    if world_size() == 1:
+        return [value]
+    from torch.distributed import all_gather_object
+
+    values: list[T] = [value] * world_size()
+    all_gather_object(values, value)
+    return values
+
+
+def _join(gpus: int) -> None:
+    """Join the other processes; only the first one speaks, and where a parent has spoken, not before its work."""
+    import torch
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if gpus:
+        if local_rank >= gpus:
+            stop(f"process {local_rank} of this machine has no GPU of its own: {gpus} in sight")
+        torch.cuda.set_device(local_rank)
+    if STARTED in os.environ:
+        _die_with_parent(int(os.environ[STARTED]))
+    if rank() > 0 or STARTED in os.environ:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    if rank() > 0:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+        warnings.simplefilter("ignore")
+    torch.distributed.init_process_group("nccl" if gpus else "gloo", timeout=PATIENCE)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask the kernel (Linux) to end this process when its parent is killed: a kill -9 must leave no orphan on a GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            raise SystemExit(1)
 
 
 def _quiet_libraries() -> None:

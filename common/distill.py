@@ -112,6 +112,11 @@ class DistillationTrainer(training.ReviewTrainer):
         loss = sum(terms)
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, *args, **kwargs):
+        """Train; the terms of the trial step before it are none of the training's."""
+        self._terms.clear()
+        return super().train(*args, **kwargs)
+
     def _log(self, name: str, term: torch.Tensor) -> torch.Tensor:
         self._terms.setdefault(name, []).append(term.detach())
         return term
@@ -197,7 +202,7 @@ def train_student(
             temperature=args.temperature,
             feature_weight=feature_weight,
         )
-        training.train(trainer)
+        training.train(trainer, hardware)
         training.save(student.model, tokenizer, target, checkpoints)
     model = models.load_classifier(str(target)).to(hardware.device).eval()
     return scoring.score_encoder(model, validation.ids, tokenizer.pad_token_id, hardware, batch_tokens=8192)["scores"]

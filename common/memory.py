@@ -1,15 +1,20 @@
-"""Memory between models: give it back, and say how much was used at the peak."""
+"""Memory: give it back between models, say how much was used at the peak, find the micro-batch that fits."""
 
 import gc
 import resource
 import sys
+from collections.abc import Callable
+
+_earlier_peak = 0.0
 
 
 def free() -> None:
     """Drop what no name holds any more and return cached GPU memory; call it after `del model`."""
+    global _earlier_peak
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
+        _earlier_peak = max(_earlier_peak, peak_mb())
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -21,3 +26,22 @@ def peak_mb() -> float:
         return torch.cuda.max_memory_allocated() / 1e6
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / 1e6 if sys.platform == "darwin" else used * 1024 / 1e6
+
+
+def highest_peak_mb() -> float:
+    """The peak over the whole step, whatever was freed in between."""
+    return max(_earlier_peak, peak_mb())
+
+
+def largest_that_fits(step: Callable[[int], None], micro_batch: int) -> int | None:
+    """Halve the micro-batch until `step(micro_batch)` finds enough memory; None when not even one review does."""
+    while micro_batch:
+        try:
+            step(micro_batch)
+            return micro_batch
+        except (RuntimeError, MemoryError) as problem:  # torch.OutOfMemoryError, and the CPU allocator's RuntimeError
+            if not isinstance(problem, MemoryError) and "memory" not in str(problem):
+                raise
+        free()  # after the except clause: its exception holds the failed step's tensors
+        micro_batch //= 2
+    return None

@@ -1,5 +1,6 @@
 """Models and tokenizers: load an encoder, a 4-bit causal LM, an adapter; count them; truncate reviews head+tail."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,7 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=hardware.dtype,  # the library's default, float32, is 20x slower on a T4
     )
-    device = 0 if hardware.device == "cuda" else "cpu"
+    device = torch.cuda.current_device() if hardware.device == "cuda" else "cpu"  # never "auto": it splits the model
     with _explained(name), _quiet():
         # The stored dtype of Mistral is bf16, which a T4 only emulates: what stays unquantised takes ours.
         model = AutoModelForCausalLM.from_pretrained(
@@ -162,6 +163,15 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: i
         for ids in token_ids(tokenizer, texts[start : start + 1000]):
             encoded.append(np.array([first, *head_and_tail(ids, max_length - 2), last], dtype=np.int32))
     return encoded
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a folder's safetensors files: which weights these are."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def count(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:

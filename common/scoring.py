@@ -1,16 +1,18 @@
-"""Many reviews through one model, fast: sorted by length, batched by tokens, in chunks that a restart continues."""
+"""Many reviews through one model, fast: sorted by length, batched by tokens, shared by the processes, resumable."""
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts import read_table, whole, write_table
+from common import device
+from common.artifacts import read_json, read_table, whole, write_json, write_table
 from common.device import Hardware
+from common.settings import stop
 from common.verbalizer import label_log_probabilities
 
 if TYPE_CHECKING:
@@ -49,6 +51,26 @@ def pad(ids: list[np.ndarray], pad_id: int, left: bool = False) -> tuple["torch.
     return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
+def to_device(
+    ids: list[np.ndarray], pad_id: int, hardware: Hardware, left: bool = False
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """`pad` onto the device; from pinned memory, so that a GPU computes while the next batch is padded and copied."""
+    tensors = pad(ids, pad_id, left)
+    if hardware.device == "cpu":
+        return tensors
+    return tuple(tensor.pin_memory().to(hardware.device, non_blocking=True) for tensor in tensors)
+
+
+def in_order(batches: list["torch.Tensor"], order: list[np.ndarray]) -> np.ndarray:
+    """The rows of all batches in the order of the reviews; `order` holds each batch's row numbers."""
+    import torch
+
+    joined = torch.cat(batches).cpu().numpy()
+    in_place = np.empty_like(joined)
+    in_place[np.concatenate(order)] = joined
+    return in_place
+
+
 def pool(hidden: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
     """(n, tokens, width) hidden states to (n, 2, width): the first token's, and the mean over real tokens.
 
@@ -75,21 +97,19 @@ def score_encoder(
     """
     import torch
 
-    logits, features = np.empty((len(ids), 2), np.float32), None
+    order, logits, features = [], [], []  # on the device until the end: no batch waits for the copy of another
     with torch.inference_mode(), hardware.autocast():
         for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens):
-            input_ids, mask = (tensor.to(hardware.device) for tensor in pad([ids[row] for row in rows], pad_id))
+            input_ids, mask = to_device([ids[row] for row in rows], pad_id, hardware)
             output = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(feature_layers))
-            logits[rows] = output.logits.float().cpu().numpy()
+            order.append(rows)
+            logits.append(output.logits.float())
             if feature_layers:
-                pooled = torch.stack(
-                    [pool(output.hidden_states[layer].float(), mask) for layer in feature_layers], dim=1
-                )
-                if features is None:
-                    features = np.empty((len(ids), *pooled.shape[1:]), np.float16)
-                features[rows] = pooled.half().cpu().numpy()
-    _require_finite(logits)
-    return {"scores": logits} if features is None else {"scores": logits, "features": features}
+                pooled = [pool(output.hidden_states[layer].float(), mask).half() for layer in feature_layers]
+                features.append(torch.stack(pooled, dim=1))
+    scores = {"scores": in_order(logits, order)}
+    _require_finite(scores["scores"])
+    return scores | {"features": in_order(features, order)} if features else scores
 
 
 def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
@@ -111,12 +131,13 @@ def score_llm(
     """Raw label log-probabilities, (n, 2) float32, in the order of `ids`."""
     import torch
 
-    scores = np.empty((len(ids), 2), np.float32)
+    order, log_p = [], []
     with torch.inference_mode(), hardware.autocast():
         for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens):
-            input_ids, mask = (t.to(hardware.device) for t in pad([ids[row] for row in rows], pad_id, left=True))
-            logits = last_logits(model, input_ids, mask)
-            scores[rows] = label_log_probabilities(logits, label_ids).cpu().numpy()
+            input_ids, mask = to_device([ids[row] for row in rows], pad_id, hardware, left=True)
+            order.append(rows)
+            log_p.append(label_log_probabilities(last_logits(model, input_ids, mask), label_ids))
+    scores = in_order(log_p, order)
     _require_finite(scores)
     return scores
 
@@ -132,61 +153,81 @@ def in_chunks(
 ) -> None:
     """Score a split in chunks on disk and join them: `scores` into `split`.parquet, others into `split`_KEY.npy.
 
-    A restart keeps whole chunks; the caller vouches (started.json does) that model, prompt, truncation and reviews are
-    those of the earlier ones. The table, written last, means that the split is finished. Host memory holds one chunk,
-    whatever the number of reviews.
+    The processes take turns with the chunks, and the first one joins them. A restart keeps whole chunks, whoever made
+    them; `made_from` has seen to it that model, prompt, truncation and reviews are those of the earlier ones. The
+    table, written last, means that the split is finished. Host memory holds one chunk, whatever the number of reviews.
     """
     n, parts = len(reviews), folder / f"{split}_chunks"
-    if (folder / f"{split}.parquet").exists() or n == 0:
-        shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed between the table and this
+    if n == 0 or device.share((folder / f"{split}.parquet").exists()):
+        device.first_alone(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a kill between the table and this
         return
     started, scored = time.time(), 0
-    for begin in range(0, n, chunk):
-        end, part = min(begin + chunk, n), parts / f"{begin:07d}.npz"
+    begins = range(0, n, chunk)
+    for begin in begins[device.rank() :: device.world_size()]:
+        part = parts / f"{begin:07d}.npz"
         if part.exists():
             continue
-        arrays = score(reviews["text"].iloc[begin:end].tolist())
+        texts = reviews["text"].iloc[begin : begin + chunk].tolist()
+        arrays = score(texts)
         with whole(part) as temporary, open(temporary, "wb") as handle:
             np.savez(handle, **arrays)
-        scored += end - begin
-        rate = scored / (time.time() - started)
+        scored += len(texts)
+        rate = scored / (time.time() - started) * device.world_size()
+        done = min(n, chunk * len(list(parts.glob("*.npz"))))
         print(
-            f"  {split}: {end:,} of {n:,} scored, {rate:.1f} reviews/s, {(n - end) / rate / 60:.0f} min left",
+            f"  {split}: {done:,} of {n:,} scored, {rate:.1f} reviews/s, {(n - done) / rate / 60:.0f} min left",
             flush=True,
         )
-    joined = {key: _join(parts, folder / f"{split}_{key}.npy", key, n) for key in _keys(parts)}
-    table = pd.DataFrame(joined["scores"], columns=list(columns))
-    table.insert(0, "example_id", reviews["example_id"].to_numpy())
+    device.gather(None)  # all chunks are there
+    device.first_alone(lambda: _join(folder, split, parts, reviews["example_id"], columns))
+
+
+def _join(folder: Path, split: str, parts: Path, example_ids: pd.Series, columns: tuple[str, str]) -> None:
+    """The chunks as one table, and as one .npy file per further array; then they go."""
+    files = sorted(parts.glob("*.npz"))
+    with np.load(files[0], allow_pickle=False) as first:
+        further = {key: first[key] for key in first.files if key != "scores"}
+    for key, like in further.items():
+        header = {"descr": like.dtype.str, "fortran_order": False, "shape": (len(example_ids), *like.shape[1:])}
+        with whole(folder / f"{split}_{key}.npy") as temporary, open(temporary, "wb") as handle:
+            # Written chunk by chunk: the pages of a memory map would count as this process's memory.
+            np.lib.format.write_array_header_1_0(handle, header)
+            for array in _arrays(files, key):
+                array.tofile(handle)
+    table = pd.DataFrame(np.concatenate(list(_arrays(files, "scores"))), columns=list(columns))
+    table.insert(0, "example_id", example_ids.to_numpy())
     write_table(folder / f"{split}.parquet", table)
     shutil.rmtree(parts)
 
 
-def _keys(parts: Path) -> list[str]:
-    with np.load(min(parts.glob("*.npz")), allow_pickle=False) as first:
-        return list(first.files)
-
-
-def _join(parts: Path, target: Path, key: str, n: int) -> np.ndarray | None:
-    """One array of all chunks: `scores` in memory (the table's), any other copied chunk by chunk into its file."""
-    files = sorted(parts.glob("*.npz"))
-    with np.load(files[0], allow_pickle=False) as first:
-        shape, dtype = (n, *first[key].shape[1:]), first[key].dtype
-    if key == "scores":
-        joined = np.empty(shape, dtype)
-        _fill(joined, files, key)
-        return joined
-    with whole(target) as temporary:
-        joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-        _fill(joined, files, key)
-        joined.flush()
-    return None
-
-
-def _fill(joined: np.ndarray, files: list[Path], key: str) -> None:
+def _arrays(files: list[Path], key: str) -> Iterator[np.ndarray]:
     for file in files:
         with np.load(file, allow_pickle=False) as part:
-            begin = int(file.stem)
-            joined[begin : begin + len(part[key])] = part[key]
+            yield part[key]
+
+
+def made_from(folder: Path, origin: dict[str, object]) -> None:
+    """Record what the soft labels in `folder` are made from; delete those that something else has made.
+
+    `origin` names everything that decides a score: the weights' digest, the prompt, the truncation, the texts.
+    """
+
+    def check() -> None:
+        record = folder / "made_from.json"
+        if folder.exists() and (not record.exists() or read_json(record) != origin):
+            print(f"deleting {folder}/, which other weights, texts or settings made")
+            shutil.rmtree(folder)
+        write_json(record, origin)
+
+    device.first_alone(check)
+
+
+def refuse_stale(folder: Path, origin: dict[str, object], script: str) -> None:
+    """Stop when the soft labels in `folder` were not made from `origin` (its keys; others are not compared)."""
+    recorded = read_json(folder / "made_from.json")
+    for name, value in origin.items():
+        if recorded.get(name) != value:
+            stop(f"{folder}/ was made from another {name} ({recorded.get(name)}, now {value}): run {script} --force")
 
 
 def read_scores(folder: Path, split: str, columns: tuple[str, str]) -> tuple[pd.Index, np.ndarray]:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +41,10 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 # These change how a result is computed or where it lies, not what it is: a finished step stays finished under others.
-NOT_COMPARED = {"preset", "output_dir", "force", "precision", "batch_tokens", "gradient_checkpointing"}
+NOT_COMPARED = {
+    "preset", "output_dir", "force", "precision", "num_processes", "micro_batch_size", "batch_tokens",
+    "gradient_checkpointing",
+}  # fmt: skip
 
 
 class Stop(SystemExit):
@@ -54,7 +59,12 @@ class Stop(SystemExit):
 
 
 def stop(message: str) -> NoReturn:
-    """Tell a person's mistake in one sentence, with its remedy, and leave with exit code 2."""
+    """Tell a person's mistake in one sentence, with its remedy, and leave with exit code 2.
+
+    Of several processes that all stop for the same reason the first one tells it; one that stops alone tells it late.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)  # the first process's end ends this one before
     print(f"error: {message}", file=sys.stderr)
     raise Stop(message)
 
@@ -72,6 +82,12 @@ def samples(text: str) -> int | None:
     return None if text == "all" else positive_int(text)
 
 
+def count_or_auto(text: str) -> int | None:
+    """A number of at least 1, or "auto" (None)."""
+    return None if text == "auto" else positive_int(text)
+
+
+count_or_auto.__name__ = "number or 'auto'"
 samples.__name__ = "number or 'all'"  # argparse names the type in its error
 
 
@@ -137,8 +153,11 @@ def add_training_flags(
     add("--epochs", type=positive, default=epochs, help="passes over the training reviews")
     add("--learning-rate", type=positive, default=learning_rate, help="peak, after the warm-up")
     add("--batch-size", type=positive_int, default=batch_size, help="reviews a step, over accumulation")
-    add("--micro-batch-size", type=positive_int, default=micro_batch_size, help="reviews in memory at once")
+    add("--micro-batch-size", type=positive_int, default=micro_batch_size, help="reviews in memory at once, at most")
     add("--weight-decay", type=non_negative, default=0.01, help="of AdamW")
+    add(
+        "--num-processes", type=count_or_auto, default="auto", help="how many work together; auto: one per GPU in sight"
+    )
     add("--warmup-fraction", type=fraction, default=0.06, help="share of the steps with a rising learning rate")
 
 
@@ -155,19 +174,14 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be at least 0")
-    if (
-        "micro_batch_size" in args
-        and args.batch_size > args.micro_batch_size
-        and args.batch_size % args.micro_batch_size
-    ):
-        parser.error("--batch-size must be a multiple of --micro-batch-size")
     return args
 
 
 def show(args: argparse.Namespace) -> None:
     """Print the resolved settings, a line each."""
     for name, value in sorted(vars(args).items()):
-        print(f"  {name} = {'all' if value is None else json.dumps(value)}")
+        nothing = "auto" if name == "num_processes" else "all"
+        print(f"  {name} = {nothing if value is None else json.dumps(value)}")
     sys.stdout.flush()
 
 

@@ -1,7 +1,6 @@
-"""What every training script needs: datasets, padding, TrainingArguments for any 5.x, safe resume, saving."""
+"""What every training script needs: datasets, padding, TrainingArguments, room in memory and on disk, safe resume."""
 
 import argparse
-import dataclasses
 import math
 import shutil
 import sys
@@ -12,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
+from common import device, memory
 from common.artifacts import whole
 from common.data import LABELS
 from common.device import Hardware
@@ -31,13 +32,6 @@ class ReviewDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """For Trainer's length grouping, which walks the dataset for its lengths alone.
-
-        Without this it would read every feature from disk for them, and take any IndexError for the end of the data.
-        """
-        return ({"input_ids": ids} for ids in self.ids)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         return {"input_ids": self.ids[row], "labels": self.labels[row]} | {k: a[row] for k, a in self.arrays.items()}
@@ -55,11 +49,50 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": mask, **rest}
 
 
-class ReviewTrainer(Trainer):
-    """Trainer that evaluates in dataset order: by default length grouping would permute the rows, silently."""
+class LengthGrouped(Sampler[int]):
+    """Rows of an epoch shuffled and then grouped by length, in an order that seed and epoch alone decide.
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
-        return SequentialSampler(eval_dataset)
+    transformers' own length grouping draws from each process's random state, which dropout has moved on by unequal
+    steps: two processes would go by two orders, and some reviews would come twice and others never.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, trainer: Trainer):
+        self.lengths, self.batch_size, self.seed, self.trainer = lengths, batch_size, seed, trainer
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int(self.trainer.state.epoch or 0)  # begun epochs: also right when an interrupted one goes on
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class SaveOften(TrainerCallback):
+    """A checkpoint at least every tenth of the run, beside those that end an epoch: an interruption costs no more."""
+
+    def on_step_end(self, args, state, control, **_):
+        # Not at an epoch's end: what went on from there would never make that epoch's evaluation, still to come.
+        if state.global_step % math.ceil(state.max_steps / 10) == 0 and state.epoch % 1 != 0:
+            control.should_save = True
+
+
+class ReviewTrainer(Trainer):
+    """Trainer that trains on reviews of similar length together."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, callbacks=[SaveOften()], **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Trainer would keep the micro-batch from before `fit_memory`, and transformers 5.0 that of the checkpoint: with
+        # our accumulation either would be another batch.
+        self._train_batch_size = self.args.per_device_train_batch_size
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGrouped:
+        lengths = [len(ids) for ids in self.train_dataset.ids]
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGrouped(lengths, batch, self.args.seed, self)
 
 
 class LabelWordTrainer(ReviewTrainer):
@@ -87,28 +120,22 @@ def training_arguments(
 ) -> TrainingArguments:
     """TrainingArguments from the settings, for `rows` training reviews; `more` overrides (epochs under Trainer's name).
 
-    Evaluates and saves once an epoch; the checkpoint with the best validation accuracy is loaded at the end.
+    Evaluates once an epoch; the checkpoint with the best validation accuracy is loaded at the end.
     """
-    accumulation = max(1, args.batch_size // args.micro_batch_size)
     steps = math.ceil(math.ceil(rows / args.batch_size) * more.get("num_train_epochs", args.epochs))
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    grouping = (
-        {"train_sampling_strategy": "group_by_length"}
-        if "train_sampling_strategy" in fields
-        else {"group_by_length": True}
-    )
+    micro_batch = micro_batch_of(args.batch_size, hardware.processes, args.micro_batch_size)
     settings = dict(  # noqa: C408
         output_dir=str(checkpoints),
         num_train_epochs=args.epochs,
         learning_rate=args.learning_rate,
-        per_device_train_batch_size=min(args.batch_size, args.micro_batch_size),
-        gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=2 * args.micro_batch_size,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=args.batch_size // (micro_batch * hardware.processes),
+        per_device_eval_batch_size=2 * micro_batch,
         weight_decay=args.weight_decay,
         warmup_steps=int(args.warmup_fraction * steps),
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,  # the best and the newest stay
+        save_total_limit=1,  # the best and the newest stay, and a third while it is written: 12.8 GB of RoBERTa-large
         load_best_model_at_end=True,
         metric_for_best_model="accuracy",
         logging_steps=max(1, steps // 20),
@@ -116,6 +143,7 @@ def training_arguments(
         bf16=hardware.precision == "bf16",
         use_cpu=hardware.device == "cpu",
         dataloader_pin_memory=hardware.device == "cuda",
+        ddp_find_unused_parameters=False,  # true finds none, and fails with gradient checkpointing
         seed=args.seed,
         logging_nan_inf_filter=False,  # else a NaN is logged as 0, and train() could not see it
         report_to="none",
@@ -123,18 +151,86 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    return TrainingArguments(**(settings | grouping | more))
+    return TrainingArguments(**(settings | more))
 
 
-def train(trainer: Trainer) -> None:
+def micro_batch_of(batch_size: int, processes: int, at_most: int) -> int:
+    """The largest micro-batch that, times processes and whole accumulation steps, gives the batch."""
+    if batch_size % processes:
+        stop(f"--batch-size {batch_size} cannot be shared by {processes} processes: pass a multiple of {processes}")
+    share = batch_size // processes
+    return max(size for size in range(1, min(share, at_most) + 1) if share % size == 0)
+
+
+def train(trainer: Trainer, hardware: Hardware) -> None:
     """Train, continuing from the newest undamaged checkpoint of an interrupted run; stop when the loss is NaN."""
-    checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
+    checkpoints = Path(trainer.args.output_dir)
+    checkpoint = device.share(device.first_alone(lambda: newest_checkpoint(checkpoints)))
+    fit_memory(trainer, hardware)
+    device.first_alone(lambda: refuse_full_disk(trainer.model, checkpoints))
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses and not math.isfinite(losses[-1]):
         stop("the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32")
+
+
+def fit_memory(trainer: Trainer, hardware: Hardware) -> None:
+    """Try one step at the longest review, and halve the micro-batch until it fits on every process's device.
+
+    Accumulation makes up for it, so the batch stays what it was. Memory for what comes later, Adam's two moments and
+    the buckets in which processes exchange gradients, is taken during the trial.
+    """
+    arguments, dataset = trainer.args, trainer.train_dataset
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    model = trainer.model.train()
+    longest = max(range(len(dataset)), key=lambda row: len(dataset.ids[row]))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adam = 2 if "8bit" in str(arguments.optim) else 8  # bytes a parameter
+    later = trainable * (adam + (4 if hardware.processes > 1 else 0))
+
+    def step(micro_batch: int) -> None:
+        reserved = torch.empty(later if hardware.device == "cuda" else 0, dtype=torch.uint8, device=arguments.device)
+        inputs = trainer.data_collator([dataset[longest]] * micro_batch)
+        inputs = {name: tensor.to(arguments.device) for name, tensor in inputs.items()}
+        with hardware.autocast():
+            loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        del reserved
+
+    fits = memory.largest_that_fits(step, arguments.per_device_train_batch_size)
+    model.zero_grad(set_to_none=True)
+    everywhere = device.gather(fits)
+    if None in everywhere:
+        stop(
+            f"{hardware.name} has too little memory for one review of {len(dataset.ids[longest])} tokens: pass a "
+            "smaller --max-length"
+        )
+    micro_batch = micro_batch_of(batch * hardware.processes, hardware.processes, min(everywhere))
+    arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size = micro_batch, 2 * micro_batch
+    arguments.gradient_accumulation_steps = batch // micro_batch
+    print(
+        f"a step at {len(dataset.ids[longest])} tokens fits with micro-batch {micro_batch} (x {batch // micro_batch} "
+        f"accumulated x {hardware.processes} processes), peak {max(device.gather(memory.peak_mb())):,.0f} MB",
+        flush=True,
+    )
+    memory.free()
+    device.seed_everything(arguments.seed)  # the trial's dropout has drawn from it
+
+
+def refuse_full_disk(model: torch.nn.Module, checkpoints: Path) -> None:
+    """Stop when the disk cannot hold three checkpoints (best, newest, and one being written) and the saved model."""
+    weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    needed = 3 * (weights + 2 * weights) + weights  # Adam keeps two numbers a weight
+    there = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+    parent = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
+    free = shutil.disk_usage(parent).free + there
+    if free < needed:
+        stop(
+            f"training needs up to {needed / 1e9:.1f} GB of disk for checkpoints and {free / 1e9:.1f} GB are free: "
+            "make room, or pass an --output-dir on another disk"
+        )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -154,9 +250,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    for name in ("trainer_state.json", "scheduler.pt", "rng_state.pth", "optimizer.pt"):
+    for name in ("trainer_state.json", "scheduler.pt", "optimizer.pt"):
         if not (checkpoint / name).is_file():
             return f"no {name}"
+    if not list(checkpoint.glob("rng_state*.pth")):  # one a process; another number of processes continues as well
+        return "no random state"
     if not zipfile.is_zipfile(checkpoint / "optimizer.pt"):
         return "optimizer.pt is cut short"
     weights = [checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors"]
@@ -172,10 +270,14 @@ def _damage(checkpoint: Path) -> str | None:
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, checkpoints: Path) -> None:
     """Write weights (safetensors), config and tokenizer into `folder`, whole; then the checkpoints can go."""
-    with whole(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def write() -> None:
+        with whole(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+    device.first_alone(write)
 
 
 def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str) -> float:

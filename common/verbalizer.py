@@ -93,7 +93,41 @@ def batch_calibration(unlabelled_log_odds: np.ndarray) -> float:
     return float(np.mean(unlabelled_log_odds))
 
 
-def teacher_logits(log_probabilities: np.ndarray, bias: float) -> np.ndarray:
-    """(n, 2) logits whose softmax is the two words' distribution after subtracting `bias` from the log-odds."""
-    half = (log_odds(log_probabilities) - bias) / 2
+def fitted_calibration(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Bias b and temperature T of p(positive) = sigmoid((log_odds − b) / T), fitted on labelled reviews.
+
+    Platt scaling with Platt's smoothed targets (Platt 1999, equation 10), which keep T above 0 on separable reviews.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    positives = int(labels.sum())
+    target = np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2))
+    model = LogisticRegression(C=1e6).fit(
+        np.concatenate([log_odds, log_odds])[:, None],
+        np.repeat([1, 0], len(labels)),
+        sample_weight=np.concatenate([target, 1 - target]),
+    )
+    slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
+    if slope <= 0:
+        stop("the LLM's log-odds fall where the labels rise: its label words are swapped, or it cannot teach")
+    return -intercept / slope, 1 / slope
+
+
+def out_of_fold(log_odds: np.ndarray, labels: np.ndarray, folds: int = 5) -> np.ndarray:
+    """(n,) log-odds calibrated by a bias and a temperature that were fitted on the other folds, with no review's own.
+
+    What `fitted_calibration` is worth: on the reviews that it was fitted on, its figures would flatter it.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    calibrated = np.empty(len(log_odds))
+    for others, fold in StratifiedKFold(folds, shuffle=True, random_state=0).split(log_odds, labels):
+        bias, temperature = fitted_calibration(log_odds[others], labels[others])
+        calibrated[fold] = (log_odds[fold] - bias) / temperature
+    return calibrated
+
+
+def teacher_logits(log_odds: np.ndarray, bias: float = 0.0, calibration_temperature: float = 1.0) -> np.ndarray:
+    """(n, 2) logits whose softmax is the two words' distribution, of log-odds less `bias`, over the temperature."""
+    half = (log_odds - bias) / calibration_temperature / 2
     return np.stack([-half, half], axis=1).astype(np.float32)

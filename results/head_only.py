@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=settings.positive_int, default=512, help="tokens of a review")
     parser.add_argument("--output", type=Path, required=True, help="the CSV to write")
     args: argparse.Namespace = settings.parse(parser, "head_only", None)
-    hardware = device.detect(args.precision)
+    hardware = device.detect(args)
     test = data.load_reviews(args, reads=("test",)).test
     texts, labels = test["text"].tolist(), test["label"].to_numpy()
 

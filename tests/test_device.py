@@ -1,3 +1,5 @@
+import argparse
+
 import pytest
 import torch
 
@@ -12,39 +14,53 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend that a GPU of this compute capability is there."""
+    """Pretend that GPUs of this compute capability are there."""
 
-    def pretend(*capability):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    def pretend(*capability, count=1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
 
     return pretend
 
 
+def detect(precision="auto", **flags):
+    return device.detect(argparse.Namespace(precision=precision, **flags))
+
+
 @pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_is_fp16_on_a_t4_and_bf16_from_8_0_on(gpu, capability, precision):
     gpu(*capability)
-    assert device.detect("auto").precision == precision
+    assert detect().precision == precision
 
 
 def test_emulated_bf16_on_a_t4_is_refused(gpu, stops):
     gpu(7, 5)
-    stops(lambda: device.detect("bf16"), "no bf16", "--precision fp16")
+    stops(lambda: detect("bf16"), "no bf16", "--precision fp16")
 
 
 def test_a_cpu_runs_in_fp32_or_on_request_in_bf16_and_never_in_fp16(stops):
-    assert device.detect("auto").precision == "fp32"
-    assert device.detect("bf16").dtype is torch.bfloat16
-    stops(lambda: device.detect("fp16"), "fp16 needs a GPU")
+    assert detect().precision == "fp32"
+    assert detect("bf16").dtype is torch.bfloat16
+    stops(lambda: detect("fp16"), "fp16 needs a GPU")
 
 
-def test_only_the_first_of_several_gpus_is_in_sight(monkeypatch):
+def test_every_gpu_in_sight_gets_a_process_unless_told_otherwise(gpu, monkeypatch, stops):
+    gpu(7, 5, count=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    device.detect("auto")
-    assert device.os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    assert detect(num_processes=None).processes == 2
+    assert device.os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    stops(lambda: detect(num_processes=3), "--num-processes 3", "2 GPUs")
 
 
-def test_several_processes_are_refused(monkeypatch, stops):
+def test_one_process_sees_the_first_gpu_alone(gpu, monkeypatch):
+    gpu(7, 5, count=2)
+    for flags in ({"num_processes": 1}, {}):  # the benchmark has no such flag
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+        assert detect(**flags).processes == 1
+        assert device.os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+def test_the_benchmark_is_no_work_for_several_processes(monkeypatch, stops):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    stops(lambda: device.detect("auto"), "torchrun")
+    stops(detect, "torchrun")

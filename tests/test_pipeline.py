@@ -253,6 +253,7 @@ def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
         "student": "a/distilbert/1",
         "base": "a/mistral/1",
         "max_length": 8,
+        "llm": {"adapter": True},
     }
     runs = {step: {"facts": facts} for step in list(artifacts.SCRIPTS)[1:5]}
     module = script("05")

@@ -57,7 +57,7 @@ def test_help_shows_every_default_and_imports_no_torch(script_name):
         (["--warmup-fraction", "2"], "from 0 to 1"),
         (["--seed", "-3"], "at least 0"),
         (["--precision", "int8"], "invalid choice"),
-        (["--batch-size", "10", "--micro-batch-size", "4"], "multiple of --micro-batch-size"),
+        (["--num-processes", "0"], "not at least 1"),
     ],
 )
 def test_a_wrong_value_is_told_with_exit_code_2(flags, words, script, capsys):

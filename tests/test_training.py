@@ -1,11 +1,10 @@
 import argparse
-import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from common import device, models, training
 
@@ -59,21 +58,99 @@ def test_evaluation_keeps_the_rows_in_order_though_training_groups_by_length(tin
     trainer = make_trainer(tiny, tmp_path, args)
     predicted = trainer.predict(trainer.eval_dataset)
     assert predicted.label_ids.tolist() == trainer.eval_dataset.labels.tolist()
-    grouping = getattr(trainer.args, "train_sampling_strategy", None) or trainer.args.group_by_length
-    assert grouping in ("group_by_length", True)
 
 
-def test_walking_a_dataset_for_its_lengths_reads_no_features_and_hides_no_error():
-    dataset = training.ReviewDataset([np.arange(3), np.arange(5)], np.array([0, 1]), teacher_features=[])
-    assert [len(row["input_ids"]) for row in dataset] == [3, 5]
-    with pytest.raises(IndexError):
-        dataset[0]
+def epochs_of(trainer, *epochs):
+    sampler = trainer._get_train_sampler()
+    orders = []
+    for epoch in epochs:
+        trainer.state.epoch = epoch
+        orders.append(list(sampler))
+    return orders
 
 
-def test_the_shim_passes_only_fields_of_this_transformers(args, tmp_path):
-    made = training.training_arguments(args, CPU, tmp_path, 100, num_train_epochs=3)
-    assert made.num_train_epochs == 3 and made.warmup_steps == 0
-    assert {field.name for field in dataclasses.fields(TrainingArguments)} >= {"eval_strategy", "use_cpu"}
+def test_an_epochs_order_depends_on_seed_and_epoch_alone_and_groups_by_length(tiny, tmp_path, args):
+    trainer = make_trainer(tiny, tmp_path, args)
+    first = epochs_of(trainer, 0.0, 1.0)
+    torch.rand(7)  # as dropout would, and on each process by another number
+    assert epochs_of(trainer, 0.0, 1.4) == first  # 1.4: where an interruption fell
+    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1]) == list(range(32))
+    lengths = np.array([len(ids) for ids in trainer.train_dataset.ids])[first[0]].reshape(4, 8)
+    assert np.ptp(lengths, axis=1).mean() < np.ptp(lengths)
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_changes_neither_batch_nor_loss(
+    tiny, tmp_path, args, capsys, monkeypatch
+):
+    losses = []
+    for fits in (8, 2):
+        trainer = make_trainer(tiny, tmp_path / str(fits), args, logging_steps=1)
+        trainer.model.dropout.p = 0.0
+        compute = trainer.compute_loss
+
+        def limited(model, inputs, *rest, compute=compute, fits=fits, **more):
+            if model.training and len(inputs["input_ids"]) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return compute(model, inputs, *rest, **more)
+
+        monkeypatch.setattr(trainer, "compute_loss", limited)
+        training.train(trainer, CPU)
+        assert f"fits with micro-batch {fits} (x {8 // fits} accumulated" in capsys.readouterr().out
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_gpu_too_small_for_one_review_is_told_before_training(tiny, tmp_path, args, stops, monkeypatch):
+    trainer = make_trainer(tiny, tmp_path, args)
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "compute_loss", out_of_memory)
+    stops(lambda: training.train(trainer, CPU), "too little memory", "--max-length")
+
+
+def test_other_errors_of_the_trial_step_are_not_taken_for_lack_of_memory(tiny, tmp_path, args, monkeypatch):
+    trainer = make_trainer(tiny, tmp_path, args)
+
+    def broken(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(trainer, "compute_loss", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        training.train(trainer, CPU)
+
+
+def test_a_full_disk_is_told_before_training(tiny, tmp_path, args, stops, monkeypatch):
+    trainer = make_trainer(tiny, tmp_path, args)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    stops(lambda: training.train(trainer, CPU), "GB of disk", "--output-dir")
+
+
+def test_never_more_than_three_checkpoints_lie_on_the_disk(tiny, tmp_path, args):
+    args.epochs = 5
+    trainer, most = make_trainer(tiny, tmp_path, args), []
+
+    class Count(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            most.append(len(list((tmp_path / "checkpoints").glob("checkpoint-*"))))
+
+    trainer.add_callback(Count())
+    training.train(trainer, CPU)
+    assert len(most) > 5 and max(most) <= 2  # one more while it is written: 12.8 GB of RoBERTa-large
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "at_most", "micro"),
+    [(32, 1, 8, 8), (32, 2, 8, 8), (16, 2, 5, 4), (12, 2, 4, 3), (8, 1, 32, 8)],
+)
+def test_the_micro_batch_divides_each_processes_share_of_the_batch(batch, processes, at_most, micro):
+    assert training.micro_batch_of(batch, processes, at_most) == micro
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(stops):
+    stops(lambda: training.micro_batch_of(9, 2, 4), "--batch-size 9", "multiple of 2")
 
 
 def damaged(checkpoint, kind):
@@ -101,21 +178,25 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny, tmp_path
         assert "is damaged" in capsys.readouterr().out
 
 
-def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args):
+@pytest.mark.parametrize("stop_after", [1.0, 1.5, 2.25])
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args, stop_after):
+    args.epochs = 3
     whole = make_trainer(tiny, tmp_path / "whole", args)
-    training.train(whole)
+    training.train(whole, CPU)
     stopped = make_trainer(tiny, tmp_path / "stopped", args)
 
     class Stop(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            if state.epoch >= 1:
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.epoch >= stop_after:
                 raise KeyboardInterrupt
 
     stopped.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
-        training.train(stopped)
+        training.train(stopped, CPU)
     continued = make_trainer(tiny, tmp_path / "stopped", args)
-    training.train(continued)
+    training.train(continued, CPU)
+    accuracies = ([e["eval_accuracy"] for e in t.state.log_history if "eval_accuracy" in e] for t in (whole, continued))
+    assert next(accuracies) == next(accuracies)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, continued.model.state_dict()[name]), name
 
@@ -123,7 +204,7 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
 def test_a_training_that_diverges_is_refused_before_anything_is_saved(tiny, tmp_path, args, stops):
     trainer = make_trainer(tiny, tmp_path, args)
     torch.nn.init.constant_(trainer.model.classifier.bias, float("nan"))
-    stops(lambda: training.train(trainer), "became NaN", "--learning-rate")
+    stops(lambda: training.train(trainer, CPU), "became NaN", "--learning-rate")
 
 
 def test_a_model_that_calls_everything_one_class_is_refused(stops):

@@ -89,9 +89,9 @@ def test_batch_calibration_centres_the_log_odds():
     log_p = np.log(np.array([[0.1, 0.4], [0.2, 0.4], [0.3, 0.4]], dtype=np.float32))
     bias = verbalizer.batch_calibration(verbalizer.log_odds(log_p))
     assert bias == pytest.approx((np.log(4) + np.log(2) + np.log(4 / 3)) / 3)
-    logits = verbalizer.teacher_logits(log_p, bias)
+    logits = verbalizer.teacher_logits(verbalizer.log_odds(log_p), bias)
     assert (logits[:, 1] - logits[:, 0]).mean() == pytest.approx(0, abs=1e-6)
     assert logits.argmax(axis=1).tolist() == [1, 0, 0]
-    raw = verbalizer.teacher_logits(log_p, 0.0)
+    raw = verbalizer.teacher_logits(verbalizer.log_odds(log_p))
     softmax = np.exp(raw) / np.exp(raw).sum(axis=1, keepdims=True)
     assert softmax[0] == pytest.approx([0.2, 0.8], abs=1e-6)

@@ -1,0 +1,116 @@
+"""Two processes on CPU (gloo) do the work of one: same steps, same soft labels, same adapter, same exit codes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, write_reviews
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TWO = ["--num-processes", "2"]
+# Each rank leaves the digest of the weights that it would save.
+RECORDER = """
+import hashlib, runpy, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from common import device, training
+save = training.save
+def record(model, *rest):
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if weight.requires_grad:
+            digest.update(weight.detach().numpy().tobytes())
+    Path({folder!r}, str(device.rank())).write_text(digest.hexdigest())
+    save(model, *rest)
+training.save = record
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, tmp_path_factory):
+    """Command lines of 02 and 03 that draw no random number in training, so that two runs can be compared."""
+    root = tmp_path_factory.mktemp("processes")
+    roberta = root / "roberta"
+    shutil.copytree(tiny / "roberta", roberta)
+    config = json.loads((roberta / "config.json").read_text())
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    (roberta / "config.json").write_text(json.dumps(config | dropout))
+    shared = [
+        *("--dataset", str(write_reviews(root / "reviews", train=140, test=20, transfer=50)), "--seed", "5"),
+        *("--max-train-samples", "96", "--validation-samples", "40", "--learning-rate", "1e-3", "--epochs", "4"),
+    ]
+    return {
+        "02": [*shared, "--roberta-model", str(roberta), "--max-length", "40", "--student-layers", "2"]
+        + ["--batch-size", "8", "--micro-batch-size", "4"],
+        "03": [*shared, "--mistral-model", str(tiny / "mistral"), "--max-length", "96", "--lora-dropout", "0"]
+        + ["--batch-size", "8", "--micro-batch-size", "2"],
+    }
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+
+
+def logged(output: str, name: str) -> list[float]:
+    return [float(value) for value in re.findall(rf"'{name}': '?([0-9.e-]+)", output)]
+
+
+def test_two_processes_train_and_score_like_one(flags, script, tmp_path, capsys):
+    script("02").main([*flags["02"], "--output-dir", str(tmp_path / "one")])
+    one = capsys.readouterr().out
+    two = run(["02_finetune_roberta.py", *flags["02"], *TWO, "--output-dir", str(tmp_path / "two")])
+    assert two.returncode == 0, two.stderr
+    # Doubled or halved losses and gradients are what accumulation and processes did in earlier versions.
+    for name in ("loss", "grad_norm", "eval_accuracy"):
+        assert logged(two.stdout, name) == pytest.approx(logged(one, name), rel=0.02), name
+    assert len(logged(one, "loss")) > 5
+    assert two.stdout.count("validation accuracy") == two.stdout.count("fits with micro-batch") == 1  # one speaks
+    for split in ("train", "validation", "transfer"):
+        tables = [
+            pd.read_parquet(tmp_path / n / "02_roberta" / "soft_labels" / f"{split}.parquet") for n in ("one", "two")
+        ]
+        assert tables[0]["example_id"].tolist() == tables[1]["example_id"].tolist()
+        np.testing.assert_allclose(tables[0]["logit_positive"], tables[1]["logit_positive"], atol=2e-3)
+        states = [
+            np.load(tmp_path / n / "02_roberta" / "soft_labels" / f"{split}_features.npy") for n in ("one", "two")
+        ]
+        np.testing.assert_allclose(states[0], states[1], atol=2e-2)
+    # The number of processes is no setting: a finished step stays finished.
+    again = run(["02_finetune_roberta.py", *flags["02"], "--output-dir", str(tmp_path / "two")])
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+
+def test_under_torchrun_both_ranks_hold_the_same_adapter_and_it_is_that_of_one_process(flags, script, tmp_path):
+    script("03").main([*flags["03"], "--output-dir", str(tmp_path / "one")])
+    recorder = tmp_path / "recorder.py"
+    of_03 = str(ROOT / "03_finetune_mistral.py")
+    recorder.write_text(RECORDER.format(root=str(ROOT), folder=str(tmp_path), script=of_03))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    two = run([*torchrun, str(recorder), *flags["03"], "--output-dir", str(tmp_path / "two")])
+    assert two.returncode == 0, two.stderr
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+    assert two.stdout.count("validation accuracy") == 1
+    from safetensors.numpy import load_file
+
+    one, both = (
+        load_file(tmp_path / n / "03_mistral" / "adapter" / "adapter_model.safetensors") for n in ("one", "two")
+    )
+    for name in one:
+        np.testing.assert_allclose(one[name], both[name], atol=2e-3, err_msg=name)
+
+
+def test_mistakes_exit_with_2_and_one_line_before_and_after_processes_start(flags, tmp_path):
+    common = ["02_finetune_roberta.py", *flags["02"], *TWO, "--output-dir", str(tmp_path)]
+    before = run([*common, "--max-length", "4000"])
+    untrained = run([*common, "--learning-rate", "1e-9", "--epochs", "1"])
+    for left, words in ((before, "positions"), (untrained, "pass --force with another --seed")):
+        lines = [line for line in left.stderr.splitlines() if line.startswith("error: ")]
+        assert left.returncode == 2 and len(lines) == 1 and words in lines[0], left.stderr
+        assert "Traceback" not in left.stderr
