@@ -76,7 +76,7 @@ def defaults(step: str, tiny: bool) -> argparse.Namespace:
 
 def detect() -> device.Hardware:
     """The hardware at hand in its own precision: the one place that asks."""
-    return device.detect("auto")
+    return device.detect(argparse.Namespace(precision="auto"))
 
 
 def shapes(tiny: bool) -> dict[str, "PretrainedConfig"]:
@@ -270,7 +270,7 @@ def time_training(trainer: "Trainer", args: argparse.Namespace, hardware: device
             ends.append(time.perf_counter())
 
     trainer.add_callback(Clock())
-    training.train(trainer)
+    training.train(trainer, hardware)  # finds the micro-batch that fits, as in the scripts
     if not trainer.optimizer.state:
         raise RuntimeError("every optimizer step was skipped: its state is missing from the memory that was measured")
     return args.batch_size * TIMED_STEPS / (ends[-1] - ends[WARM_UP_STEPS - 1])
@@ -301,14 +301,6 @@ def time_scoring(score: Callable, ids: list[np.ndarray], hardware: device.Hardwa
     return len(ids) / (time.perf_counter() - started)
 
 
-def free() -> None:
-    """memory.free, after letting go of the embeddings (0.5 GiB) that Trainer registers with an 8-bit optimizer."""
-    from bitsandbytes.optim import GlobalOptimManager
-
-    GlobalOptimManager.get_instance().module_weight_config_triple.clear()
-    memory.free()
-
-
 def measure(step: str, work: str, tiny: bool, configs: dict, hardware: device.Hardware, folder: Path) -> dict:
     """The figures of one row.
 
@@ -324,7 +316,7 @@ def measure(step: str, work: str, tiny: bool, configs: dict, hardware: device.Ha
         rate = time_training(trainer, args, hardware)
         if step == "03":
             trainer.model.save_pretrained(adapter)  # scored next
-        lengths, micro_batch = [args.max_length], args.micro_batch_size
+        lengths, micro_batch = [args.max_length], trainer.args.per_device_train_batch_size
         each = flop(config, args.max_length, True, lora_r, getattr(args, "gradient_checkpointing", False))
     else:
         lengths, micro_batch = [args.max_length], args.batch_tokens // args.max_length
@@ -357,7 +349,7 @@ def run(output: Path, steps: list[str], modes: list[str], tiny: bool) -> pd.Data
         for step in steps:
             with conditions(mode, hardware) as here, random_weights(configs), tempfile.TemporaryDirectory() as folder:
                 for work in WORKS:
-                    free()
+                    memory.free()
                     row = {"gpu": here.name, "mode": mode, "precision": here.precision, "step": step, "work": work}
                     try:
                         row |= measure(step, work, tiny, configs, here, Path(folder))

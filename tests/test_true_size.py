@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from common import device, models
+from common import device, memory, models
 
 CPU = device.Hardware("cpu", "fp32", "test")
 FILE = Path(__file__).parent.parent / "results" / "true_size.py"
@@ -145,7 +145,7 @@ def test_a_measured_model_leaves_memory_before_the_next(true_size, tmp_path, mon
     trainer.create_optimizer()  # a GPU's, which keeps the embeddings
     parts = [weakref.ref(module) for module in trainer.model.modules()]
     del trainer
-    true_size.free()
+    memory.free()
     assert not any(part() for part in parts)
 
 
