@@ -50,7 +50,7 @@ def finetune(
         model=model,
         args=training.training_arguments(args, hardware, folder / "checkpoints", len(train)),
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=validation.longest_first(),
         data_collator=training.Collator(tokenizer.pad_token_id),
         compute_metrics=training.validation_accuracy,
     )

@@ -5,7 +5,7 @@ The base is quantised to nf4 and frozen; LoRA adapters on all linear projections
 sentiment, only the review inside it is ever truncated, and the loss is on the label word alone: the next token.
 
 Reads   the reviews (a stratified subset)
-Writes  outputs/03_mistral/  adapter/  metrics.json  run.json
+Writes  outputs/03_mistral/  adapter/  validation.parquet (scores)  metrics.json  run.json
 Takes   on a Kaggle T4: not measured yet
 
     python 03_finetune_mistral.py
@@ -14,6 +14,8 @@ Takes   on a Kaggle T4: not measured yet
 
 import argparse
 from pathlib import Path
+
+import numpy as np
 
 from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
 
@@ -79,7 +81,7 @@ def finetune(
         model=model,
         args=training.training_arguments(args, hardware, checkpoints, len(train), optim=optimizer),
         train_dataset=train,
-        eval_dataset=validation,
+        eval_dataset=validation.longest_first(),
         data_collator=training.Collator(tokenizer.pad_token_id, left=True),
         compute_metrics=training.validation_accuracy,
     )
@@ -118,8 +120,17 @@ def main(argv: list[str] | None = None) -> None:
 
     # The saved adapter is scored as 04b and 05 will score it: reloaded, on a fresh 4-bit base.
     model = models.load_llm(base, hardware, folder / "adapter")
-    log_p = scoring.score_llm(model, validation_ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
+
+    def score(texts: list[str]) -> dict[str, np.ndarray]:
+        ids = verbalizer.encode_prompts(tokenizer, texts, args.prompt, args.max_length)
+        return {"scores": scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)}
+
+    scoring.in_chunks(folder, "validation", reviews.validation, scoring.LOG_PROBABILITIES, score, chunk=250)
+    _, log_p = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES)
     training.refuse_collapse(log_p, labels, COLLAPSED)
+    peak_mb = max(device.gather(memory.highest_peak_mb()))
+    if device.rank() > 0:
+        return
     scores = metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}
     artifacts.write_json(folder / "metrics.json", {"validation": scores})
     facts = {
@@ -131,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         "max_length": args.max_length,
         "validation_accuracy": scores["accuracy"],
     }
-    artifacts.finish(args, folder, facts, memory.peak_mb())
+    artifacts.finish(args, folder, facts, peak_mb)
     print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: python 04b_distill_from_mistral.py --preset {args.preset}")
 

@@ -195,7 +195,7 @@ def train_student(
             model=student,
             args=training.training_arguments(args, hardware, checkpoints, len(train), num_train_epochs=epochs),
             train_dataset=train,
-            eval_dataset=validation,
+            eval_dataset=validation.longest_first(),
             data_collator=training.Collator(tokenizer.pad_token_id),
             compute_metrics=training.validation_accuracy,
             alpha=alpha,
