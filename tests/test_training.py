@@ -101,23 +101,37 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny, tmp_path
         assert "is damaged" in capsys.readouterr().out
 
 
-def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args):
-    whole = make_trainer(tiny, tmp_path / "whole", args)
-    training.train(whole)
-    stopped = make_trainer(tiny, tmp_path / "stopped", args)
+def interrupt(trainer):
+    """Train until the second epoch begins."""
 
     class Stop(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
             if state.epoch >= 1:
                 raise KeyboardInterrupt
 
-    stopped.add_callback(Stop())
+    trainer.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
-        training.train(stopped)
+        training.train(trainer)
+
+
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args):
+    whole = make_trainer(tiny, tmp_path / "whole", args)
+    training.train(whole)
+    interrupt(make_trainer(tiny, tmp_path / "stopped", args))
     continued = make_trainer(tiny, tmp_path / "stopped", args)
     training.train(continued)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, continued.model.state_dict()[name]), name
+
+
+def test_a_training_continued_in_another_folder_still_ends_with_its_best_checkpoint(tiny, tmp_path, args):
+    interrupt(make_trainer(tiny, tmp_path / "first", args))
+    shutil.move(tmp_path / "first", tmp_path / "second")  # as a Kaggle session's outputs come to the next
+    continued = make_trainer(tiny, tmp_path / "second", args)
+    continued.compute_metrics = lambda _: {"accuracy": 0.0}  # so that the first epoch stays the best
+    best = next((tmp_path / "second" / "checkpoints").iterdir())
+    training.train(continued)
+    assert continued.state.best_model_checkpoint == str(best)
 
 
 def test_a_training_that_diverges_is_refused_before_anything_is_saved(tiny, tmp_path, args, stops):
