@@ -1,11 +1,13 @@
 # make demo: environment, installs, the six scripts, the table. make test: the same environment, lint and tests.
+# make kaggle-check: both in a second environment, with the versions of Kaggle's image.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 OUTPUT ?= outputs
 SCRIPTS := 01_baseline 02_finetune_roberta 03_finetune_mistral 04a_distill_from_roberta 04b_distill_from_mistral 05_benchmark
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow kaggle-check lint install clean
 
 demo: install
 	@set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --preset demo --output-dir $(OUTPUT); done
@@ -16,17 +18,20 @@ test: lint
 test-slow: lint
 	$(BIN)/python -m pytest
 
+kaggle-check:
+	$(MAKE) VENV=.venv-kaggle CONSTRAINTS=constraints-kaggle.txt OUTPUT="$$(mktemp -d)" test demo
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r requirements.txt -r requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf .venv .venv-kaggle

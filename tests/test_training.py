@@ -178,27 +178,40 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny, tmp_path
         assert "is damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stop_after", [1.0, 1.5, 2.25])
-def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args, stop_after):
-    args.epochs = 3
-    whole = make_trainer(tiny, tmp_path / "whole", args)
-    training.train(whole, CPU)
-    stopped = make_trainer(tiny, tmp_path / "stopped", args)
+def interrupt(trainer, epoch):
+    """Train until this (part of an) epoch is over, and then break off."""
 
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.epoch >= stop_after:
+            if state.epoch >= epoch:
                 raise KeyboardInterrupt
 
-    stopped.add_callback(Stop())
+    trainer.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
-        training.train(stopped, CPU)
+        training.train(trainer, CPU)
+
+
+@pytest.mark.parametrize("epoch", [1.0, 1.5, 2.25])
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args, epoch):
+    args.epochs = 3
+    whole = make_trainer(tiny, tmp_path / "whole", args)
+    training.train(whole, CPU)
+    interrupt(make_trainer(tiny, tmp_path / "stopped", args), epoch)
     continued = make_trainer(tiny, tmp_path / "stopped", args)
     training.train(continued, CPU)
     accuracies = ([e["eval_accuracy"] for e in t.state.log_history if "eval_accuracy" in e] for t in (whole, continued))
     assert next(accuracies) == next(accuracies)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, continued.model.state_dict()[name]), name
+
+
+def test_a_training_continued_in_another_folder_still_ends_with_its_best_checkpoint(tiny, tmp_path, args):
+    interrupt(make_trainer(tiny, tmp_path / "first", args), 1.0)
+    shutil.move(tmp_path / "first", tmp_path / "second")  # as a Kaggle session's outputs come to the next
+    continued = make_trainer(tiny, tmp_path / "second", args)
+    continued.compute_metrics = lambda _: {"accuracy": 0.0}  # so that the first epoch stays the best
+    training.train(continued, CPU)
+    assert continued.state.best_model_checkpoint == str(tmp_path / "second" / "checkpoints" / "checkpoint-4")
 
 
 def test_a_training_that_diverges_is_refused_before_anything_is_saved(tiny, tmp_path, args, stops):

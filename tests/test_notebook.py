@@ -1,0 +1,126 @@
+"""kaggle.ipynb without running the pipeline: the file itself, and its cells on stand-ins for the scripts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "kaggle.ipynb"
+
+
+@pytest.fixture
+def cells():
+    """The sources of the code cells by id."""
+    return {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"}
+
+
+@pytest.fixture
+def names(tmp_path):
+    """What the first cells define, with a project of stand-ins: a first step that works, a second that fails."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "requirements.txt").write_text("# a comment\ntorch>=2.6\nscikit-learn>=1.5\n")
+    (project / "01_works.py").write_text("import sys; print('args', sys.argv[1:])")
+    (project / "02_fails.py").write_text("import sys; print('its cause', file=sys.stderr); sys.exit(3)")
+    modules = {"Path": Path, "subprocess": subprocess, "shutil": __import__("shutil")}
+    settings = {"PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None}
+    return modules | settings | {"project": project, "outputs": tmp_path / "outputs"}
+
+
+def test_the_notebook_is_valid_and_committed_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+
+
+def test_the_notebook_names_only_files_that_exist(cells):
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    for name in set(re.findall(r"\w+\.(?:py|txt|md)\b", text)):
+        assert (ROOT / name).exists(), name
+    settings = {}
+    exec(cells["settings"], settings)
+    assert [len(list(ROOT.glob(f"{step}_*.py"))) for step in settings["STEPS"]] == [1] * 6
+
+
+def test_steps_run_in_order_with_their_flags_and_a_failure_ends_them(cells, names, capfd):
+    exec(cells["install"], names)
+    names |= {"os": __import__("os"), "FLAGS": {"all": "--seed 1", "01": "--dataset 'a b'"}}
+    exec(cells["run"], names)
+    assert f"args ['--preset', 'demo', '--output-dir', '{names['outputs']}', '--seed', '1', '--dataset', 'a b']" in (
+        capfd.readouterr().out
+    )
+    names["STEPS"] = ["01", "02", "01"]
+    with pytest.raises(RuntimeError, match="02_fails.py stopped with exit code 3.*run this cell again"):
+        exec(cells["run"], names)
+    out = capfd.readouterr().out
+    assert "its cause" in out and out.count("01_works.py") == 1
+    names["STEPS"] = ["4a"]
+    with pytest.raises(ValueError, match="4a"):
+        exec(cells["run"], names)
+
+
+def test_only_what_is_missing_is_installed_and_torch_is_held(cells, names, monkeypatch, capsys):
+    (names["project"] / "requirements.txt").write_text("torch>=2.6\nno-such-package>=1\nnumpy>=2.0\n")
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, len(commands) - 1, "", "no route")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    exec(cells["install"], names)
+    *_, missing, torch = commands[0]
+    assert missing == "no-such-package>=1" and torch.startswith("torch==")
+    assert "no-such-package>=1" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="pip download .*no-such-package>=1.*attach it"):
+        exec(cells["install"], names)
+
+
+def test_an_earlier_sessions_steps_are_copied_once_and_can_be_written(cells, names, tmp_path):
+    earlier, outputs = tmp_path / "earlier", names["outputs"]
+    for name in ("01_baseline/run.json", "02_roberta/checkpoints/checkpoint-5/optimizer.pt", ".01_baseline.lock"):
+        (earlier / name).parent.mkdir(parents=True, exist_ok=True)
+        (earlier / name).write_text("earlier")
+    for path in earlier.glob("**/*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    (outputs / "01_baseline").mkdir(parents=True)
+    (outputs / ".02_roberta.copying").mkdir()  # of a copy that was interrupted
+    names["EARLIER_OUTPUTS"] = str(earlier)
+    exec(cells["earlier"], names)
+    exec(cells["earlier"], names)
+    assert sorted(path.name for path in outputs.iterdir()) == ["01_baseline", "02_roberta"]
+    assert list((outputs / "01_baseline").iterdir()) == []
+    copy = outputs / "02_roberta" / "checkpoints" / "checkpoint-5" / "optimizer.pt"
+    assert copy.read_text() == "earlier"
+    assert all(path.stat().st_mode & 0o200 for path in (copy, copy.parent, outputs / "02_roberta"))
+    names["EARLIER_OUTPUTS"] = str(tmp_path / "project")
+    with pytest.raises(FileNotFoundError, match="above 01_baseline/"):
+        exec(cells["earlier"], names)
+
+
+def test_kaggles_secret_becomes_the_hub_token_and_its_absence_is_told(cells, names, tmp_path, monkeypatch, capsys):
+    (tmp_path / "kaggle_secrets.py").write_text(
+        "class UserSecretsClient:\n"
+        "    def get_secret(self, name):\n"
+        "        if not secrets: raise LookupError(name)\n"
+        "        return secrets[name]\n"
+        "secrets = {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kaggle_secrets", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.delenv("HF_TOKEN")
+    names |= {"PRESET": "kaggle", "STEPS": ["03"]}
+    exec("from importlib.util import find_spec\n" + cells["token"], names)
+    out = capsys.readouterr().out
+    assert "LookupError" in out and "gated" in out and "--mistral-model" in out
+    sys.modules["kaggle_secrets"].secrets["HF_TOKEN"] = "hf_secret"
+    exec(cells["token"], names)
+    assert names["os"].environ["HF_TOKEN"] == "hf_secret"
+    assert "hf_secret" not in capsys.readouterr().out

@@ -1,0 +1,81 @@
+"""kaggle.ipynb from the first cell to the last on the demo, then continued in a second session: about seven minutes."""
+
+import re
+import shutil
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from common import artifacts
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_notebook(folder: Path, **settings: object) -> dict[str, list]:
+    """Run the notebook in `folder` with these lines of its settings cell changed; the outputs of its cells by id."""
+    notebook = nbformat.read(ROOT / "kaggle.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if cell.id == "settings")
+    for name, value in {"PRESET": "demo", "PROJECT": str(ROOT), **settings}.items():
+        cell.source, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", cell.source, flags=re.MULTILINE)
+        assert count == 1, name
+    folder.mkdir(exist_ok=True)
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(folder)}}).execute()
+    return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+
+
+def text(outputs: list) -> str:
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def shows_the_table_and_a_plot(outputs: list) -> bool:
+    shown = [output.data for output in outputs if output.output_type == "display_data"]
+    tables = [data["text/html"] for data in shown if "<table" in data.get("text/html", "")]
+    return len(tables) == 1 and tables[0].count("<tr") == 1 + 7 and any("image/png" in data for data in shown)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The first session: its folder and its cells' outputs."""
+    folder = tmp_path_factory.mktemp("first")
+    return folder, run_notebook(folder)
+
+
+@pytest.mark.slow
+def test_run_all_ends_with_the_table_of_seven_models_and_a_plot(first):
+    _, cells = first
+    assert shows_the_table_and_a_plot(cells["results"])
+    for step, script in artifacts.SCRIPTS.items():
+        assert f"$ python {script} --preset demo" in text(cells["run"])
+        assert f"{step}/ is finished in" in text(cells["run"])
+
+
+@pytest.mark.slow
+def test_a_second_session_takes_over_what_the_first_left_read_only(first, tmp_path):
+    earlier = first[0] / "outputs"
+    everything = [earlier, *earlier.glob("**/*")]
+    for path in everything:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        started = time.monotonic()
+        cells = run_notebook(tmp_path / "second", EARLIER_OUTPUTS=str(earlier))
+        seconds = time.monotonic() - started
+    finally:
+        for path in everything:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    for step in artifacts.SCRIPTS:
+        assert f"{step}/ is finished with these settings" in text(cells["run"])
+    assert "making the demo" not in text(cells["run"]) and "interrupted" not in text(cells["run"])
+    assert shows_the_table_and_a_plot(cells["results"])
+    assert seconds < 180  # six imports of torch on a busy core, not six trainings
+
+
+@pytest.mark.slow
+def test_a_half_finished_step_is_continued_in_the_second_session(first, tmp_path):
+    earlier = shutil.copytree(first[0] / "outputs", tmp_path / "earlier")
+    (earlier / "05_benchmark" / "run.json").unlink()
+    cells = run_notebook(tmp_path / "second", EARLIER_OUTPUTS=str(earlier), STEPS=["05"])
+    assert "05_benchmark/ was interrupted; continuing." in text(cells["run"])
+    assert shows_the_table_and_a_plot(cells["results"])
