@@ -157,6 +157,8 @@ for case in sys.argv[1:]:
         load[what](name)
     except SystemExit as left:
         print("exit code", left.code, file=sys.stderr)
+    except Exception as problem:  # the other cases still have their say
+        print("uncaught", repr(problem), file=sys.stderr)
 """
 
 
