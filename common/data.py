@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common import hub
 from common.settings import locate, stop
 
 LABELS = ("negative", "positive")  # their index is the label: 0, 1
@@ -157,16 +158,16 @@ def _read_hub(name: str, needed: list[str]) -> dict[str, pd.DataFrame]:
     import datasets
 
     datasets.utils.logging.disable_progress_bar()
+    instead = "pass --dataset a folder of parquet or CSV files"
     try:
-        hub = datasets.load_dataset(name)
-    except (OSError, ValueError) as problem:  # no network, no such dataset, an empty cache offline
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        stop(
-            f"the dataset {name} cannot be had from the hub ({reason}): pass --dataset a folder of parquet or CSV files"
-        )
+        with hub.explained(f"the dataset {name}", instead):
+            tables = datasets.load_dataset(name)
+    # DatasetsError: a file that is no table; RuntimeError: a dataset that is a script
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as problem:
+        stop(f"the dataset {name} cannot be read ({hub.reason(problem)}): {instead}")
     return {
         split: pd.concat(
-            [hub[key].to_pandas() for key in hub if key in FILE_NAMES[split]]
+            [tables[key].to_pandas() for key in tables if key in FILE_NAMES[split]]
             or [pd.DataFrame({"text": [], "label": []})]
         )
         for split in needed

@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import hub
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
@@ -202,18 +203,16 @@ def _explained(name: str) -> Iterator[None]:
         )
     if not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         stop(f"the model folder {name} does not exist: pass a folder written by save_pretrained or a hub name")
-    from huggingface_hub.errors import GatedRepoError
     from safetensors import SafetensorError
 
     try:
-        yield
-    # ValueError: an unknown kind of model or tokenizer; RuntimeError: weights of other shapes, or too little memory.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        gated = isinstance(problem, GatedRepoError) or "gated repo" in str(problem)
-        if gated:
-            stop(f"{name} is gated: accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN")
-        reason = str(problem).strip().splitlines()[0]
-        stop(f"{name} cannot be loaded ({reason}): check the name and the network, or pass a local folder instead")
+        with nullcontext() if folder.is_dir() else hub.explained(name, "pass a local folder"):
+            yield
+    # ValueError: an unknown kind of model or tokenizer; RuntimeError: weights of other shapes, or too little memory;
+    # ImportError: a library that only a model without tokenizer.json, or one in 4 bits, needs.
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as problem:
+        reason = hub.reason(problem)
+        stop(f"{name} cannot be loaded ({reason}): check the name and its files, or pass a local folder instead")
 
 
 @contextmanager

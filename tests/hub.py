@@ -1,0 +1,125 @@
+"""A model hub on loopback: local folders under hub names, over as much of the hub's HTTP API as loading needs."""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+API = re.compile(
+    r"/api/(models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(?P<path>/.*)?)?"
+)
+FILE = re.compile(r"/(datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+OF_FILES = ("GatedRepo", "EntryNotFound")  # errors that the hub has for files alone: the listing stays public
+
+
+class Hub:
+    """Serves `repositories` (hub name to folder); `answers` (hub name to status and X-Error-Code) come first.
+
+    As a context manager it is up within the block. It is also a proxy that reaches nobody, so that an environment
+    which names it as one cannot look up a name or leave the machine; `strangers` keeps what was asked of others.
+    """
+
+    def __init__(self, repositories: dict[str, Path], answers: dict[str, tuple[int, str]] | None = None):
+        self.repositories, self.answers = repositories, answers or {}
+        self.asked: list[str] = []
+        self.strangers: list[str] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    cut = False
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))  # left unread it would be the next request
+        asked = urlsplit(self.path)
+        if asked.netloc and f"http://{asked.netloc}" != self.hub.address or self.command == "CONNECT":
+            self.hub.strangers.append(self.path)
+            return self.answer(404)
+        self.hub.asked.append(f"{self.command} {asked.path}")
+        found = API.fullmatch(asked.path) or FILE.fullmatch(asked.path)
+        if not found:
+            return self.answer(404)
+        name, folder = found["name"], self.hub.repositories.get(found["name"])
+        status, code = self.hub.answers.get(name, (200, ""))
+        self.cut = code == "cut" and found.re is FILE
+        if status != 200 and (found.re is FILE or code not in OF_FILES):
+            return self.answer(status, code=code)
+        if folder is None:
+            return self.answer(401, code="RepoNotFound")  # the hub's answer to who is not logged in
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+        commit = _hash(b"".join(path.encode() + contents[path] for path in sorted(contents)))
+        if unquote(found["revision"] or "main") not in ("main", commit):
+            return self.answer(404, code="RevisionNotFound")
+        path = unquote(found["path"] or "").strip("/")
+        if found.re is FILE:
+            return self.send_file(contents.get(path), commit)
+        if found["what"] in (None, "revision"):
+            siblings = [{"rfilename": path} for path in contents]
+            return self.answer(200, {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False})
+        entries = _entries(contents)
+        if found["what"] == "paths-info":
+            sent = parse_qs(body.decode()) if "json" not in self.headers["Content-Type"] else json.loads(body)
+            return self.answer(200, [entries[path] for path in sent["paths"] if path in entries])
+        if path and entries.get(path, {}).get("type") != "directory":
+            return self.answer(404, code="EntryNotFound")
+        recursive = parse_qs(asked.query).get("recursive", [""])[0].lower() in ("1", "true")
+        below = [one for one in entries.values() if one["path"].startswith(f"{path}/" if path else "")]
+        return self.answer(200, [one for one in below if recursive or "/" not in one["path"][len(path) :].strip("/")])
+
+    do_HEAD = do_POST = do_CONNECT = do_GET
+
+    def send_file(self, content: bytes | None, commit: str) -> None:
+        """A file or, if asked, a range of its bytes."""
+        if content is None:
+            return self.answer(404, code="EntryNotFound", headers={"X-Repo-Commit": commit})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_hash(content)}"', "Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not asked:
+            return self.answer(200, content, headers=headers)
+        first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        return self.answer(206, content[first : last + 1], headers=headers)
+
+    def answer(self, status: int, content: object = b"", code: str = "", headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        errors = {"X-Error-Code": code, "X-Error-Message": f"{code} (by the tests' hub)"} if code else {}
+        for header, value in {"Content-Length": str(len(body)), **errors, **(headers or {})}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if self.cut else body)
+        self.close_connection = self.cut
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def _entries(contents: dict[str, bytes]) -> dict[str, dict]:
+    """The listing's files and folders, by path."""
+    entries = {}
+    for path, content in sorted(contents.items()):
+        for folder in list(Path(path).parents)[-2::-1]:
+            oid = _hash(folder.as_posix().encode())
+            entries[folder.as_posix()] = {"type": "directory", "path": folder.as_posix(), "oid": oid, "size": 0}
+        entries[path] = {"type": "file", "path": path, "oid": _hash(content), "size": len(content)}
+    return entries
