@@ -10,7 +10,7 @@ difference between the two.
 
 Reads   the reviews, outputs/02_roberta/soft_labels/
 Writes  outputs/04a_student_from_roberta/  model/  control/  metrics.json  run.json
-Takes   on a Kaggle T4: not measured yet
+Takes   on two T4s: planned 14 to 24 minutes (results/gpu/plan.csv), not measured yet
 
     python 04a_distill_from_roberta.py
     python 04a_distill_from_roberta.py --no-control --alpha 0.5 --temperature 4

@@ -165,13 +165,15 @@ def _read_hub(name: str, needed: list[str]) -> dict[str, pd.DataFrame]:
     # DatasetsError: a file that is no table; RuntimeError: a dataset that is a script
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as problem:
         stop(f"the dataset {name} cannot be read ({hub.reason(problem)}): {instead}")
-    return {
-        split: pd.concat(
-            [tables[key].to_pandas() for key in tables if key in FILE_NAMES[split]]
-            or [pd.DataFrame({"text": [], "label": []})]
-        )
-        for split in needed
-    }
+    found = {}
+    for split in needed:
+        parts = [tables[key].to_pandas() for key in tables if key in FILE_NAMES[split]]
+        if not parts and split != "transfer":
+            stop(f"the dataset {name} has no {split} split: pass --dataset a folder with a {split} file")
+        if not parts:
+            print(f"the dataset {name} has no unlabelled reviews (unsupervised): the transfer set is empty")
+        found[split] = pd.concat(parts) if parts else pd.DataFrame({"text": [], "label": []})
+    return found
 
 
 def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:

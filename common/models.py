@@ -86,10 +86,16 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
     if adapter is not None:
         from peft import PeftModel
 
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (adapter / name).is_file():
-                stop(f"{adapter}/ is no adapter (it has no {name}): run 03_finetune_mistral.py --force")
-        model = PeftModel.from_pretrained(model, str(adapter), torch_device=hardware.device)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (adapter / file).is_file():
+                stop(f"{adapter}/ is no adapter (it has no {file}): run 03_finetune_mistral.py --force")
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter), torch_device=hardware.device)
+        except (ValueError, RuntimeError) as problem:  # other modules, or weights of other shapes
+            stop(
+                f"{adapter}/ is no adapter of {name} ({hub.reason(problem)}): pass the LLM that it was trained on, or "
+                "run 03_finetune_mistral.py --force"
+            )
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
         _avoid_gqa_kernel()
     return model.eval()

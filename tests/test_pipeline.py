@@ -235,6 +235,55 @@ def test_other_student_settings_of_04b_keep_the_llms_soft_labels(outputs, flags,
     assert run["settings"]["alpha"] == 0.5
 
 
+def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(flags, script, tiny, tmp_path, monkeypatch):
+    module = script("04b")
+    at_chance = {"collapse": module.CANNOT_TEACH, "swap": "swapped"}
+    from common import distill, training
+
+    # The tiny LLM knows nothing: what is tested is the way of its scores, not their worth.
+    monkeypatch.setattr(training, "refuse_collapse", lambda logits, labels, remedy: remedy in at_chance.values())
+    monkeypatch.setattr(distill, "refuse_bad_teacher", lambda *_: None)
+    llm = ["--no-adapter", "--mistral-model", str(tiny / "mistral"), "--prompt-length", "96"]
+    prompt = ["--prompt", "Review: {review} Sentiment:"]
+    module.main([*flags["04b"], "--output-dir", str(tmp_path), *llm, *prompt, "--epochs", "1"])
+    run = json.loads((tmp_path / "04b_student_from_mistral" / "run.json").read_text())
+    assert run["facts"]["llm"]["prompt"] == prompt[1] and not run["facts"]["llm"]["adapter"]
+    assert "03_mistral" not in run["inputs"]
+    assert script("05").main([*flags["05"], "--output-dir", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv").set_index("Type")
+    assert table.loc["teacher, 4-bit zero-shot", "calibration"] == "batch"
+
+
+def test_another_prompt_than_03s_is_refused_beside_its_adapter(outputs, flags, script, stops):
+    for wrong in (["--prompt", "{review} Good or bad?"], ["--label-words", "bad", "good"], ["--prompt-length", "64"]):
+        stops(lambda wrong=wrong: script("04b").main([*flags["04b"], *wrong]), "03's adapter", "--no-adapter")
+
+
+def test_a_fitted_calibration_is_recorded_applied_and_judged_out_of_fold(outputs, flags, script, tmp_path):
+    for step in ("03_mistral", "04b_student_from_mistral"):
+        shutil.copytree(outputs / step, tmp_path / step)
+    common = ["--output-dir", str(tmp_path)]
+    script("04b").main([*flags["04b"], *common, "--calibration", "fitted", "--force"])
+    folder = tmp_path / "04b_student_from_mistral"
+    facts = json.loads((folder / "run.json").read_text())["facts"]
+    figures = json.loads((folder / "metrics.json").read_text())["validation"]
+    assert facts["calibration"] == "fitted" and facts["calibration_temperature"] > 0
+    for name in ("teacher_none", "teacher_batch", "teacher_fitted"):
+        assert {"nll", "ece", "accuracy"} <= figures[name].keys()
+    assert script("05").main([*flags["05"], *common]) == 0
+    table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv").set_index("Type")
+    assert table.loc["teacher, 4-bit + LoRA", "calibration"] == "fitted"
+
+
+def test_soft_labels_of_other_weights_are_refused(outputs, flags, script, stops, tmp_path):
+    shutil.copytree(outputs / "02_roberta", tmp_path / "02_roberta")
+    weights = tmp_path / "02_roberta" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), "another weights", "02_finetune")
+
+
 def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stops, tmp_path):
     for step in ("03_mistral", "04b_student_from_mistral"):
         shutil.copytree(outputs / step, tmp_path / step)

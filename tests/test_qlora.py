@@ -101,3 +101,14 @@ def test_a_saved_adapter_scores_as_it_did(tiny, script, batch, tmp_path):
     again = models.load_llm(str(tiny / "mistral"), CPU, tmp_path / "adapter")
     after = scoring.score_llm(again, ids, labels, tokenizer.pad_token_id, CPU, 512)
     np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def test_an_adapter_of_another_base_is_refused(tiny, script, batch, tmp_path, stops):
+    from transformers import AutoModelForCausalLM
+
+    training.save(with_lora(tiny, script), batch[2], tmp_path / "adapter", tmp_path / "none")
+    config = models.load_config(str(tiny / "mistral"))
+    config.intermediate_size *= 2
+    batch[2].save_pretrained(tmp_path / "other")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    stops(lambda: models.load_llm(str(tmp_path / "other"), CPU, tmp_path / "adapter"), "is no adapter of", "--force")

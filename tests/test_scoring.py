@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 from common import device, models, scoring, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
@@ -101,3 +105,39 @@ def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
 def test_a_finished_split_is_not_scored_again(tmp_path):
     scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, score)
     scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, None)
+
+
+def test_soft_labels_of_another_origin_are_deleted_and_those_of_the_same_stay(tmp_path, stops):
+    folder = tmp_path / "soft_labels"
+    scoring.made_from(folder, {"weights": "a", "max_length": 64})
+    (folder / "train.parquet").write_bytes(b"")
+    scoring.made_from(folder, {"weights": "a", "max_length": 64})
+    assert (folder / "train.parquet").exists()
+    scoring.refuse_stale(folder, {"weights": "a"}, "02_finetune_roberta.py")
+    stops(lambda: scoring.refuse_stale(folder, {"weights": "b"}, "02_finetune_roberta.py"), "another weights")
+    scoring.made_from(folder, {"weights": "b", "max_length": 64})
+    assert not (folder / "train.parquet").exists()
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, pandas as pd
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from common import scoring
+reviews = pd.DataFrame({{"example_id": np.arange(75_000).astype(str), "text": "a film"}}).iloc[: int(sys.argv[1])]
+def score(texts):
+    return {{"scores": np.zeros((len(texts), 2), np.float32), "features": np.ones((len(texts), 6, 2, 256), np.float16)}}
+scoring.in_chunks(Path(sys.argv[2]), "transfer", reviews, scoring.LOGITS, score)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_host_memory_does_not_grow_with_the_number_of_reviews(tmp_path):
+    peaks = []
+    for n in (2_000, 75_000):
+        command = [sys.executable, "-c", MEMORY.format(root=str(ROOT)), str(n), str(tmp_path / str(n))]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
+    written = (tmp_path / "75000" / "transfer_features.npy").stat().st_size / 2**20
+    assert written > 400
+    assert peaks[1] - peaks[0] < 60, peaks  # MB

@@ -95,3 +95,35 @@ def test_batch_calibration_centres_the_log_odds():
     raw = verbalizer.teacher_logits(verbalizer.log_odds(log_p))
     softmax = np.exp(raw) / np.exp(raw).sum(axis=1, keepdims=True)
     assert softmax[0] == pytest.approx([0.2, 0.8], abs=1e-6)
+
+
+def test_a_fitted_calibration_is_platts_and_undoes_a_known_bias_and_temperature():
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=20_000) * 2
+    labels = (rng.random(20_000) < 1 / (1 + np.exp(-true))).astype(int)
+    bias, temperature = verbalizer.fitted_calibration(true * 3 + 1.5, labels)
+    assert bias == pytest.approx(1.5, abs=0.15) and temperature == pytest.approx(3, rel=0.05)
+    import statsmodels.api as sm
+
+    independent = sm.Logit(labels, sm.add_constant(true * 3 + 1.5)).fit(disp=0).params
+    assert 1 / temperature == pytest.approx(independent[1], rel=1e-3)
+    assert -bias / temperature == pytest.approx(independent[0], abs=1e-3)
+
+
+def test_a_calibration_on_separable_reviews_stays_finite_and_a_swapped_llm_is_refused(stops):
+    log_odds, labels = np.array([-3.0, -2.0, 2.0, 3.0] * 10), np.array([0, 0, 1, 1] * 10)
+    bias, temperature = verbalizer.fitted_calibration(log_odds, labels)
+    assert abs(bias) < 0.5 and 0 < temperature < 10
+    stops(lambda: verbalizer.fitted_calibration(-log_odds, labels), "swapped")
+
+
+def test_out_of_fold_figures_do_not_flatter_a_calibration_of_noise():
+    rng = np.random.default_rng(1)
+    log_odds, labels = rng.normal(size=60), np.arange(60) % 2
+    log_odds[:3] = 40 * (2 * labels[:3] - 1)  # a few lucky outliers
+    calibrated = verbalizer.out_of_fold(log_odds, labels)
+    bias, temperature = verbalizer.fitted_calibration(log_odds, labels)
+    logits = [verbalizer.teacher_logits(of) for of in (calibrated, (log_odds - bias) / temperature)]
+    from common import metrics
+
+    assert metrics.nll(labels, logits[0]) > metrics.nll(labels, logits[1])
