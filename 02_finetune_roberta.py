@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
     settings.add_training_flags(parser, epochs=3, learning_rate=1e-5, batch_size=32, micro_batch_size=8)
     add("--student-layers", type=settings.positive_int, default=6, help="depth of the student: which layers to save")
-    add("--batch-tokens", type=settings.positive_int, default=16384, help="padded tokens a batch in scoring")
+    add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
 

@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=True,
         help="less memory, a third slower",
     )
-    add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch in scoring")
+    add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
 

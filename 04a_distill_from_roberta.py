@@ -34,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
     settings.add_training_flags(parser, epochs=3, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
     add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
+    add("--soft-loss", choices=("kl", "margin"), default="kl", help="margin: squared difference of the log-odds")
     add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")
     add("--feature-weight", type=settings.non_negative, default=0.1, help="weight of the hidden-state term; 0: without")
     add("--control", action=argparse.BooleanOptionalAction, default=True, help="also train the student with no teacher")

@@ -38,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
     settings.add_training_flags(parser, epochs=3, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
     add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
+    add("--soft-loss", choices=("kl", "margin"), default="kl", help="margin: squared difference of the log-odds")
     add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")
     add(
         "--calibration",
@@ -53,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="likewise")
     add("--prompt-length", type=settings.positive_int, default=PROMPT_LENGTH, help="likewise: tokens with the review")
-    add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch of the LLM")
+    add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
 

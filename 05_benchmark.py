@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="test reviews that the LLM reads, stratified",
     )
     add("--latency-samples", type=settings.positive_int, default=100, help="reviews timed one at a time")
-    add("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch in throughput")
+    add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
 

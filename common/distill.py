@@ -25,6 +25,15 @@ def soft_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def margin_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of the log-odds, which are all that two classes' logits say (cf. Ba & Caruana 2014).
+
+    It weighs a confident teacher's log-odds in full, where the KL term's gradient vanishes with its saturated softmax.
+    """
+    student, teacher = (logits[:, 1] - logits[:, 0] for logits in (student_logits, teacher_logits))
+    return F.mse_loss(student, teacher)
+
+
 def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, labelled_share: float) -> torch.Tensor:
     """Cross-entropy summed over a batch's labelled reviews, divided by batch size × labelled share of the whole set.
 
@@ -75,14 +84,16 @@ class Student(nn.Module):
 
 
 class DistillationTrainer(training.ReviewTrainer):
-    """alpha·T²·KL + (1 − alpha)·CE + feature_weight·features, from a teacher's outputs in the dataset.
+    """alpha·soft + (1 − alpha)·CE + feature_weight·features, from a teacher's outputs in the dataset.
 
-    The control is the same trainer with alpha 0 and no teacher in the dataset. No teacher model is ever loaded.
+    `soft_loss` is "kl" (T²·KL) or "margin". The control is the same trainer with alpha 0 and no teacher in the dataset.
+    No teacher model is ever loaded.
     """
 
-    def __init__(self, *args, alpha: float, temperature: float, feature_weight: float, **kwargs):
+    def __init__(self, *args, alpha: float, temperature: float, feature_weight: float, soft_loss: str = "kl", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
+        self.soft_loss = soft_loss
         self.labelled_share = float(np.mean(self.train_dataset.labels != IGNORED))
         self._terms: dict[str, list[torch.Tensor]] = {}
 
@@ -99,30 +110,39 @@ class DistillationTrainer(training.ReviewTrainer):
         if not model.training:
             loss = F.cross_entropy(logits, inputs["labels"])
             return (loss, outputs) if return_outputs else loss
-        terms = []
-        if self.alpha > 0:
-            kl = soft_label_loss(logits, inputs["teacher_logits"], self.temperature)
-            terms.append(self.alpha * self._log("kl", kl))
+        terms = {}
+        if self.alpha > 0 and self.soft_loss == "kl":
+            terms["kl"] = self.alpha * soft_label_loss(logits, inputs["teacher_logits"], self.temperature)
+        elif self.alpha > 0:
+            terms["margin"] = self.alpha * margin_loss(logits, inputs["teacher_logits"].float())
         if self.alpha < 1:
-            ce = hard_label_loss(logits, inputs["labels"], self.labelled_share)
-            terms.append((1 - self.alpha) * self._log("ce", ce))
+            terms["ce"] = (1 - self.alpha) * hard_label_loss(logits, inputs["labels"], self.labelled_share)
         if "features" in outputs:
             distance = feature_loss(outputs["features"].float(), inputs["teacher_features"].float())
-            terms.append(self.feature_weight * self._log("features", distance))
-        loss = sum(terms)
+            terms["features"] = self.feature_weight * distance
+        self._record(terms, model)
+        loss = sum(terms.values())
         return (loss, outputs) if return_outputs else loss
+
+    def _record(self, terms: dict[str, torch.Tensor], model: nn.Module) -> None:
+        """Keep each weighted term for the next log; of a step that is logged also its gradient's norm, which tells
+        what the term does to the student: their values are on no common scale."""
+        due = (self.state.global_step + 1) % self.args.logging_steps == 0
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        for name, term in terms.items():
+            self._terms.setdefault(name, []).append(term.detach())
+            if due:
+                gradients = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+                norms = torch.stack([gradient.norm() for gradient in gradients if gradient is not None])
+                self._terms.setdefault(f"{name}_grad", []).append(norms.norm())
 
     def train(self, *args, **kwargs):
         """Train; the terms of the trial step before it are none of the training's."""
         self._terms.clear()
         return super().train(*args, **kwargs)
 
-    def _log(self, name: str, term: torch.Tensor) -> torch.Tensor:
-        self._terms.setdefault(name, []).append(term.detach())
-        return term
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add each loss term's mean since the last log, before its weight."""
+        """Add each weighted loss term's mean since the last log, and the norm of its gradient in the last step."""
         if "loss" in logs:
             logs |= {name: round(torch.stack(terms).mean().item(), 4) for name, terms in self._terms.items()}
             self._terms.clear()
@@ -201,8 +221,9 @@ def train_student(
             alpha=alpha,
             temperature=args.temperature,
             feature_weight=feature_weight,
+            soft_loss=args.soft_loss,
         )
         training.train(trainer, hardware)
         training.save(student.model, tokenizer, target, checkpoints)
     model = models.load_classifier(str(target)).to(hardware.device).eval()
-    return scoring.score_encoder(model, validation.ids, tokenizer.pad_token_id, hardware, batch_tokens=8192)["scores"]
+    return scoring.score_encoder(model, validation.ids, tokenizer.pad_token_id, hardware, None)["scores"]

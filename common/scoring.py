@@ -88,7 +88,7 @@ def score_encoder(
     ids: list[np.ndarray],
     pad_id: int,
     hardware: Hardware,
-    batch_tokens: int,
+    batch_tokens: int | None,
     feature_layers: list[int] | None = None,
 ) -> dict[str, np.ndarray]:
     """`scores`: (n, 2) float32 logits in the order of `ids`; `features`: (n, layers, 2, width) float16 of named layers.
@@ -99,7 +99,7 @@ def score_encoder(
 
     order, logits, features = [], [], []  # on the device until the end: no batch waits for the copy of another
     with torch.inference_mode(), hardware.autocast():
-        for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens):
+        for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens or hardware.batch_tokens):
             input_ids, mask = to_device([ids[row] for row in rows], pad_id, hardware)
             output = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(feature_layers))
             order.append(rows)
@@ -126,14 +126,14 @@ def score_llm(
     label_ids: list[int],
     pad_id: int,
     hardware: Hardware,
-    batch_tokens: int,
+    batch_tokens: int | None,
 ) -> np.ndarray:
     """Raw label log-probabilities, (n, 2) float32, in the order of `ids`."""
     import torch
 
     order, log_p = [], []
     with torch.inference_mode(), hardware.autocast():
-        for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens):
+        for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens or hardware.batch_tokens):
             input_ids, mask = to_device([ids[row] for row in rows], pad_id, hardware, left=True)
             order.append(rows)
             log_p.append(label_log_probabilities(last_logits(model, input_ids, mask), label_ids))

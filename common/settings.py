@@ -47,6 +47,9 @@ NOT_COMPARED = {
 }  # fmt: skip
 
 
+BATCH_TOKENS_HELP = "padded tokens a batch in scoring; auto: 8192 on a GPU, 2048 on a CPU"
+
+
 class Stop(SystemExit):
     """A person's mistake: exit code 2, argparse's own."""
 
@@ -180,7 +183,7 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
 def show(args: argparse.Namespace) -> None:
     """Print the resolved settings, a line each."""
     for name, value in sorted(vars(args).items()):
-        nothing = "auto" if name == "num_processes" else "all"
+        nothing = "auto" if name in ("num_processes", "batch_tokens") else "all"
         print(f"  {name} = {nothing if value is None else json.dumps(value)}")
     sys.stdout.flush()
 

@@ -30,7 +30,7 @@ def main() -> None:
     tokenizer, model = models.load_tokenizer(args.model), models.load_classifier(args.model).to(hardware.device).eval()
     ids = models.encode(tokenizer, texts, args.max_length)
     long = np.array([len(one) == args.max_length for one in ids])
-    ours = scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, batch_tokens=8192)["scores"].argmax(1)
+    ours = scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, None)["scores"].argmax(1)
     classify = pipeline("text-classification", args.model, device=hardware.device, batch_size=32)
     with hardware.autocast():
         called = classify(texts, truncation=True, max_length=args.max_length)

@@ -99,7 +99,7 @@ def main() -> None:
     which.add_argument("--llm", help="hub name or folder of a causal LM")
     parser.add_argument("--adapter", type=Path, help="03's, for the LLM")
     parser.add_argument("--max-length", type=settings.positive_int, default=512, help="tokens")
-    parser.add_argument("--batch-tokens", type=settings.positive_int, default=8192, help="padded tokens a batch")
+    parser.add_argument("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     parser.add_argument("--reviews", type=settings.positive_int, default=200, help="stratified test reviews")
     parser.add_argument(
         "--rounds", type=settings.positive_int, default=2, help="turns that the reviews are shared out to"

@@ -70,7 +70,7 @@ def defaults(step: str, tiny: bool) -> argparse.Namespace:
     """The flags of a step's script on Kaggle; 04a's student is scored in the batches of 05."""
     args = script(step).parse_args(TINY_FLAGS if tiny else [])
     if "batch_tokens" not in args:
-        args.batch_tokens = script("05").parse_args([]).batch_tokens
+        args.batch_tokens = None
     return args
 
 
@@ -319,7 +319,7 @@ def measure(step: str, work: str, tiny: bool, configs: dict, hardware: device.Ha
         lengths, micro_batch = [args.max_length], trainer.args.per_device_train_batch_size
         each = flop(config, args.max_length, True, lora_r, getattr(args, "gradient_checkpointing", False))
     else:
-        lengths, micro_batch = [args.max_length], args.batch_tokens // args.max_length
+        lengths, micro_batch = [args.max_length], (args.batch_tokens or hardware.batch_tokens) // args.max_length
         if work == "scoring a mix":
             of_512 = LLM_LENGTHS if step == "03" else ENCODER_LENGTHS
             lengths = [math.ceil(length * args.max_length / 512) for length in of_512]

@@ -75,7 +75,7 @@ def test_the_last_layer_meets_the_last_layer():
 def args(tiny):
     return argparse.Namespace(
         student_model=str(tiny / "distilbert"), output_dir="unused", seed=1, epochs=1, learning_rate=1e-3, batch_size=4,
-        micro_batch_size=4, weight_decay=0.0, warmup_fraction=0.0, temperature=2.0,
+        micro_batch_size=4, weight_decay=0.0, warmup_fraction=0.0, temperature=2.0, soft_loss="kl",
     )  # fmt: skip
 
 
@@ -117,6 +117,42 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(trainer):
     ce = distill.hard_label_loss(output["logits"], batch["labels"], 0.5)
     features = distill.feature_loss(output["features"], batch["teacher_features"].float())
     assert loss.item() == pytest.approx((0.7 * kl + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
+
+
+def test_each_term_is_logged_with_the_norm_of_its_own_gradient(trainer):
+    trainer.args.logging_steps, trainer.args.max_grad_norm, trainer.data_collator = 1, 0.0, training.Collator(0)
+    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+    trainer.args.load_best_model_at_end = False
+    trainer.model.model.dropout.p = 0.0
+    training.train(trainer, CPU)
+    first = next(entry for entry in trainer.state.log_history if "kl" in entry)
+    assert first["kl"] + first["ce"] + first["features"] == pytest.approx(first["loss"], abs=2e-3)
+    for name in ("kl_grad", "ce_grad", "features_grad"):
+        assert 0 < first[name] < 100
+    alone = distill.DistillationTrainer(
+        trainer.model, trainer.args, train_dataset=trainer.train_dataset, alpha=0.0, temperature=2.0, feature_weight=0.0
+    )
+    batch = training.Collator(0)([trainer.train_dataset[row] for row in range(12)])
+    alone.model.eval()  # no dropout: the two gradients are of the same function
+    for module in alone.model.modules():
+        module.training = module is alone.model
+    alone.model.zero_grad()
+    alone.compute_loss(alone.model, batch).backward()
+    norm = torch.stack([p.grad.norm() for p in alone.model.parameters() if p.grad is not None]).norm().item()
+    assert alone._terms["ce_grad"][-1].item() == pytest.approx(norm, rel=1e-4)
+
+
+def test_margin_loss_by_hand():
+    student, teacher = tensor([[0.0, 1.0], [2.0, 0.0]]), tensor([[-1.0, 2.0], [1.0, 0.0]])
+    assert distill.margin_loss(student, teacher).item() == pytest.approx(((1 - 3) ** 2 + (-2 + 1) ** 2) / 2)
+    assert distill.margin_loss(student + 5, teacher).item() == pytest.approx(2.5)  # two logits, one difference
+
+
+def test_a_student_learns_from_margins_too(tiny, args, tmp_path):
+    train, validation = datasets(tiny)
+    args.soft_loss = "margin"
+    logits = distill.train_student(args, CPU, tmp_path / "model", train, validation, epochs=8, alpha=1.0)
+    assert (logits.argmax(axis=1) == validation.labels).all()
 
 
 def test_a_trained_student_learns_and_leaves_no_projections_or_checkpoints(tiny, args, tmp_path):

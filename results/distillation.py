@@ -1,0 +1,198 @@
+#!/usr/bin/env python
+"""The proof of the white-box method: students of one teacher against students without, on real reviews and weights.
+
+Each run trains a student on the same gold reviews and leaves its logits on the test part; the table is made from those.
+An interrupted part continues where it stopped: runs that are finished are not trained again. The teacher is 02's folder
+under --output-dir, made by 02_finetune_roberta.py with the same subsets (`make results` runs both).
+
+    python results/distillation.py --dataset path/to/imdb --output-dir outputs/results
+    python results/distillation.py --dataset path/to/imdb --output-dir outputs/results --runs control logits --seeds 1
+
+Writes results/distillation/white_box.csv, one row a run.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import artifacts, data, device, metrics, models, scoring, settings
+
+TABLE = Path(__file__).parent / "distillation" / "white_box.csv"
+TEACHER_STEP = "02_roberta"
+# What a run is. `transfer`: unlabelled reviews beside the gold ones; `labels`: the teacher's "logits", "argmax", or
+# none; `gold`: the gold reviews, or the negative ones first of a label-sorted file, cut (the old mistake).
+GOLD_EPOCHS, TRANSFER_EPOCHS = 6, 2
+STUDENT = {
+    "transfer": True,
+    "labels": "logits",
+    "gold": "all",
+    "feature_weight": 0.0,
+    "alpha": 0.9,
+    "epochs": TRANSFER_EPOCHS,
+}
+ALONE = STUDENT | {"transfer": False, "epochs": GOLD_EPOCHS}
+RUNS = {
+    "control": ALONE | {"labels": "none", "alpha": 0.0},
+    "logits": STUDENT,
+    "features": STUDENT | {"alpha": 0.0, "feature_weight": 0.1},
+    "logits_features": STUDENT | {"feature_weight": 0.1},
+    "margin": STUDENT | {"soft_loss": "margin"},
+    "argmax_labels": STUDENT | {"labels": "argmax", "alpha": 0.0},
+    "no_transfer_set": ALONE | {"feature_weight": 0.1},
+    "label_sorted": ALONE | {"gold": "label-sorted", "epochs": TRANSFER_EPOCHS},
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = settings.make_parser(__doc__, reads=("train", "transfer", "test"))
+    parser.set_defaults(
+        max_train_samples=2000, validation_samples=1000, max_transfer_samples=8000, max_test_samples=5000
+    )
+    add = parser.add_argument
+    add("--student-model", default="results/weights/minilm-l6", help="folder of the student")
+    add("--max-length", type=settings.positive_int, default=128, help="tokens of a review")
+    settings.add_training_flags(parser, epochs=2, learning_rate=1e-4, batch_size=32, micro_batch_size=32)
+    add("--temperature", type=settings.positive, default=2.0, help="of the KL term")
+    add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
+    add("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="which to train; the table holds all found")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the student's training; the subsets are --seed's")
+    return settings.parse(parser, "distillation", None)
+
+
+def score_test(args, hardware: device.Hardware, model_folder: Path, test: pd.DataFrame, file: Path) -> None:
+    """A model's (n, 2) logits on the test part, saved once."""
+    if file.exists():
+        return
+    tokenizer = models.load_tokenizer(str(model_folder))
+    model = models.load_classifier(str(model_folder)).to(hardware.device).eval()
+    ids = models.encode(tokenizer, test["text"].tolist(), args.max_length)
+    scores = scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
+    with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, scores)
+
+
+def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """The teacher's logits, and (features, rows), of a table's reviews."""
+    from common import distill
+
+    in_file, scores = scoring.read_scores(folder, split, scoring.LOGITS)
+    rows = distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")
+    return scores[rows], (artifacts.read_array(folder / f"{split}_features.npy", len(in_file)), rows)
+
+
+def train_run(
+    args, hardware, run: dict, seed: int, folder: Path, reviews: data.Reviews, ids: dict, soft: dict
+) -> float:
+    """Train a run's student into folder/model; the seconds that it took."""
+    from common import distill, training
+
+    gold = reviews.train["label"].to_numpy()
+    splits = ["train", "transfer"] if run["transfer"] else ["train"]
+    hard = np.concatenate([gold if split == "train" else np.full(len(ids[split]), distill.IGNORED) for split in splits])
+    all_ids = [one for split in splits for one in ids[split]]
+    logits = np.concatenate([soft[split][0] for split in splits])
+    keep = np.arange(len(hard))
+    if run["gold"] == "label-sorted":
+        keep = np.argsort(gold, kind="stable")[: len(gold) // 2]
+    if run["labels"] == "argmax":  # the teacher's hard labels where no gold one is known
+        hard = np.where(hard == distill.IGNORED, logits.argmax(axis=1), hard)
+    arrays = {}
+    if run["labels"] == "logits":
+        arrays["teacher_logits"] = logits[keep]
+    width = None
+    if run["feature_weight"] > 0:
+        parts = [soft[split][1] for split in splits]
+        arrays["teacher_features"] = distill.FeatureRows(parts, list(range(parts[0][0].shape[1])))
+        width = parts[0][0].shape[-1]
+    options = argparse.Namespace(**vars(args) | {"seed": seed, "soft_loss": run.get("soft_loss", "kl")})
+    started = time.time()
+    distill.train_student(
+        options,
+        hardware,
+        folder / "model",
+        training.ReviewDataset([all_ids[row] for row in keep], hard[keep], **arrays),
+        training.ReviewDataset(ids["validation"], reviews.validation["label"].to_numpy()),
+        epochs=run["epochs"],
+        alpha=run["alpha"],
+        feature_weight=run["feature_weight"],
+        teacher_width=width,
+    )
+    return time.time() - started
+
+
+def make_table(args, folder: Path, labels: np.ndarray, runs: list[tuple[str, int]]) -> pd.DataFrame:
+    """One row a finished run, compared with the teacher and with the control of its seed."""
+
+    def read(name: str, seed: int) -> np.ndarray | None:
+        file = folder / f"{name}-{seed}" / "test_logits.npy"
+        return np.load(file) if file.exists() else None
+
+    teacher, rows = np.load(folder / "teacher" / "test_logits.npy"), []
+    of_teacher = metrics.accuracy(labels, teacher.argmax(axis=1))
+    for name, seed in [("teacher", args.seed), *runs]:
+        logits = teacher if name == "teacher" else read(name, seed)
+        if logits is None:
+            continue
+        quality = metrics.describe(labels, logits)
+        control, about = read("control", seed), {}
+        if control is not None and name not in ("teacher", "control"):
+            of_control = metrics.accuracy(labels, control.argmax(axis=1))
+            if of_teacher - of_control >= 0.01:
+                about["gap_closed"] = (quality["accuracy"] - of_control) / (of_teacher - of_control)
+            right = [given.argmax(axis=1) == labels for given in (logits, control)]
+            about["mcnemar_p"] = metrics.mcnemar_p(*right)
+        seconds = folder / f"{name}-{seed}" / "seconds.json"
+        rows.append(
+            {
+                "run": name,
+                "seed": seed,
+                "gold": args.max_train_samples,
+                "transfer": args.max_transfer_samples if name != "teacher" and RUNS[name]["transfer"] else 0,
+                "n_test": quality["n"],
+                **{key: quality[key] for key in ("accuracy", "ci_low", "ci_high")},
+                "gap_closed": about.get("gap_closed"),
+                "mcnemar_p": about.get("mcnemar_p"),
+                "agreement": metrics.accuracy(teacher.argmax(axis=1), logits.argmax(axis=1)),
+                "nll": quality["nll"],
+                "ece": quality["ece"],
+                "seconds": artifacts.read_json(seconds)["seconds"] if seconds.exists() else None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    args = parse_args()
+    hardware = device.detect(args)
+    reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
+    artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
+    tokenizer = models.load_tokenizer(args.student_model)
+    ids = {
+        split: models.encode(tokenizer, getattr(reviews, split)["text"].tolist(), args.max_length)
+        for split in ("train", "validation", "transfer")
+    }
+    of_teacher = artifacts.require(args, TEACHER_STEP, "soft_labels")
+    soft = {split: read_soft_labels(of_teacher, split, getattr(reviews, split)) for split in ("train", "transfer")}
+    folder = Path(args.output_dir, "distillation")
+    score_test(args, hardware, of_teacher.with_name("model"), reviews.test, folder / "teacher" / "test_logits.npy")
+    labels = reviews.test["label"].to_numpy()
+    for seed in args.seeds:
+        for name in args.runs:
+            here = folder / f"{name}-{seed}"
+            if not (here / "test_logits.npy").exists():
+                print(f"{name}, seed {seed}", flush=True)
+                seconds = train_run(args, hardware, RUNS[name], seed, here, reviews, ids, soft)
+                artifacts.write_json(here / "seconds.json", {"seconds": round(seconds)})
+                score_test(args, hardware, here / "model", reviews.test, here / "test_logits.npy")
+            found = [(run, one) for run in RUNS for one in args.seeds]
+            artifacts.write_table(TABLE, make_table(args, folder, labels, found).round(6))
+    print(pd.read_csv(TABLE).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
