@@ -228,6 +228,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a warning at every fork
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel is not installed
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.modeling_utils")  # peft's old call
+    # Checkpoints of the same second are told apart by their numbers, as they should be (a warning or a log by version).
+    warnings.filterwarnings("ignore", message="mtime may not be reliable")
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.getMessage())
 
 
 def seed_everything(seed: int) -> None:

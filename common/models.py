@@ -83,6 +83,7 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
             name, quantization_config=quantization, dtype=hardware.dtype, device_map={"": device}
         )
     _keep_linear4bit_differentiable(model)
+    _let_peft_load_beside_other_processes()
     if adapter is not None:
         from peft import PeftModel
 
@@ -112,6 +113,16 @@ def _keep_linear4bit_differentiable(model: "PreTrainedModel") -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _let_peft_load_beside_other_processes() -> None:
+    """peft 0.19 with transformers 5.0 (Kaggle's) cannot load an adapter once processes have joined: it imports a class
+    of tensor parallelism that came later. No weight is split here, so there is nothing for it to do."""
+    from peft.utils import save_and_load
+    from transformers.integrations import tensor_parallel
+
+    if not hasattr(tensor_parallel, "EmbeddingParallel") and hasattr(save_and_load, "_maybe_shard_state_dict_for_tp"):
+        save_and_load._maybe_shard_state_dict_for_tp = lambda *_: None
 
 
 def _avoid_gqa_kernel() -> None:
