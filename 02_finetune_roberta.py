@@ -77,9 +77,9 @@ def origin(args: argparse.Namespace, reviews: data.Reviews, weights: str, layers
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    hardware = device.detect(args)
     print("02_finetune_roberta.py with")
     settings.show(args)
-    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))

@@ -91,9 +91,9 @@ def finetune(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    hardware = device.detect(args)
     print("03_finetune_mistral.py with")
     settings.show(args)
-    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train",))

@@ -86,10 +86,10 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    hardware = device.detect(args)
     print("04a_distill_from_roberta.py with")
     settings.show(args)
     teacher_run = artifacts.read_run(args, TEACHER_STEP)
-    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))

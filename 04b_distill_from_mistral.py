@@ -23,7 +23,7 @@ import numpy as np
 from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
-CANNOT_TEACH = "this LLM cannot teach; run 03_finetune_mistral.py --force with more reviews, or take another LLM"
+CANNOT_TEACH = "this LLM cannot teach: take another, or one that 03_finetune_mistral.py has taught more reviews"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
 PROMPT_LENGTH = 512
 LOW_LABEL_MASS = 0.5
@@ -71,12 +71,21 @@ def find_llm(args: argparse.Namespace) -> dict:
     return facts | {"adapter": True}
 
 
-def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, llm: dict, hardware, folder: Path) -> None:
+def check_prompt(base: str, llm: dict):
+    """The LLM's tokenizer and the label words' ids; stops when prompt, words or length cannot serve."""
+    tokenizer = models.load_tokenizer(base)
+    label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
+    verbalizer.encode_prompts(tokenizer, [""], llm["prompt"], llm["max_length"])
+    return tokenizer, label_ids
+
+
+def save_soft_labels(
+    args: argparse.Namespace, reviews: data.Reviews, llm: dict, adapter: Path | None, hardware, folder: Path
+) -> None:
     """Raw label log-probabilities by example_id, of every split, by the LLM with its prompt and length.
 
     Those of other student settings took hours and still hold; those of another teacher or sample are deleted.
     """
-    adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
     decides = ("base", "prompt", "label_words", "max_length")
     origin = {
         "weights": models.weights_digest(adapter) if adapter else "no adapter",
@@ -85,11 +94,10 @@ def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, llm: dict,
     }
     scoring.made_from(folder, origin)
     splits = [split for split in ("validation", "train", "transfer") if len(getattr(reviews, split))]
-    if device.share(all((folder / f"{split}.parquet").exists() for split in splits)):
+    if device.share(all(scoring.is_scored(folder, split, len(getattr(reviews, split))) for split in splits)):
         return
     base = settings.locate(args, llm["base"])
-    tokenizer = models.load_tokenizer(base)
-    label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
+    tokenizer, label_ids = check_prompt(base, llm)
     print(f"label words {llm['label_words']} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
     model = models.load_llm(base, hardware, adapter)
 
@@ -166,10 +174,10 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    hardware = device.detect(args)
     print("04b_distill_from_mistral.py with")
     settings.show(args)
     llm = find_llm(args)
-    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
@@ -178,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
     models.check_length(llm["max_length"], settings.locate(args, llm["base"]))
+    check_prompt(settings.locate(args, llm["base"]), llm)
+    adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
     models.check_length(args.max_length, settings.locate(args, args.student_model))
     tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
     folder = artifacts.begin(args, STEP, inputs, keep="soft_labels")
@@ -185,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from common import distill, training
 
-    save_soft_labels(args, reviews, llm, hardware, folder / "soft_labels")
+    save_soft_labels(args, reviews, llm, adapter, hardware, folder / "soft_labels")
     memory.free()  # the LLM's, for the student
     teacher, calibration, figures = read_teacher(args, reviews, llm, folder / "soft_labels")
     gold_ids, transfer_ids, validation_ids = (

@@ -256,12 +256,12 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    hardware = device.detect(args)
     print("05_benchmark.py with")
     settings.show(args)
     finished = artifacts.finished_steps(args)
     if not finished:
         settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py, or any other, first")
-    hardware = device.detect(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("test",))

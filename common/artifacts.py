@@ -1,6 +1,7 @@
 """Every path under outputs/: whole writes, started.json and run.json, and the errors that name the missing script."""
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -41,7 +42,12 @@ def whole(path: Path) -> Iterator[Path]:
     if temporary.is_dir():
         shutil.rmtree(temporary)
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield temporary
+    try:
+        yield temporary
+    except OSError as problem:
+        if problem.errno == errno.ENOSPC:
+            stop(f"the disk is full ({path}): make room, then the same command continues")
+        raise
     for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
         if file.is_file():
             with open(file, "rb+") as handle:
@@ -104,6 +110,7 @@ def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
         stop(f"{shown} is missing: run {SCRIPTS[step]} first")
     if not path.exists():
         stop(f"{shown} is missing though its step is finished: run {SCRIPTS[step]} --force to make it again")
+    _refuse_missing(folder, path, f"run {SCRIPTS[step]} --force")
     return path
 
 
@@ -111,7 +118,8 @@ def read_run(args: argparse.Namespace, step: str) -> dict:
     """The run.json of a finished step."""
     path = require(args, step, "run.json")
     run = read_json(path)
-    if not {"step", "settings", "inputs", "facts"} <= run.keys():
+    whole = isinstance(run, dict) and {"step", "settings", "inputs", "facts"} <= run.keys()
+    if not whole or "labels" not in run["facts"]:
         stop(f"{path} is damaged: run {SCRIPTS[step]} again with --force")
     return run
 
@@ -191,7 +199,7 @@ def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep:
         if (folder / name).exists():
             _refuse_other(folder, state, read_json(folder / name), now)
             if state == "finished":
-                _refuse_missing(folder)
+                _refuse_missing(folder, folder, "pass --force")
                 print(f"{folder}/ is finished with these settings; --force redoes it.")
                 raise SystemExit(0)
             print(f"{folder}/ was interrupted; continuing.")
@@ -230,12 +238,13 @@ def _delete(folder: Path, keep: str | None) -> None:
     shutil.rmtree(deleted)
 
 
-def _refuse_missing(folder: Path) -> None:
-    """Stop when a file that the finished step wrote is gone or has another size."""
-    for name, size in read_json(folder / "run.json").get("files", {}).items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            stop(f"{path} is missing or damaged though its step is finished: pass --force to make it again")
+def _refuse_missing(folder: Path, part: Path, remedy: str) -> None:
+    """Stop when a file of `part` that the finished step in `folder` wrote is gone or has another size."""
+    run = read_json(folder / "run.json")
+    for name, size in (run.get("files", {}) if isinstance(run, dict) else {}).items():
+        file = folder / name
+        if file.is_relative_to(part) and (not file.is_file() or file.stat().st_size != size):
+            stop(f"{file} is missing or damaged though its step is finished: {remedy} to make it again")
 
 
 def _refuse_other(folder: Path, state: str, then: dict, now: dict) -> None:

@@ -61,8 +61,12 @@ class Hardware:
 
 
 def world_size() -> int:
-    """How many processes share this step (torchrun's count); 1 under plain python."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes share this step (torchrun's count); 1 under plain python.
+
+    Some schedulers set WORLD_SIZE alone: without a rank and an address there is nothing to join.
+    """
+    joined = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return int(os.environ.get("WORLD_SIZE", "1")) if joined else 1
 
 
 def rank() -> int:
@@ -76,6 +80,8 @@ def detect(args: argparse.Namespace) -> Hardware:
     --precision auto is fp16 on a GPU before compute capability 8.0 (a T4: torch counts its emulated bf16 as support),
     bf16 from there on, fp32 on a CPU. A script without --num-processes runs on one GPU.
     """
+    if begun_by_parent():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C reaches all; the parent tells of it
     _quiet_libraries()
     import torch
 
@@ -92,6 +98,8 @@ def detect(args: argparse.Namespace) -> Hardware:
         if processes == 1:
             # With two GPUs in sight Trainer falls into nn.DataParallel, and a 4-bit model would split.
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if getattr(args, "batch_size", 0) % processes:
+        stop(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: pass a multiple of it")
     if gpus:
         capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
         auto = "bf16" if capability[0] >= 8 else "fp16"
@@ -140,7 +148,11 @@ def one_process_per_gpu(args: argparse.Namespace, hardware: Hardware, script: st
         _, failure = failed.get_first_failure()
         if failure.exitcode < 0:
             killed = signal.Signals(-failure.exitcode).name
-            print(f"process {failure.local_rank} was ended by {killed} (too little memory?)", file=sys.stderr)
+            guess = " (often for lack of memory)" if killed == "SIGKILL" else ""
+            print(
+                f"error: process {failure.local_rank} was ended by {killed}{guess}: the same command continues",
+                file=sys.stderr,
+            )
         raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
     except SignalException as interrupted:
         print(f"{interrupted.sigval.name}: all processes ended; the same command continues", file=sys.stderr)
@@ -159,8 +171,10 @@ def first_alone(action: Callable[[], T]) -> T | None:
     """Let the first process act while all others wait, and leave with its exit code if it stops. They get None."""
     if world_size() == 1:
         return action()
-    from torch.distributed import broadcast_object_list
+    from torch.distributed import broadcast_object_list, is_initialized
 
+    if not is_initialized():
+        stop("this script works as one process: start it with python instead of torchrun")
     result, code = None, [None]
     if rank() == 0:
         try:

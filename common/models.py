@@ -86,13 +86,15 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
     _let_peft_load_beside_other_processes()
     if adapter is not None:
         from peft import PeftModel
+        from safetensors import SafetensorError
 
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (adapter / file).is_file():
                 stop(f"{adapter}/ is no adapter (it has no {file}): run 03_finetune_mistral.py --force")
         try:
             model = PeftModel.from_pretrained(model, str(adapter), torch_device=hardware.device)
-        except (ValueError, RuntimeError) as problem:  # other modules, or weights of other shapes
+        # other modules, weights of other shapes, a file without its keys or cut short
+        except (ValueError, RuntimeError, KeyError, SafetensorError) as problem:
             stop(
                 f"{adapter}/ is no adapter of {name} ({hub.reason(problem)}): pass the LLM that it was trained on, or "
                 "run 03_finetune_mistral.py --force"

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,8 +106,8 @@ def score_encoder(
             order.append(rows)
             logits.append(output.logits.float())
             if feature_layers:
-                pooled = [pool(output.hidden_states[layer].float(), mask).half() for layer in feature_layers]
-                features.append(torch.stack(pooled, dim=1))
+                pooled = [pool(output.hidden_states[layer].float(), mask) for layer in feature_layers]
+                features.append(torch.stack(pooled, dim=1).half())
     scores = {"scores": in_order(logits, order)}
     _require_finite(scores["scores"])
     return scores | {"features": in_order(features, order)} if features else scores
@@ -158,15 +159,17 @@ def in_chunks(
     table, written last, means that the split is finished. Host memory holds one chunk, whatever the number of reviews.
     """
     n, parts = len(reviews), folder / f"{split}_chunks"
-    if n == 0 or device.share((folder / f"{split}.parquet").exists()):
+    if n == 0 or device.share(is_scored(folder, split, n)):
         device.first_alone(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a kill between the table and this
         return
     started, scored = time.time(), 0
     begins = range(0, n, chunk)
     for begin in begins[device.rank() :: device.world_size()]:
         part = parts / f"{begin:07d}.npz"
-        if part.exists():
+        if zipfile.is_zipfile(part):
             continue
+        if part.exists():
+            print(f"{part} is damaged: scoring its reviews again")
         texts = reviews["text"].iloc[begin : begin + chunk].tolist()
         arrays = score(texts)
         with whole(part) as temporary, open(temporary, "wb") as handle:
@@ -206,6 +209,24 @@ def _arrays(files: list[Path], key: str) -> Iterator[np.ndarray]:
             yield part[key]
 
 
+def is_scored(folder: Path, split: str, n: int) -> bool:
+    """Whether a split's table and arrays are there and whole; damaged ones are deleted with a notice."""
+    table = folder / f"{split}.parquet"
+    if not table.exists():
+        return False
+    try:
+        lengths = {len(pd.read_parquet(table))}
+        lengths |= {len(np.load(file, mmap_mode="r", allow_pickle=False)) for file in folder.glob(f"{split}_*.npy")}
+    except (OSError, ValueError, EOFError):
+        lengths = set()
+    if lengths == {n}:
+        return True
+    if device.rank() == 0:
+        print(f"{table} or its arrays are damaged: scoring {split} again")
+        table.unlink()
+    return False
+
+
 def made_from(folder: Path, origin: dict[str, object]) -> None:
     """Record what the soft labels in `folder` are made from; delete those that something else has made.
 
@@ -215,7 +236,7 @@ def made_from(folder: Path, origin: dict[str, object]) -> None:
     def check() -> None:
         record = folder / "made_from.json"
         if folder.exists() and (not record.exists() or read_json(record) != origin):
-            print(f"deleting {folder}/, which other weights, texts or settings made")
+            print(f"deleting {folder}/, which is of unknown origin or of other weights, texts or settings")
             shutil.rmtree(folder)
         write_json(record, origin)
 

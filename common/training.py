@@ -1,6 +1,7 @@
 """What every training script needs: datasets, padding, TrainingArguments, room in memory and on disk, safe resume."""
 
 import argparse
+import json
 import math
 import shutil
 import sys
@@ -140,7 +141,7 @@ def training_arguments(
         warmup_steps=int(args.warmup_fraction * steps),
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,  # the best and the newest stay, and a third while it is written: 12.8 GB of RoBERTa-large
+        save_total_limit=2,  # the best and the newest stay, and a third while it is written: 12.8 GB of RoBERTa-large
         load_best_model_at_end=True,
         metric_for_best_model="accuracy",
         logging_steps=max(1, steps // 20),
@@ -161,8 +162,6 @@ def training_arguments(
 
 def micro_batch_of(batch_size: int, processes: int, at_most: int) -> int:
     """The largest micro-batch that, times processes and whole accumulation steps, gives the batch."""
-    if batch_size % processes:
-        stop(f"--batch-size {batch_size} cannot be shared by {processes} processes: pass a multiple of {processes}")
     share = batch_size // processes
     return max(size for size in range(1, min(share, at_most) + 1) if share % size == 0)
 
@@ -176,6 +175,9 @@ def train(trainer: Trainer, hardware: Hardware) -> None:
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and not (best and Path(best).exists()):
+        stop(f"the best checkpoint ({best}) is gone, and its weights with it: pass --force to train again")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses and not math.isfinite(losses[-1]):
         stop("the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32")
@@ -244,8 +246,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Trainer does not write checkpoints atomically, and continues without a word, but otherwise than before, from one
     whose optimizer, scheduler or random state is missing.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         damage = _damage(path)
         if damage is None:
             return path
@@ -255,22 +257,28 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    for name in ("trainer_state.json", "scheduler.pt", "optimizer.pt"):
-        if not (checkpoint / name).is_file():
-            return f"no {name}"
-    if not list(checkpoint.glob("rng_state*.pth")):  # one a process; another number of processes continues as well
+    """What is wrong with a checkpoint or with the best one so far, which it would end with; None if nothing is."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "trainer_state.json"
+    saved = [checkpoint / "scheduler.pt", checkpoint / "optimizer.pt", *checkpoint.glob("rng_state*.pth")]
+    if len(saved) == 2:  # one random state a process; another number of processes continues as well
         return "no random state"
-    if not zipfile.is_zipfile(checkpoint / "optimizer.pt"):
-        return "optimizer.pt is cut short"
+    for file in saved:
+        if not zipfile.is_zipfile(file):
+            return file.name
     weights = [checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors"]
-    for file in weights:
-        if file.is_file():
-            try:
-                with safe_open(file, framework="numpy"):
-                    return None
-            except SafetensorError as problem:
-                return f"{file.name}: {problem}"
-    return "no weights"
+    try:
+        with safe_open(next(file for file in weights if file.is_file()), framework="numpy"):
+            pass
+    except (StopIteration, SafetensorError):
+        return "its weights"
+    best = checkpoint.with_name(f"checkpoint-{state.get('best_global_step')}")
+    # A best one that is gone was beaten by a later epoch, which will come again.
+    if state.get("best_global_step") and best != checkpoint and best.exists() and _damage(best):
+        return f"{best.name}, the best so far"
+    return None
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, checkpoints: Path) -> None:

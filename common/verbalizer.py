@@ -41,7 +41,7 @@ def encode_prompts(
     budget = max_length - len(start) - len(end)
     if budget < 8:
         used = len(start) + len(end)
-        stop(f"--max-length {max_length} leaves too little for a review beside the prompt's {used} tokens: raise it")
+        stop(f"{max_length} tokens leave too little for a review beside the prompt's {used}: pass a larger length")
     encoded = []
     for begin in range(0, len(texts), 1000):
         for ids in token_ids(tokenizer, texts[begin : begin + 1000]):

@@ -1,4 +1,5 @@
 import argparse
+import errno
 import json
 import subprocess
 import sys
@@ -160,3 +161,11 @@ def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(a
     )
     args.validation_samples = 30
     stops(lambda: artifacts.refuse_conflict(args, run, INPUTS), "--validation-samples 20")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, stops):
+    def fill():
+        with artifacts.whole(tmp_path / "table.csv"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    stops(fill, "disk is full", "continues")

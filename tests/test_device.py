@@ -62,5 +62,17 @@ def test_one_process_sees_the_first_gpu_alone(gpu, monkeypatch):
 
 
 def test_the_benchmark_is_no_work_for_several_processes(monkeypatch, stops):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     stops(detect, "torchrun")
+    stops(lambda: device.first_alone(lambda: None), "torchrun")  # as 01 would, which has no GPU to choose
+
+
+def test_a_schedulers_world_size_alone_is_no_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert device.world_size() == 1 and detect().processes == 1
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_at_once(stops):
+    stops(lambda: detect(num_processes=2, batch_size=9), "--batch-size 9", "2 processes")

@@ -196,8 +196,8 @@ def test_a_student_of_a_teacher_that_was_made_again_is_refused(outputs, flags, s
     [
         ("train_features.npy", None, "02_finetune_roberta.py --force"),
         ("transfer.parquet", None, "02_finetune_roberta.py --force"),
-        ("train_features.npy", 500, "is damaged"),
-        ("transfer.parquet", 500, "is damaged"),
+        ("train_features.npy", 500, "02_finetune_roberta.py --force"),
+        ("transfer.parquet", 500, "02_finetune_roberta.py --force"),
     ],
 )
 def test_a_missing_or_cut_file_of_02_is_named(outputs, flags, script, stops, tmp_path, file, damage, words):
@@ -210,19 +210,44 @@ def test_a_missing_or_cut_file_of_02_is_named(outputs, flags, script, stops, tmp
     stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), file, words)
 
 
-def test_features_with_fewer_rows_than_their_table_are_refused(outputs, flags, script, stops, tmp_path):
-    shutil.copytree(outputs / "02_roberta", tmp_path / "02_roberta")
-    path = tmp_path / "02_roberta" / "soft_labels" / "train_features.npy"
-    np.save(path, np.load(path)[:50])
-    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), "50 rows and its table 100")
-
-
-def test_a_mistake_beside_force_deletes_nothing(outputs, flags, script, stops):
+def test_a_mistake_beside_force_deletes_nothing(outputs, flags, script, stops, tiny):
     for wrong in (["--label-words", "unbelievably", "good"], ["--prompt", "no slot"], ["--max-length", "20"]):
         stops(lambda wrong=wrong: script("03").main([*flags["03"], "--force", *wrong]), "error")
+        zero_shot = [*flags["04b"], "--force", "--no-adapter", "--mistral-model", str(tiny / "mistral")]
+        wrong = ["--prompt-length", "20"] if wrong[0] == "--max-length" else wrong
+        stops(lambda wrong=wrong, zero_shot=zero_shot: script("04b").main([*zero_shot, *wrong]), "error")
     stops(lambda: script("04a").main([*flags["04a"], "--force", "--max-length", "5000"]), "--max-length 5000")
-    for step in ("03_mistral", "04a_student_from_roberta"):
+    stops(lambda: script("02").main([*flags["02"], "--force", "--num-processes", "3"]), "--batch-size 8")
+    for step in ("02_roberta", "03_mistral", "04a_student_from_roberta", "04b_student_from_mistral"):
         assert (outputs / step / "run.json").exists()
+    assert (outputs / "04b_student_from_mistral" / "soft_labels" / "transfer.parquet").exists()
+
+
+def test_a_missing_adapter_is_told_before_04b_deletes_its_student(outputs, flags, script, stops, tmp_path):
+    for step in ("03_mistral", "04b_student_from_mistral"):
+        shutil.copytree(outputs / step, tmp_path / step)
+    weights = tmp_path / "03_mistral" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    run = [*flags["04b"], "--output-dir", str(tmp_path), "--force"]
+    stops(lambda: script("04b").main(run), "adapter_model.safetensors", "03_finetune_mistral.py --force")
+    assert (tmp_path / "04b_student_from_mistral" / "run.json").exists()
+
+
+def test_damaged_soft_labels_of_04b_are_scored_again(outputs, flags, script, tmp_path, capsys):
+    for step in ("03_mistral", "04b_student_from_mistral"):
+        shutil.copytree(outputs / step, tmp_path / step)
+    table = tmp_path / "04b_student_from_mistral" / "soft_labels" / "transfer.parquet"
+    before = pd.read_parquet(table)
+    table.write_bytes(b"")
+    script("04b").main([*flags["04b"], "--output-dir", str(tmp_path), "--force"])
+    assert "are damaged: scoring transfer again" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(pd.read_parquet(table), before)
+
+
+def test_02_runs_in_bf16_on_a_cpu(flags, script, tmp_path):
+    script("02").main([*flags["02"], "--output-dir", str(tmp_path), "--precision", "bf16"])
+    features = np.load(tmp_path / "02_roberta" / "soft_labels" / "train_features.npy")
+    assert features.dtype == np.float16 and np.isfinite(features).all()
 
 
 def test_other_student_settings_of_04b_keep_the_llms_soft_labels(outputs, flags, script, tmp_path, monkeypatch):

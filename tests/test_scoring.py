@@ -102,6 +102,15 @@ def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
     assert scoring.read_scores(tmp_path, "train", scoring.LOGITS)[1][:, 0].tolist() == list(range(40))
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_a_damaged_chunk_is_scored_again(tmp_path, capsys, content):
+    (tmp_path / "train_chunks").mkdir()
+    (tmp_path / "train_chunks" / "0000000.npz").write_bytes(content)
+    scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10)
+    assert "is damaged" in capsys.readouterr().out
+    assert scoring.read_scores(tmp_path, "train", scoring.LOGITS)[1][:, 0].tolist() == list(range(25))
+
+
 def test_a_finished_split_is_not_scored_again(tmp_path):
     scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, score)
     scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, None)

@@ -149,24 +149,41 @@ def test_the_micro_batch_divides_each_processes_share_of_the_batch(batch, proces
     assert training.micro_batch_of(batch, processes, at_most) == micro
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(stops):
-    stops(lambda: training.micro_batch_of(9, 2, 4), "--batch-size 9", "multiple of 2")
-
-
 def damaged(checkpoint, kind):
-    files = {"weights": "model.safetensors", "optimizer": "optimizer.pt"}
-    if kind.startswith("cut "):
-        file = checkpoint / files[kind.removeprefix("cut ")]
-        file.write_bytes(file.read_bytes()[:1000])
+    verb, name = kind.split()
+    file = checkpoint / name
+    if verb == "delete":
+        file.unlink()
     else:
-        (checkpoint / kind).unlink()
+        file.write_bytes(file.read_bytes()[: 100 if verb == "cut" else 0])
 
 
-KINDS = ["cut weights", "cut optimizer", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+FILES = ["model.safetensors", "optimizer.pt", "trainer_state.json", "scheduler.pt", "rng_state.pth"]
+KINDS = [f"{verb} {name}" for verb in ("cut", "empty", "delete") for name in FILES]
+
+
+def test_a_damaged_best_checkpoint_is_noticed_before_training_goes_on(tiny, tmp_path, args, capsys):
+    trainer = make_trainer(tiny, tmp_path, args)
+    accuracies = iter([0.9, 0.5])
+    trainer.compute_metrics = lambda _: {"accuracy": next(accuracies)}
+    trainer.train()
+    best, newest = sorted((tmp_path / "checkpoints").iterdir())
+    assert training.newest_checkpoint(tmp_path / "checkpoints") == newest
+    damaged(best, "empty model.safetensors")
+    assert training.newest_checkpoint(tmp_path / "checkpoints") is None
+    assert "the best so far" in capsys.readouterr().out
+
+
+def test_a_best_checkpoint_that_is_gone_at_the_end_is_no_success(tiny, tmp_path, args, stops):
+    interrupt(make_trainer(tiny, tmp_path, args), 1.5)
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
+    continued = make_trainer(tiny, tmp_path, args)
+    continued.compute_metrics = lambda _: {"accuracy": 0.0}
+    stops(lambda: training.train(continued, CPU), "best checkpoint", "--force")
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, args, capsys):
-    make_trainer(tiny, tmp_path, args, save_total_limit=2).train()
+    make_trainer(tiny, tmp_path, args).train()
     checkpoints = tmp_path / "checkpoints"
     older, newest = sorted(checkpoints.iterdir())
     assert training.newest_checkpoint(checkpoints) == newest

@@ -67,7 +67,7 @@ def test_label_words_of_several_tokens_or_the_same_token_are_refused(tokenizer, 
 
 def test_a_prompt_without_a_review_slot_is_refused(tokenizer, stops):
     stops(lambda: verbalizer.encode_prompts(tokenizer, ["a"], "Is it good?", 200), "{review}")
-    stops(lambda: verbalizer.encode_prompts(tokenizer, ["a"], PROMPT, 30), "--max-length 30")
+    stops(lambda: verbalizer.encode_prompts(tokenizer, ["a"], PROMPT, 30), "30 tokens")
 
 
 def test_03_04b_and_05_build_the_prompt_by_the_same_function(script):
