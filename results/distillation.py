@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, data, device, metrics, models, scoring, settings
@@ -26,7 +27,7 @@ TABLE = Path(__file__).parent / "distillation" / "white_box.csv"
 TEACHER_STEP = "02_roberta"
 # What a run is. `transfer`: unlabelled reviews beside the gold ones; `labels`: the teacher's "logits", "argmax", or
 # none; `gold`: the gold reviews, or the negative ones first of a label-sorted file, cut (the old mistake).
-GOLD_EPOCHS, TRANSFER_EPOCHS = 6, 2
+GOLD_EPOCHS, TRANSFER_EPOCHS, MLM_EPOCHS = 6, 2, 2
 STUDENT = {
     "transfer": True,
     "labels": "logits",
@@ -44,6 +45,8 @@ RUNS = {
     "margin": STUDENT | {"soft_loss": "margin"},
     "argmax_labels": STUDENT | {"labels": "argmax", "alpha": 0.0},
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
+    "control_levers": ALONE | {"labels": "none", "alpha": 0.0, "base": "mlm"},
+    "final": STUDENT | {"base": "mlm"},
     "label_sorted": ALONE | {"gold": "label-sorted", "epochs": TRANSFER_EPOCHS},
 }
 
@@ -85,6 +88,43 @@ def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.
     return scores[rows], (artifacts.read_array(folder / f"{split}_features.npy", len(in_file)), rows)
 
 
+class Texts(Dataset):
+    """Token ids alone, for masked-language modelling."""
+
+    def __init__(self, ids: list[np.ndarray]):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        return {"input_ids": self.ids[row].tolist()}
+
+
+def pretrain(args, hardware: device.Hardware, tokenizer, ids: list[np.ndarray], folder: Path) -> None:
+    """The student after in-domain masked-language modelling on train and transfer reviews (Gururangan et al. 2020)."""
+    if folder.exists():
+        return
+    import torch
+    from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
+
+    from common import training
+
+    device.seed_everything(args.seed)
+    model = AutoModelForMaskedLM.from_pretrained(args.student_model, dtype=torch.float32)
+    model.accepts_loss_kwargs = False
+    checkpoints = folder.with_name("mlm_checkpoints")
+    once = {"eval_strategy": "no", "load_best_model_at_end": False, "num_train_epochs": MLM_EPOCHS}
+    trainer = training.ReviewTrainer(
+        model=model,
+        args=training.training_arguments(args, hardware, checkpoints, len(ids), **once),
+        train_dataset=Texts(ids),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
+    )
+    training.train(trainer, hardware)
+    training.save(model, tokenizer, folder, checkpoints)
+
+
 def train_run(
     args, hardware, run: dict, seed: int, folder: Path, reviews: data.Reviews, ids: dict, soft: dict
 ) -> float:
@@ -95,7 +135,7 @@ def train_run(
     splits = ["train", "transfer"] if run["transfer"] else ["train"]
     hard = np.concatenate([gold if split == "train" else np.full(len(ids[split]), distill.IGNORED) for split in splits])
     all_ids = [one for split in splits for one in ids[split]]
-    logits = np.concatenate([soft[split][0] for split in splits])
+    logits = np.concatenate([soft[split][0] for split in splits]) if run["labels"] != "none" else None
     keep = np.arange(len(hard))
     if run["gold"] == "label-sorted":
         keep = np.argsort(gold, kind="stable")[: len(gold) // 2]
@@ -109,7 +149,9 @@ def train_run(
         parts = [soft[split][1] for split in splits]
         arrays["teacher_features"] = distill.FeatureRows(parts, list(range(parts[0][0].shape[1])))
         width = parts[0][0].shape[-1]
-    options = argparse.Namespace(**vars(args) | {"seed": seed, "soft_loss": run.get("soft_loss", "kl")})
+    base = str(folder.with_name("mlm")) if run.get("base") == "mlm" else args.student_model
+    about = {"seed": seed, "soft_loss": run.get("soft_loss", "kl"), "student_model": base}
+    options = argparse.Namespace(**vars(args) | about)
     started = time.time()
     distill.train_student(
         options,
@@ -170,28 +212,34 @@ def main() -> None:
     args = parse_args()
     hardware = device.detect(args)
     reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
-    artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
     tokenizer = models.load_tokenizer(args.student_model)
     ids = {
         split: models.encode(tokenizer, getattr(reviews, split)["text"].tolist(), args.max_length)
         for split in ("train", "validation", "transfer")
     }
-    of_teacher = artifacts.require(args, TEACHER_STEP, "soft_labels")
-    soft = {split: read_soft_labels(of_teacher, split, getattr(reviews, split)) for split in ("train", "transfer")}
-    folder = Path(args.output_dir, "distillation")
-    score_test(args, hardware, of_teacher.with_name("model"), reviews.test, folder / "teacher" / "test_logits.npy")
+    folder, soft = Path(args.output_dir, "distillation"), {}
+    taught = any(RUNS[name]["labels"] != "none" for name in args.runs)  # the others can run while 02 still scores
+    if taught:
+        artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
+        of_teacher = artifacts.require(args, TEACHER_STEP, "soft_labels")
+        soft = {split: read_soft_labels(of_teacher, split, getattr(reviews, split)) for split in ("train", "transfer")}
+        score_test(args, hardware, of_teacher.with_name("model"), reviews.test, folder / "teacher" / "test_logits.npy")
     labels = reviews.test["label"].to_numpy()
     for seed in args.seeds:
         for name in args.runs:
             here = folder / f"{name}-{seed}"
             if not (here / "test_logits.npy").exists():
                 print(f"{name}, seed {seed}", flush=True)
+                if RUNS[name].get("base") == "mlm":
+                    pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
                 seconds = train_run(args, hardware, RUNS[name], seed, here, reviews, ids, soft)
                 artifacts.write_json(here / "seconds.json", {"seconds": round(seconds)})
                 score_test(args, hardware, here / "model", reviews.test, here / "test_logits.npy")
-            found = [(run, one) for run in RUNS for one in args.seeds]
-            artifacts.write_table(TABLE, make_table(args, folder, labels, found).round(6))
-    print(pd.read_csv(TABLE).to_string(index=False))
+            if taught:
+                found = [(run, one) for run in RUNS for one in args.seeds]
+                artifacts.write_table(TABLE, make_table(args, folder, labels, found).round(6))
+    if taught:
+        print(pd.read_csv(TABLE).to_string(index=False))
 
 
 if __name__ == "__main__":
