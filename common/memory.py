@@ -1,10 +1,12 @@
 """Memory: give it back between models, say how much was used at the peak, find the micro-batch that fits."""
 
 import gc
+import re
 import resource
 import sys
 from collections.abc import Callable
 
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 _earlier_peak = 0.0
 
 
@@ -43,8 +45,9 @@ def largest_that_fits(step: Callable[[int], None], micro_batch: int) -> int | No
         try:
             step(micro_batch)
             return micro_batch
-        except (RuntimeError, MemoryError) as problem:  # torch.OutOfMemoryError, and the CPU allocator's RuntimeError
-            if not isinstance(problem, MemoryError) and "memory" not in str(problem):
+        except (RuntimeError, MemoryError) as problem:
+            # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one.
+            if not isinstance(problem, MemoryError) and not OUT_OF_MEMORY.search(str(problem)):
                 raise
         free()  # after the except clause: its exception holds the failed step's tensors
         micro_batch //= 2

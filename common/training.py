@@ -223,7 +223,8 @@ def fit_memory(trainer: Trainer, hardware: Hardware) -> None:
         flush=True,
     )
     memory.free()
-    device.seed_everything(arguments.seed)  # the trial's dropout has drawn from it
+    # The trial's dropout has drawn from the random state; and each process is to drop other units than its neighbours.
+    device.seed_everything(arguments.seed + device.rank())
 
 
 def refuse_full_disk(model: torch.nn.Module, checkpoints: Path) -> None:

@@ -5,8 +5,9 @@ Each run trains a student on the same gold reviews and leaves its logits on the 
 An interrupted part continues where it stopped: runs that are finished are not trained again. The teacher is 02's folder
 under --output-dir, made by 02_finetune_roberta.py with the same subsets (`make results` runs both).
 
-    python results/distillation.py --dataset path/to/imdb --output-dir outputs/results
-    python results/distillation.py --dataset path/to/imdb --output-dir outputs/results --runs control logits --seeds 1
+    common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
+    python results/distillation.py $common
+    python results/distillation.py $common --runs control logits --seeds 1
 
 Writes results/distillation/white_box.csv, one row a run.
 """
@@ -57,7 +58,7 @@ def parse_args() -> argparse.Namespace:
         max_train_samples=2000, validation_samples=1000, max_transfer_samples=8000, max_test_samples=5000
     )
     add = parser.add_argument
-    add("--student-model", default="results/weights/minilm-l6", help="folder of the student")
+    add("--student-model", help="hub name or folder of the student")
     add("--max-length", type=settings.positive_int, default=128, help="tokens of a review")
     settings.add_training_flags(parser, epochs=2, learning_rate=1e-4, batch_size=32, micro_batch_size=32)
     add("--temperature", type=settings.positive, default=2.0, help="of the KL term")
