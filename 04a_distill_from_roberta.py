@@ -60,6 +60,8 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
         logits.append(scores[rows])
         if split == "train":
             distill.refuse_bad_teacher(logits[0], table["label"].to_numpy(), split)
+        else:
+            distill.refuse_one_class(logits[-1])
         if args.feature_weight > 0:
             file = artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}_features.npy")
             features.append((artifacts.read_array(file, len(in_file)), rows))

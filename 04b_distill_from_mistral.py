@@ -167,6 +167,8 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
     on_validation = verbalizer.teacher_logits(log_odds["validation"], bias, temperature)
     distill.refuse_bad_teacher(on_validation, labels, "validation")
     training.refuse_collapse(on_validation, labels, CANNOT_TEACH)
+    if "transfer" in log_odds:
+        distill.refuse_one_class(verbalizer.teacher_logits(log_odds["transfer"], bias, temperature))
     calibration = {"calibration": args.calibration, "bias": bias, "calibration_temperature": temperature}
     figures = {"label_mass": round(mass, 6)} | {f"teacher_{name}": scores for name, scores in quality.items()}
     return {"teacher_logits": teacher_logits}, calibration, figures

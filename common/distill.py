@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common import device, models, scoring, settings, training
+from common.data import LABELS
 
 IGNORED = -100  # the label of a review without a gold label, as in torch's cross_entropy
 
@@ -187,6 +188,19 @@ def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: st
     accuracy = float((teacher_logits.argmax(axis=1) == labels).mean())
     if accuracy < 0.5 - 1 / np.sqrt(len(labels)):
         settings.stop(f"the teacher's {split} accuracy is {accuracy:.3f}, below chance: its label order is swapped")
+
+
+def refuse_one_class(teacher_logits: np.ndarray) -> None:
+    """Stop when the teacher calls (nearly) all of the transfer set one class: a student would learn to say it always.
+
+    A label-sorted slice did so in earlier versions of this recipe: 0.51.
+    """
+    share = float((teacher_logits.argmax(axis=1) == 1).mean())
+    if not 0.02 <= share <= 0.98:
+        settings.stop(
+            f"the teacher calls {max(share, 1 - share):.0%} of the transfer set {LABELS[round(share)]}: pass a "
+            "--dataset whose unlabelled reviews are of both kinds, or look at the teacher's calibration"
+        )
 
 
 def train_student(

@@ -35,9 +35,12 @@ def write_reviews(folder: Path, train: int = 80, test: int = 20, transfer: int =
     folder.mkdir(parents=True, exist_ok=True)
     for split, n in (("train", train), ("test", test), ("unsupervised", transfer)):
         labels = [-1] * n if split == "unsupervised" else [0] * (n // 2) + [1] * (n - n // 2)
-        words = {-1: "whole", 0: "dull weak silly", 1: "funny warm fresh"}
-        # Lengths vary, but not with the label: training groups reviews by length.
-        texts = [f"{words[label]} film {'film ' * (row * 7 % 5)}, {split} {row}" for row, label in enumerate(labels)]
+        words = ("dull weak silly", "funny warm fresh")
+        # Lengths vary, but not with the label: training groups reviews by length. Unlabelled ones are of both kinds.
+        texts = [
+            f"{words[row % 2 if label < 0 else label]} film {'film ' * (row * 7 % 5)}, {split} {row}"
+            for row, label in enumerate(labels)
+        ]
         pd.DataFrame({"text": texts, "label": labels}).to_parquet(folder / f"{split}.parquet")
     return folder
 

@@ -195,3 +195,11 @@ def test_constant_and_swapped_teachers_are_refused(stops):
     stops(lambda: distill.refuse_bad_teacher(right[:, ::-1], labels, "train"), "label order is swapped")
     stops(lambda: distill.refuse_bad_teacher(np.where(right == 1, np.nan, 0), labels, "train"), "not all finite")
     distill.refuse_bad_teacher(right, labels, "train")
+
+
+def test_a_transfer_set_of_one_class_is_refused(stops):
+    one_class = np.tile([2.0, 1.0], (100, 1))
+    stops(lambda: distill.refuse_one_class(one_class), "100% of the transfer set negative", "--dataset")
+    stops(lambda: distill.refuse_one_class(one_class[:, ::-1]), "positive")
+    one_class[:5] = [1.0, 2.0]
+    distill.refuse_one_class(one_class)

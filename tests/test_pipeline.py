@@ -268,6 +268,7 @@ def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(flags, script, t
     # The tiny LLM knows nothing: what is tested is the way of its scores, not their worth.
     monkeypatch.setattr(training, "refuse_collapse", lambda logits, labels, remedy: remedy in at_chance.values())
     monkeypatch.setattr(distill, "refuse_bad_teacher", lambda *_: None)
+    monkeypatch.setattr(distill, "refuse_one_class", lambda *_: None)
     llm = ["--no-adapter", "--mistral-model", str(tiny / "mistral"), "--prompt-length", "96"]
     prompt = ["--prompt", "Review: {review} Sentiment:"]
     module.main([*flags["04b"], "--output-dir", str(tmp_path), *llm, *prompt, "--epochs", "1"])
