@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, data, device, metrics, models, scoring, settings
 
 TABLE = Path(__file__).parent / "distillation" / "white_box.csv"
+COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 TEACHER_STEP = "02_roberta"
 # What a run is. `transfer`: unlabelled reviews beside the gold ones; `labels`: the teacher's "logits", "argmax", or
 # none; `gold`: the gold reviews, or the negative ones first of a label-sorted file, cut (the old mistake).
@@ -52,20 +53,20 @@ RUNS = {
 }
 
 
-def parse_args() -> argparse.Namespace:
-    parser = settings.make_parser(__doc__, reads=("train", "transfer", "test"))
-    parser.set_defaults(
-        max_train_samples=2000, validation_samples=1000, max_transfer_samples=8000, max_test_samples=5000
-    )
+def make_parser(description: str, runs: dict[str, dict]) -> argparse.ArgumentParser:
+    """The flags of a proof: subsets, student and training, the same for all its runs."""
+    parser = settings.make_parser(description, reads=("train", "transfer", "test"))
+    subsets = {"max_train_samples": 2000, "validation_samples": 1000, "max_transfer_samples": 8000}
+    parser.set_defaults(**subsets, max_test_samples=5000)
     add = parser.add_argument
     add("--student-model", help="hub name or folder of the student")
     add("--max-length", type=settings.positive_int, default=128, help="tokens of a review")
     settings.add_training_flags(parser, epochs=2, learning_rate=1e-4, batch_size=32, micro_batch_size=32)
     add("--temperature", type=settings.positive, default=2.0, help="of the KL term")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
-    add("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="which to train; the table holds all found")
+    add("--runs", nargs="+", choices=list(runs), default=list(runs), help="which to train; the table holds all found")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the student's training; the subsets are --seed's")
-    return settings.parse(parser, "distillation", None)
+    return parser
 
 
 def score_test(args, hardware: device.Hardware, model_folder: Path, test: pd.DataFrame, file: Path) -> None:
@@ -168,49 +169,74 @@ def train_run(
     return time.time() - started
 
 
-def make_table(args, folder: Path, labels: np.ndarray, runs: list[tuple[str, int]]) -> pd.DataFrame:
-    """One row a finished run, compared with the teacher and with the control of its seed."""
+def make_run(args, hardware, run: dict, name: str, seed: int, folder: Path, reviews, ids: dict, soft: dict) -> None:
+    """A run's student and its logits on test, unless they are there."""
+    here = folder / f"{name}-{seed}"
+    if (here / "test_logits.npy").exists():
+        return
+    print(f"{name}, seed {seed}", flush=True)
+    if run.get("base") == "mlm":
+        tokenizer = models.load_tokenizer(args.student_model)
+        pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
+    seconds = train_run(args, hardware, run, seed, here, reviews, ids, soft)
+    artifacts.write_json(here / "seconds.json", {"seconds": round(seconds)})
+    score_test(args, hardware, here / "model", reviews.test, here / "test_logits.npy")
+
+
+def describe_teacher(args, name: str, labels: np.ndarray, logits: np.ndarray) -> dict:
+    """The row of a teacher."""
+    quality = metrics.describe(labels, logits)
+    row = {"run": name, "seed": args.seed, "gold": args.max_train_samples, "transfer": 0, "n_test": quality["n"]}
+    scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high", "nll", "ece")}
+    return row | scores | {"agreement": 1.0}
+
+
+def make_table(args, folder: Path, labels: np.ndarray, runs: dict[str, dict], teacher: np.ndarray) -> pd.DataFrame:
+    """One row a finished run, compared with the teacher and with the control of its seed.
+
+    `teacher` holds (n, 2) logits, NaN where it has not read the review: gap and agreement are of the others.
+    """
 
     def read(name: str, seed: int) -> np.ndarray | None:
         file = folder / f"{name}-{seed}" / "test_logits.npy"
         return np.load(file) if file.exists() else None
 
-    teacher, rows = np.load(folder / "teacher" / "test_logits.npy"), []
-    of_teacher = metrics.accuracy(labels, teacher.argmax(axis=1))
-    for name, seed in [("teacher", args.seed), *runs]:
-        logits = teacher if name == "teacher" else read(name, seed)
+    def accuracy_beside_teacher(logits: np.ndarray) -> float:
+        return metrics.accuracy(labels[read_by_teacher], logits[read_by_teacher].argmax(axis=1))
+
+    read_by_teacher, rows = np.isfinite(teacher[:, 0]), []
+    for name, seed in [(name, seed) for name in runs for seed in args.seeds]:
+        logits, control = read(name, seed), read("control", seed)
         if logits is None:
             continue
+        called, gap, p = logits.argmax(axis=1), None, None
+        if control is not None and name != "control":
+            lead = accuracy_beside_teacher(teacher) - accuracy_beside_teacher(control)
+            if lead >= 0.01:
+                gap = (accuracy_beside_teacher(logits) - accuracy_beside_teacher(control)) / lead
+            p = metrics.mcnemar_p(called == labels, control.argmax(axis=1) == labels)
         quality = metrics.describe(labels, logits)
-        control, about = read("control", seed), {}
-        if control is not None and name not in ("teacher", "control"):
-            of_control = metrics.accuracy(labels, control.argmax(axis=1))
-            if of_teacher - of_control >= 0.01:
-                about["gap_closed"] = (quality["accuracy"] - of_control) / (of_teacher - of_control)
-            right = [given.argmax(axis=1) == labels for given in (logits, control)]
-            about["mcnemar_p"] = metrics.mcnemar_p(*right)
-        seconds = folder / f"{name}-{seed}" / "seconds.json"
         rows.append(
             {
                 "run": name,
                 "seed": seed,
                 "gold": args.max_train_samples,
-                "transfer": args.max_transfer_samples if name != "teacher" and RUNS[name]["transfer"] else 0,
+                "transfer": args.max_transfer_samples if runs[name]["transfer"] else 0,
                 "n_test": quality["n"],
                 **{key: quality[key] for key in ("accuracy", "ci_low", "ci_high")},
-                "gap_closed": about.get("gap_closed"),
-                "mcnemar_p": about.get("mcnemar_p"),
-                "agreement": metrics.accuracy(teacher.argmax(axis=1), logits.argmax(axis=1)),
+                "gap_closed": gap,
+                "mcnemar_p": p,
+                "agreement": metrics.accuracy(teacher[read_by_teacher].argmax(axis=1), called[read_by_teacher]),
                 "nll": quality["nll"],
                 "ece": quality["ece"],
-                "seconds": artifacts.read_json(seconds)["seconds"] if seconds.exists() else None,
+                "seconds": artifacts.read_json(folder / f"{name}-{seed}" / "seconds.json")["seconds"],
             }
         )
     return pd.DataFrame(rows)
 
 
 def main() -> None:
-    args = parse_args()
+    args = settings.parse(make_parser(__doc__, RUNS), "distillation", None)
     hardware = device.detect(args)
     reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
     tokenizer = models.load_tokenizer(args.student_model)
@@ -218,29 +244,22 @@ def main() -> None:
         split: models.encode(tokenizer, getattr(reviews, split)["text"].tolist(), args.max_length)
         for split in ("train", "validation", "transfer")
     }
-    folder, soft = Path(args.output_dir, "distillation"), {}
+    folder, soft, labels = Path(args.output_dir, "distillation"), {}, reviews.test["label"].to_numpy()
     taught = any(RUNS[name]["labels"] != "none" for name in args.runs)  # the others can run while 02 still scores
     if taught:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
         of_teacher = artifacts.require(args, TEACHER_STEP, "soft_labels")
         soft = {split: read_soft_labels(of_teacher, split, getattr(reviews, split)) for split in ("train", "transfer")}
         score_test(args, hardware, of_teacher.with_name("model"), reviews.test, folder / "teacher" / "test_logits.npy")
-    labels = reviews.test["label"].to_numpy()
     for seed in args.seeds:
         for name in args.runs:
-            here = folder / f"{name}-{seed}"
-            if not (here / "test_logits.npy").exists():
-                print(f"{name}, seed {seed}", flush=True)
-                if RUNS[name].get("base") == "mlm":
-                    pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
-                seconds = train_run(args, hardware, RUNS[name], seed, here, reviews, ids, soft)
-                artifacts.write_json(here / "seconds.json", {"seconds": round(seconds)})
-                score_test(args, hardware, here / "model", reviews.test, here / "test_logits.npy")
+            make_run(args, hardware, RUNS[name], name, seed, folder, reviews, ids, soft)
             if taught:
-                found = [(run, one) for run in RUNS for one in args.seeds]
-                artifacts.write_table(TABLE, make_table(args, folder, labels, found).round(6))
-    if taught:
-        print(pd.read_csv(TABLE).to_string(index=False))
+                teacher = np.load(folder / "teacher" / "test_logits.npy")
+                rows = pd.DataFrame([describe_teacher(args, "teacher", labels, teacher)])
+                table = pd.concat([rows, make_table(args, folder, labels, RUNS, teacher)])
+                artifacts.write_table(TABLE, table[COLUMNS].round(6))
+                print(table[COLUMNS].to_string(index=False), flush=True)
 
 
 if __name__ == "__main__":
