@@ -119,7 +119,8 @@ def calibrate(
         name: metrics.describe(labels, verbalizer.teacher_logits(log_odds["validation"], *shift))
         for name, shift in calibrations.items()
     }
-    if chosen == "fitted":
+    # Of an LLM near chance a fit means nothing, and may not exist.
+    if chosen == "fitted" or quality["batch"]["accuracy"] > 0.5 + 2 / np.sqrt(len(labels)):
         calibrations["fitted"] = verbalizer.fitted_calibration(log_odds["validation"], labels)
         held_out = verbalizer.out_of_fold(log_odds["validation"], labels)
         quality["fitted"] = metrics.describe(labels, verbalizer.teacher_logits(held_out))

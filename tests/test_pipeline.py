@@ -115,6 +115,12 @@ def test_04b_records_its_calibration_and_the_benchmark_applies_it(outputs):
     assert table.loc[table["Type"] == "teacher, 4-bit + LoRA", "calibration"].item() == "batch"
 
 
+def test_04b_tells_how_good_its_teacher_is_with_each_calibration(outputs):
+    figures = json.loads((outputs / "04b_student_from_mistral" / "metrics.json").read_text())["validation"]
+    for name in ("teacher_none", "teacher_batch", "teacher_fitted"):
+        assert {"nll", "ece", "accuracy"} <= figures[name].keys()
+
+
 def test_nothing_is_pickled(outputs):
     kinds = {path.suffix for path in outputs.rglob("*") if path.is_file()}
     assert kinds <= {".lock", ".json", ".csv", ".md", ".parquet", ".npy", ".safetensors", ".jinja", ".txt"}, kinds
