@@ -222,6 +222,21 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
         assert torch.equal(weight, continued.model.state_dict()[name]), name
 
 
+def test_an_epoch_whose_evaluation_was_interrupted_is_evaluated_all_the_same(tiny, tmp_path, args):
+    stopped = make_trainer(tiny, tmp_path, args)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    stopped.compute_metrics = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        training.train(stopped, CPU)
+    continued = make_trainer(tiny, tmp_path, args)
+    training.train(continued, CPU)
+    evaluated = [entry["epoch"] for entry in continued.state.log_history if "eval_accuracy" in entry]
+    assert evaluated == [1.0, 2.0]  # a checkpoint saved just before would have been taken for evaluated
+
+
 def test_a_training_continued_in_another_folder_still_ends_with_its_best_checkpoint(tiny, tmp_path, args):
     interrupt(make_trainer(tiny, tmp_path / "first", args), 1.0)
     shutil.move(tmp_path / "first", tmp_path / "second")  # as a Kaggle session's outputs come to the next
