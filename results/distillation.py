@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 """The proof of the white-box method: students of one teacher against students without, on real reviews and weights.
 
-Each run trains a student on the same gold reviews and leaves its logits on the test part; the table is made from those.
-An interrupted part continues where it stopped: runs that are finished are not trained again. The teacher is 02's folder
-under --output-dir, made by 02_finetune_roberta.py with the same subsets (`make results` runs both).
+Each run trains a student on the same gold reviews. Levers are chosen on validation; test is read when the recipe is
+frozen, by --read-test. An interrupted part continues where it stopped: finished runs are not trained again. The teacher
+is 02's folder under --output-dir, made by 02_finetune_roberta.py with the same subsets.
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
-    python results/distillation.py $common
     python results/distillation.py $common --runs control logits --seeds 1
+    python results/distillation.py $common --read-test
 
-Writes results/distillation/white_box.csv, one row a run.
+Writes results/distillation/validation.csv, and with --read-test white_box.csv (one row a run) and claim.csv.
+`results/distillation/run.sh` holds the commands of all tables.
 """
 
 import argparse
@@ -24,30 +25,37 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, data, device, metrics, models, scoring, settings
 
-TABLE = Path(__file__).parent / "distillation" / "white_box.csv"
+TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 TEACHER_STEP = "02_roberta"
-# What a run is. `transfer`: unlabelled reviews beside the gold ones; `labels`: the teacher's "logits", "argmax", or
-# none; `gold`: the gold reviews, or the negative ones first of a label-sorted file, cut (the old mistake).
+# What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's most confident first;
+# `labels`: the teacher's "logits", "argmax", or none; `gold`: the gold reviews, or the negative ones first of a
+# label-sorted file, cut (the old mistake); `base`: the student as downloaded, after masked-language modelling ("mlm"),
+# or as another run of the same seed left it.
 GOLD_EPOCHS, TRANSFER_EPOCHS, MLM_EPOCHS = 6, 2, 2
 STUDENT = {
-    "transfer": True,
+    "transfer": 1.0,
     "labels": "logits",
     "gold": "all",
     "feature_weight": 0.0,
     "alpha": 0.9,
     "epochs": TRANSFER_EPOCHS,
+    "base": "downloaded",
 }
-ALONE = STUDENT | {"transfer": False, "epochs": GOLD_EPOCHS}
+ALONE = STUDENT | {"transfer": 0.0, "epochs": GOLD_EPOCHS}
+CONTROL = ALONE | {"labels": "none", "alpha": 0.0}
 RUNS = {
-    "control": ALONE | {"labels": "none", "alpha": 0.0},
+    "control": CONTROL,
     "logits": STUDENT,
     "features": STUDENT | {"alpha": 0.0, "feature_weight": 0.1},
     "logits_features": STUDENT | {"feature_weight": 0.1},
     "margin": STUDENT | {"soft_loss": "margin"},
     "argmax_labels": STUDENT | {"labels": "argmax", "alpha": 0.0},
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
-    "control_levers": ALONE | {"labels": "none", "alpha": 0.0, "base": "mlm"},
+    "gold_last": CONTROL | {"base": "logits", "epochs": 1, "learning_rate": 2e-5},
+    "longer": STUDENT | {"epochs": 2 * TRANSFER_EPOCHS},
+    "confident": STUDENT | {"transfer": 0.75},
+    "control_levers": CONTROL | {"base": "mlm"},
     "final": STUDENT | {"base": "mlm"},
     "label_sorted": ALONE | {"gold": "label-sorted", "epochs": TRANSFER_EPOCHS},
 }
@@ -66,19 +74,21 @@ def make_parser(description: str, runs: dict[str, dict]) -> argparse.ArgumentPar
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     add("--runs", nargs="+", choices=list(runs), default=list(runs), help="which to train; the table holds all found")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the student's training; the subsets are --seed's")
+    add("--tables", type=Path, default=TABLES, help="where the tables are written")
+    add("--read-test", action="store_true", help="train nothing: test the finished runs and write their table")
     return parser
 
 
-def score_test(args, hardware: device.Hardware, model_folder: Path, test: pd.DataFrame, file: Path) -> None:
-    """A model's (n, 2) logits on the test part, saved once."""
-    if file.exists():
-        return
-    tokenizer = models.load_tokenizer(str(model_folder))
-    model = models.load_classifier(str(model_folder)).to(hardware.device).eval()
-    ids = models.encode(tokenizer, test["text"].tolist(), args.max_length)
-    scores = scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
-    with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
-        np.save(handle, scores)
+def score(args, hardware: device.Hardware, model_folder: Path, reviews: pd.DataFrame, file: Path) -> np.ndarray:
+    """A model's (n, 2) logits of the reviews, saved in `file` once."""
+    if not file.exists():
+        tokenizer = models.load_tokenizer(str(model_folder))
+        model = models.load_classifier(str(model_folder)).to(hardware.device).eval()
+        ids = models.encode(tokenizer, reviews["text"].tolist(), args.max_length)
+        scores = scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
+        with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
+            np.save(handle, scores)
+    return np.load(file)
 
 
 def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
@@ -108,16 +118,38 @@ def pretrain(args, hardware: device.Hardware, tokenizer, ids: list[np.ndarray], 
     if folder.exists():
         return
     import torch
+    import torch.nn.functional as F
     from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
     from common import training
+
+    class MaskedTokens(training.ReviewTrainer):
+        """Cross-entropy of the masked tokens, with the vocabulary's logits computed for those alone.
+
+        They are 15% of all; the head over all tokens would cost as much as the encoder at 30,000 words.
+        """
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            masked = labels != -100
+
+            def keep_masked(_module, _inputs, output):
+                output.last_hidden_state = output.last_hidden_state[masked].unsqueeze(0)
+                return output
+
+            hook = self.model.base_model.register_forward_hook(keep_masked)
+            try:
+                logits = model(**inputs).logits[0]
+            finally:
+                hook.remove()
+            return F.cross_entropy(logits.float(), labels[masked])
 
     device.seed_everything(args.seed)
     model = AutoModelForMaskedLM.from_pretrained(args.student_model, dtype=torch.float32)
     model.accepts_loss_kwargs = False
     checkpoints = folder.with_name("mlm_checkpoints")
     once = {"eval_strategy": "no", "load_best_model_at_end": False, "num_train_epochs": MLM_EPOCHS}
-    trainer = training.ReviewTrainer(
+    trainer = MaskedTokens(
         model=model,
         args=training.training_arguments(args, hardware, checkpoints, len(ids), **once),
         train_dataset=Texts(ids),
@@ -127,60 +159,92 @@ def pretrain(args, hardware: device.Hardware, tokenizer, ids: list[np.ndarray], 
     training.save(model, tokenizer, folder, checkpoints)
 
 
-def train_run(
-    args, hardware, run: dict, seed: int, folder: Path, reviews: data.Reviews, ids: dict, soft: dict
-) -> float:
-    """Train a run's student into folder/model; the seconds that it took."""
+def base_of(args, run: dict, seed: int, folder: Path) -> str:
+    """The folder or name of the weights that a run's student starts from."""
+    if run["base"] == "downloaded":
+        return args.student_model
+    base = folder / "mlm" if run["base"] == "mlm" else folder / f"{run['base']}-{seed}" / "model"
+    if not base.exists():
+        settings.stop(f"{base} is missing: put {run['base']} before the run that starts from it")
+    return str(base)
+
+
+def chosen_rows(run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The rows of each split that a run trains on: of the transfer set those of which the teacher is surest."""
+    rows = {"train": np.arange(len(gold))}
+    if run["gold"] == "label-sorted":
+        rows["train"] = np.argsort(gold, kind="stable")[: len(gold) // 2]
+    if run["transfer"]:
+        surest = np.argsort(-np.abs(transfer_logits[:, 1] - transfer_logits[:, 0]), kind="stable")
+        rows["transfer"] = np.sort(surest[: round(run["transfer"] * len(surest))])
+    return rows
+
+
+def train_run(args, hardware, run: dict, seed: int, folder: Path, base: str, reviews, ids: dict, soft: dict) -> None:
+    """Train a run's student into folder/model."""
     from common import distill, training
 
     gold = reviews.train["label"].to_numpy()
-    splits = ["train", "transfer"] if run["transfer"] else ["train"]
-    hard = np.concatenate([gold if split == "train" else np.full(len(ids[split]), distill.IGNORED) for split in splits])
-    all_ids = [one for split in splits for one in ids[split]]
-    logits = np.concatenate([soft[split][0] for split in splits]) if run["labels"] != "none" else None
-    keep = np.arange(len(hard))
-    if run["gold"] == "label-sorted":
-        keep = np.argsort(gold, kind="stable")[: len(gold) // 2]
-    if run["labels"] == "argmax":  # the teacher's hard labels where no gold one is known
-        hard = np.where(hard == distill.IGNORED, logits.argmax(axis=1), hard)
-    arrays = {}
-    if run["labels"] == "logits":
-        arrays["teacher_logits"] = logits[keep]
-    width = None
+    rows = chosen_rows(run, gold, soft["transfer"][0] if run["transfer"] else None)
+    hard = [gold[rows["train"]]] + [
+        np.full(len(kept), distill.IGNORED) for split, kept in rows.items() if split != "train"
+    ]
+    hard = np.concatenate(hard)
+    arrays, width = {}, None
+    if run["labels"] != "none":
+        logits = np.concatenate([soft[split][0][kept] for split, kept in rows.items()])
+        if run["labels"] == "argmax":  # the teacher's hard labels where no gold one is known
+            hard = np.where(hard == distill.IGNORED, logits.argmax(axis=1), hard)
+        else:
+            arrays["teacher_logits"] = logits
     if run["feature_weight"] > 0:
-        parts = [soft[split][1] for split in splits]
+        parts = [(soft[split][1][0], soft[split][1][1][kept]) for split, kept in rows.items()]
         arrays["teacher_features"] = distill.FeatureRows(parts, list(range(parts[0][0].shape[1])))
         width = parts[0][0].shape[-1]
-    base = str(folder.with_name("mlm")) if run.get("base") == "mlm" else args.student_model
-    about = {"seed": seed, "soft_loss": run.get("soft_loss", "kl"), "student_model": base}
-    options = argparse.Namespace(**vars(args) | about)
-    started = time.time()
+    own = {"seed": seed, "soft_loss": run.get("soft_loss", "kl"), "student_model": base}
+    own["learning_rate"] = run.get("learning_rate", args.learning_rate)
     distill.train_student(
-        options,
+        argparse.Namespace(**vars(args) | own),
         hardware,
         folder / "model",
-        training.ReviewDataset([all_ids[row] for row in keep], hard[keep], **arrays),
+        training.ReviewDataset([ids[split][row] for split, kept in rows.items() for row in kept], hard, **arrays),
         training.ReviewDataset(ids["validation"], reviews.validation["label"].to_numpy()),
         epochs=run["epochs"],
         alpha=run["alpha"],
         feature_weight=run["feature_weight"],
         teacher_width=width,
     )
-    return time.time() - started
 
 
 def make_run(args, hardware, run: dict, name: str, seed: int, folder: Path, reviews, ids: dict, soft: dict) -> None:
-    """A run's student and its logits on test, unless they are there."""
+    """A run's student, unless it is there."""
     here = folder / f"{name}-{seed}"
-    if (here / "test_logits.npy").exists():
+    if (here / "seconds.json").exists():
         return
     print(f"{name}, seed {seed}", flush=True)
-    if run.get("base") == "mlm":
+    if run["base"] == "mlm":
         tokenizer = models.load_tokenizer(args.student_model)
         pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
-    seconds = train_run(args, hardware, run, seed, here, reviews, ids, soft)
-    artifacts.write_json(here / "seconds.json", {"seconds": round(seconds)})
-    score_test(args, hardware, here / "model", reviews.test, here / "test_logits.npy")
+    started, continued = time.time(), here.exists()
+    train_run(args, hardware, run, seed, here, base_of(args, run, seed, folder), reviews, ids, soft)
+    # An interrupted training's seconds are not known: the time of its first part is gone.
+    artifacts.write_json(here / "seconds.json", {"seconds": None if continued else round(time.time() - started)})
+
+
+def validation_table(args, hardware, folder: Path, validation: pd.DataFrame, runs: dict[str, dict]) -> pd.DataFrame:
+    """One row a finished run: what it says on validation, by which levers and epochs are chosen."""
+    labels, rows = validation["label"].to_numpy(), []
+    for name, seed in finished(folder, runs, args.seeds):
+        here = folder / f"{name}-{seed}"
+        quality = metrics.describe(labels, score(args, hardware, here / "model", validation, here / "validation.npy"))
+        rows.append({"run": name, "seed": seed} | {key: value for key, value in quality.items() if key != "f1"})
+    return pd.DataFrame(rows)
+
+
+def finished(folder: Path, runs: dict[str, dict], seeds: list[int]) -> list[tuple[str, int]]:
+    """The (name, seed) of the runs that are trained."""
+    named = [(name, seed) for name in runs for seed in seeds]
+    return [(name, seed) for name, seed in named if (folder / f"{name}-{seed}" / "seconds.json").exists()]
 
 
 def describe_teacher(args, name: str, labels: np.ndarray, logits: np.ndarray) -> dict:
@@ -191,37 +255,40 @@ def describe_teacher(args, name: str, labels: np.ndarray, logits: np.ndarray) ->
     return row | scores | {"agreement": 1.0}
 
 
+def transfer_share(runs: dict[str, dict], name: str) -> float:
+    """The share of the transfer set that a run's student has read, in its own training or in that of its base."""
+    run = runs[name]
+    return transfer_share(runs, run["base"]) if run["base"] in runs else run["transfer"]
+
+
 def make_table(args, folder: Path, labels: np.ndarray, runs: dict[str, dict], teacher: np.ndarray) -> pd.DataFrame:
-    """One row a finished run, compared with the teacher and with the control of its seed.
+    """One row a tested run, compared with the teacher and with the control of its seed.
 
     `teacher` holds (n, 2) logits, NaN where it has not read the review: gap and agreement are of the others.
     """
-
-    def read(name: str, seed: int) -> np.ndarray | None:
-        file = folder / f"{name}-{seed}" / "test_logits.npy"
-        return np.load(file) if file.exists() else None
+    read_by_teacher, rows = np.isfinite(teacher[:, 0]), []
 
     def accuracy_beside_teacher(logits: np.ndarray) -> float:
         return metrics.accuracy(labels[read_by_teacher], logits[read_by_teacher].argmax(axis=1))
 
-    read_by_teacher, rows = np.isfinite(teacher[:, 0]), []
-    for name, seed in [(name, seed) for name in runs for seed in args.seeds]:
-        logits, control = read(name, seed), read("control", seed)
-        if logits is None:
-            continue
-        called, gap, p = logits.argmax(axis=1), None, None
+    tested = {
+        (name, seed): np.load(folder / f"{name}-{seed}" / "test_logits.npy")
+        for name, seed in finished(folder, runs, args.seeds)
+    }
+    for (name, seed), logits in tested.items():
+        control, gap, p = tested.get(("control", seed)), None, None
         if control is not None and name != "control":
             lead = accuracy_beside_teacher(teacher) - accuracy_beside_teacher(control)
             if lead >= 0.01:
                 gap = (accuracy_beside_teacher(logits) - accuracy_beside_teacher(control)) / lead
-            p = metrics.mcnemar_p(called == labels, control.argmax(axis=1) == labels)
-        quality = metrics.describe(labels, logits)
+            p = metrics.mcnemar_p(logits.argmax(axis=1) == labels, control.argmax(axis=1) == labels)
+        quality, called = metrics.describe(labels, logits), logits.argmax(axis=1)
         rows.append(
             {
                 "run": name,
                 "seed": seed,
                 "gold": args.max_train_samples,
-                "transfer": args.max_transfer_samples if runs[name]["transfer"] else 0,
+                "transfer": round(args.max_transfer_samples * transfer_share(runs, name)),
                 "n_test": quality["n"],
                 **{key: quality[key] for key in ("accuracy", "ci_low", "ci_high")},
                 "gap_closed": gap,
@@ -235,31 +302,87 @@ def make_table(args, folder: Path, labels: np.ndarray, runs: dict[str, dict], te
     return pd.DataFrame(rows)
 
 
+def claim(right: dict[str, np.ndarray], teacher: np.ndarray, student: str, controls: list[str]) -> dict:
+    """Does `student` lead the best control by its seed-mean accuracy, and close half of the gap to the teacher?
+
+    `right` holds (seeds, n) booleans by run, `teacher` (n,): whether each test review was called right. The interval is
+    a bootstrap over the reviews (Efron 1979), paired: of each review's share of right seeds, the student's less the
+    control's. The gap is that to the first of the controls.
+    """
+    from scipy.stats import bootstrap
+
+    best = max(controls, key=lambda name: right[name].mean())
+    difference = right[student].mean(axis=0) - right[best].mean(axis=0)
+    interval = bootstrap(
+        (difference,), np.mean, n_resamples=9999, batch=100, method="percentile", rng=0
+    ).confidence_interval
+    first = right[controls[0]].mean()
+    row = {"student": student, "best_control": best, "seeds": len(right[student]), "n_test": len(difference)}
+    row |= {"student_accuracy": right[student].mean(), "control_accuracy": right[best].mean()}
+    row |= {"teacher_accuracy": teacher.mean(), "difference": difference.mean()}
+    row |= {"ci_low": interval.low, "ci_high": interval.high}
+    return row | {"gap_closed": (right[student].mean() - first) / (teacher.mean() - first)}
+
+
+def read_test(args, hardware, folder: Path, test: pd.DataFrame, runs: dict[str, dict]) -> None:
+    """Test logits of every finished run."""
+    for name, seed in finished(folder, runs, args.seeds):
+        print(f"testing {name}, seed {seed}", flush=True)
+        score(args, hardware, folder / f"{name}-{seed}" / "model", test, folder / f"{name}-{seed}" / "test_logits.npy")
+
+
+def write_white_box(args, hardware, folder: Path, of_teacher: Path, test: pd.DataFrame) -> None:
+    """white_box.csv, and claim.csv of the seeds that all its runs have."""
+    labels = test["label"].to_numpy()
+    read_test(args, hardware, folder, test, RUNS)
+    teacher = score(args, hardware, of_teacher, test, folder / "teacher" / "test_logits.npy")
+    teacher_row = pd.DataFrame([describe_teacher(args, "teacher", labels, teacher)])
+    table = pd.concat([teacher_row, make_table(args, folder, labels, RUNS, teacher)])[COLUMNS].round(6)
+    artifacts.write_table(args.tables / "white_box.csv", table.astype({"seconds": "Int64"}))
+    print(table.to_string(index=False))
+    claimed = ["control", "control_levers", "final"]
+    seeds = [
+        seed for seed in args.seeds if all((folder / f"{run}-{seed}" / "test_logits.npy").exists() for run in claimed)
+    ]
+    if seeds:
+        called = {
+            run: np.stack([np.load(folder / f"{run}-{seed}" / "test_logits.npy").argmax(axis=1) for seed in seeds])
+            for run in claimed
+        }
+        right = {run: one == labels for run, one in called.items()}
+        row = claim(right, teacher.argmax(axis=1) == labels, "final", claimed[:2])
+        artifacts.write_table(args.tables / "claim.csv", pd.DataFrame([row]).round(6))
+        print(row)
+
+
+def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
+    """The student's token ids of every split that it trains on or is chosen by."""
+    tokenizer = models.load_tokenizer(args.student_model)
+    return {
+        split: models.encode(tokenizer, getattr(reviews, split)["text"].tolist(), args.max_length)
+        for split in ("train", "validation", "transfer")
+    }
+
+
 def main() -> None:
     args = settings.parse(make_parser(__doc__, RUNS), "distillation", None)
     hardware = device.detect(args)
     reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
-    tokenizer = models.load_tokenizer(args.student_model)
-    ids = {
-        split: models.encode(tokenizer, getattr(reviews, split)["text"].tolist(), args.max_length)
-        for split in ("train", "validation", "transfer")
-    }
-    folder, soft, labels = Path(args.output_dir, "distillation"), {}, reviews.test["label"].to_numpy()
-    taught = any(RUNS[name]["labels"] != "none" for name in args.runs)  # the others can run while 02 still scores
-    if taught:
+    folder = Path(args.output_dir, "distillation")
+    if args.read_test:
+        of_teacher = artifacts.require(args, TEACHER_STEP, "model")
+        return write_white_box(args, hardware, folder, of_teacher, reviews.test)
+    ids, soft = encode_reviews(args, reviews), {}
+    if any(RUNS[name]["labels"] != "none" for name in args.runs):  # the others can run while 02 still scores
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
         of_teacher = artifacts.require(args, TEACHER_STEP, "soft_labels")
         soft = {split: read_soft_labels(of_teacher, split, getattr(reviews, split)) for split in ("train", "transfer")}
-        score_test(args, hardware, of_teacher.with_name("model"), reviews.test, folder / "teacher" / "test_logits.npy")
     for seed in args.seeds:
         for name in args.runs:
             make_run(args, hardware, RUNS[name], name, seed, folder, reviews, ids, soft)
-            if taught:
-                teacher = np.load(folder / "teacher" / "test_logits.npy")
-                rows = pd.DataFrame([describe_teacher(args, "teacher", labels, teacher)])
-                table = pd.concat([rows, make_table(args, folder, labels, RUNS, teacher)])
-                artifacts.write_table(TABLE, table[COLUMNS].round(6))
-                print(table[COLUMNS].to_string(index=False), flush=True)
+            table = validation_table(args, hardware, folder, reviews.validation, RUNS)
+            artifacts.write_table(args.tables / "validation.csv", table)
+    print(table.to_string(index=False))
 
 
 if __name__ == "__main__":
