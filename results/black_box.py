@@ -1,14 +1,16 @@
 #!/usr/bin/env python
 """The proof of the black-box method: students of a 4-bit LLM, as it is and tuned by 03, on real reviews and weights.
 
-The same subsets, student and control as results/distillation.py, whose functions this uses; the LLM scores them as 04b
-does. An interrupted part continues where it stopped. 03's folder under --output-dir is made by 03_finetune_mistral.py
-with the same subsets.
+The same gold reviews, student and control as results/distillation.py, whose functions and folder this uses; the LLM
+scores as in 04b. Three more runs repeat, one at a time, the mistakes by which earlier versions of this recipe reached
+0.51; no flag of the product leads to them. An interrupted part continues where it stopped. 03's folder under
+--output-dir is made by 03_finetune_mistral.py with the same subsets.
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
-    python results/black_box.py $common --mistral-model results/weights/smollm2-135m
+    python results/black_box.py $common --mistral-model results/weights/smollm2-135m --runs tuned --seeds 1
+    python results/black_box.py $common --mistral-model results/weights/smollm2-135m --read-test
 
-Writes results/distillation/black_box.csv, one row a run.
+Writes with --read-test results/distillation/black_box.csv, one row a run, and black_box_claim.csv.
 """
 
 import argparse
@@ -21,84 +23,161 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, data, device, memory, models, scoring, settings, verbalizer
 from results import distillation
+from results.readme import load_script
 
-TABLE = Path(__file__).parent / "distillation" / "black_box.csv"
-# A teacher: with 03's adapter or without, and how its log-odds are calibrated.
-TEACHERS = {"zero_shot": (False, "none"), "zero_shot_batch": (False, "batch"), "tuned": (True, "batch")}
+OTHER_PROMPT = "Review: {review}\nThe sentiment of this review is"
+# A teacher: whose scores (a folder), and how its log-odds are calibrated.
+TEACHERS = {
+    "zero_shot": ("as_it_is", "none"),
+    "zero_shot_batch": ("as_it_is", "batch"),
+    "tuned": ("tuned", "batch"),
+    "other_prompt": ("other_prompt", "batch"),  # scored by another prompt than 03 trained with
+    "whole_prompt": ("whole_prompt", "batch"),  # trained on the loss over the whole prompt, review included
+}
 RUNS = {"control": distillation.RUNS["control"]} | dict.fromkeys(TEACHERS, distillation.RUNS["logits"])
-# One old mistake at a time, at the tuned teacher: a slice of a label-sorted file.
-RUNS["label_sorted"] = distillation.RUNS["label_sorted"]
+RUNS["tuned_label_sorted"] = distillation.RUNS["label_sorted"]  # a slice of a label-sorted file
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = distillation.make_parser(__doc__, RUNS)
+    parser.set_defaults(max_transfer_samples=4000)
     parser.add_argument("--mistral-model", help="hub name or folder of the LLM")
-    parser.add_argument("--llm-test-samples", type=settings.positive_int, default=1000, help="test reviews it reads")
-    return settings.parse(parser, "black_box", None)
+    parser.add_argument("--llm-test-samples", type=settings.positive_int, default=2000, help="test reviews it reads")
+    return settings.parse(parser, "black_box", argv)
 
 
-def score_llm(args, reviews: data.Reviews, test: pd.DataFrame, adapter: Path | None, hardware, folder: Path) -> None:
-    """Raw label log-probabilities of every split, on disk, by the LLM with 03's prompt."""
-    tables = {"validation": reviews.validation, "train": reviews.train, "transfer": reviews.transfer, "test": test}
-    if all(scoring.is_scored(folder, split, len(table)) for split, table in tables.items()):
-        return
+def teacher_of(run: str) -> str:
+    """The teacher of a run's student; the control is measured against the tuned one."""
+    return run if run in TEACHERS else "tuned"
+
+
+def adapter_of(args, hardware: device.Hardware, who: str, reviews: data.Reviews, folder: Path) -> Path | None:
+    """The adapter by which a teacher differs from the LLM as it is."""
+    if who == "as_it_is":
+        return None
+    adapter = artifacts.require(args, "03_mistral", "adapter")
+    return tune_on_whole_prompts(args, hardware, reviews, folder) if who == "whole_prompt" else adapter
+
+
+def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews, folder: Path) -> Path:
+    """An adapter trained as 03's was, but for the loss: over all tokens of the prompt, the label word being one."""
+    import torch
+    import torch.nn.functional as F
+
+    from common import training
+
+    adapter, of_03 = folder / "whole_prompt_adapter", load_script("03_finetune_mistral")
+    if adapter.exists():
+        return adapter
+
+    class WholePrompt(training.ReviewTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            words = torch.tensor(label_ids)[inputs["labels"]].unsqueeze(1)
+            ids = torch.cat([inputs["input_ids"], words], dim=1)
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(words)], dim=1)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            counted = (mask[:, 1:] * mask[:, :-1]).bool()
+            return F.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
+
+    trained = argparse.Namespace(**artifacts.read_run(args, "03_mistral")["settings"])
     tokenizer = models.load_tokenizer(args.mistral_model)
-    label_ids = verbalizer.label_token_ids(tokenizer, verbalizer.PROMPT, verbalizer.LABEL_WORDS)
+    label_ids = verbalizer.label_token_ids(tokenizer, trained.prompt, trained.label_words)
+    texts = reviews.train["text"].tolist()
+    ids = verbalizer.encode_prompts(tokenizer, texts, trained.prompt, trained.max_length)
+    device.seed_everything(trained.seed)
+    model = of_03.with_lora(trained, models.load_llm(args.mistral_model, hardware))
+    model.accepts_loss_kwargs = False
+    checkpoints = folder / "whole_prompt_checkpoints"
+    once = {"eval_strategy": "no", "load_best_model_at_end": False}
+    trainer = WholePrompt(
+        model=model,
+        args=training.training_arguments(trained, hardware, checkpoints, len(ids), **once),
+        train_dataset=training.ReviewDataset(ids, reviews.train["label"]),
+        data_collator=training.Collator(tokenizer.pad_token_id, left=True),
+    )
+    training.train(trainer, hardware)
+    training.save(model, tokenizer, adapter, checkpoints)
+    return adapter
+
+
+def score_llm(
+    args, hardware: device.Hardware, who: str, reviews: data.Reviews, folder: Path, tables: dict[str, pd.DataFrame]
+) -> None:
+    """Raw label log-probabilities of the named tables by one LLM, on disk."""
+    if all(scoring.is_scored(folder / who, split, len(table)) for split, table in tables.items()):
+        return
+    adapter = adapter_of(args, hardware, who, reviews, folder)
+    memory.free()
+    tokenizer = models.load_tokenizer(args.mistral_model)
+    prompt = OTHER_PROMPT if who == "other_prompt" else verbalizer.PROMPT
+    label_ids = verbalizer.label_token_ids(tokenizer, prompt, verbalizer.LABEL_WORDS)
     model = models.load_llm(args.mistral_model, hardware, adapter)
 
     def score(texts: list[str]) -> dict[str, np.ndarray]:
-        ids = verbalizer.encode_prompts(tokenizer, texts, verbalizer.PROMPT, args.max_length)
+        ids = verbalizer.encode_prompts(tokenizer, texts, prompt, args.max_length)
         log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
         return {"scores": log_p}
 
     for split, table in tables.items():
-        scoring.in_chunks(folder, split, table, scoring.LOG_PROBABILITIES, score, chunk=250)
+        scoring.in_chunks(folder / who, split, table, scoring.LOG_PROBABILITIES, score, chunk=250)
+    memory.free()
 
 
-def read_teacher(folder: Path, calibration: str) -> dict[str, np.ndarray]:
+def read_teacher(folder: Path, calibration: str, splits: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The teacher's calibrated logits of each split."""
     log_odds = {
         split: verbalizer.log_odds(scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)[1])
-        for split in ("validation", "train", "transfer", "test")
+        for split in (*splits, "transfer")
     }
     bias = verbalizer.batch_calibration(log_odds["transfer"]) if calibration == "batch" else 0.0
     return {split: verbalizer.teacher_logits(odds, bias) for split, odds in log_odds.items()}
 
 
-def main() -> None:
-    args = parse_args()
+def write_black_box(args, hardware, folder: Path, scored: Path, reviews: data.Reviews) -> None:
+    """black_box.csv, and black_box_claim.csv: the tuned teacher's student beside the control and beside its teacher."""
+    test, labels = reviews.test, reviews.test["label"].to_numpy()
+    rows = np.sort(data.stratified_order(test["label"], args.seed)[: args.llm_test_samples])
+    teachers, teacher_rows = {}, []
+    for name, (who, calibration) in TEACHERS.items():
+        if not (scored / who / "transfer.parquet").exists():
+            continue
+        score_llm(args, hardware, who, reviews, scored, {"test": test.iloc[rows]})
+        read = read_teacher(scored / who, calibration, ("test",))["test"]
+        gold = 0 if who == "as_it_is" else args.max_train_samples
+        teacher_rows.append(distillation.describe_teacher(args, f"{name}_teacher", gold, labels[rows], read))
+        teachers[name] = np.full((len(labels), 2), np.nan, np.float32)
+        teachers[name][rows] = read
+    distillation.read_test(args, hardware, folder, test, RUNS)
+    of_runs = {run: teachers[teacher_of(run)] for run in RUNS if teacher_of(run) in teachers}
+    made = distillation.make_table(args, folder, labels, RUNS, of_runs)
+    distillation.write_runs(args.tables / "black_box.csv", pd.concat([pd.DataFrame(teacher_rows), made]))
+    right = distillation.right_by_run(args, folder, labels, ["control", "tuned"])
+    if right:
+        of_part = {run: one[:, rows] for run, one in right.items()}
+        teacher = (teachers["tuned"].argmax(axis=1) == labels)[rows]
+        lead = distillation.claim(right, "tuned", ["control"])
+        behind = distillation.claim(of_part | {"tuned_teacher": teacher[None]}, "tuned", ["tuned_teacher"])
+        artifacts.write_table(args.tables / "black_box_claim.csv", pd.DataFrame([lead, behind]).round(6))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     hardware = device.detect(args)
     reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
-    order = data.stratified_order(reviews.test["label"], args.seed)
-    llm_rows = np.sort(order[: args.llm_test_samples])
-    folder = Path(args.output_dir, "black_box")
-    teachers = {}
-    for name, (tuned, calibration) in TEACHERS.items():
-        adapter = artifacts.require(args, "03_mistral", "adapter") if tuned else None
-        of_teacher = folder / ("tuned" if tuned else "as_it_is")
-        score_llm(args, reviews, reviews.test.iloc[llm_rows], adapter, hardware, of_teacher)
-        memory.free()
-        teachers[name] = read_teacher(of_teacher, calibration)
-    tokenizer = models.load_tokenizer(args.student_model)
-    ids = {
-        split: models.encode(tokenizer, getattr(reviews, split)["text"].tolist(), args.max_length)
-        for split in ("train", "validation", "transfer")
-    }
-    labels = reviews.test["label"].to_numpy()
+    artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints)
+    folder, scored = Path(args.output_dir, "distillation"), Path(args.output_dir, "black_box")
+    if args.read_test:
+        return write_black_box(args, hardware, folder, scored, reviews)
+    ids = distillation.encode_reviews(args, reviews)
     for seed in args.seeds:
         for name in args.runs:
-            teacher = teachers["tuned" if name in ("control", "label_sorted") else name]
+            who, calibration = TEACHERS[teacher_of(name)]
+            score_llm(args, hardware, who, reviews, scored, {"train": reviews.train, "transfer": reviews.transfer})
+            teacher = read_teacher(scored / who, calibration, ("train", "transfer"))
             soft = {split: (teacher[split], None) for split in ("train", "transfer")}
             distillation.make_run(args, hardware, RUNS[name], name, seed, folder, reviews, ids, soft)
-            tuned = np.full((len(labels), 2), np.nan, np.float32)
-            tuned[llm_rows] = teachers["tuned"]["test"]
-            rows = [
-                distillation.describe_teacher(args, f"{one}_teacher", labels[llm_rows], teachers[one]["test"])
-                for one in TEACHERS
-            ]
-            table = pd.concat([pd.DataFrame(rows), distillation.make_table(args, folder, labels, RUNS, tuned)])
-            artifacts.write_table(TABLE, table[distillation.COLUMNS].round(6))
-            print(table[distillation.COLUMNS].to_string(index=False), flush=True)
+            distillation.write_validation(args, hardware, folder, reviews.validation, RUNS, "black_box_validation.csv")
 
 
 if __name__ == "__main__":

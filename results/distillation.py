@@ -231,26 +231,16 @@ def make_run(args, hardware, run: dict, name: str, seed: int, folder: Path, revi
     artifacts.write_json(here / "seconds.json", {"seconds": None if continued else round(time.time() - started)})
 
 
-def validation_table(args, hardware, folder: Path, validation: pd.DataFrame, runs: dict[str, dict]) -> pd.DataFrame:
-    """One row a finished run: what it says on validation, by which levers and epochs are chosen."""
-    labels, rows = validation["label"].to_numpy(), []
-    for name, seed in finished(folder, runs, args.seeds):
-        here = folder / f"{name}-{seed}"
-        quality = metrics.describe(labels, score(args, hardware, here / "model", validation, here / "validation.npy"))
-        rows.append({"run": name, "seed": seed} | {key: value for key, value in quality.items() if key != "f1"})
-    return pd.DataFrame(rows)
-
-
 def finished(folder: Path, runs: dict[str, dict], seeds: list[int]) -> list[tuple[str, int]]:
     """The (name, seed) of the runs that are trained."""
     named = [(name, seed) for name in runs for seed in seeds]
     return [(name, seed) for name, seed in named if (folder / f"{name}-{seed}" / "seconds.json").exists()]
 
 
-def describe_teacher(args, name: str, labels: np.ndarray, logits: np.ndarray) -> dict:
-    """The row of a teacher."""
+def describe_teacher(args, name: str, gold: int, labels: np.ndarray, logits: np.ndarray) -> dict:
+    """The row of a teacher that has learned from `gold` labelled reviews."""
     quality = metrics.describe(labels, logits)
-    row = {"run": name, "seed": args.seed, "gold": args.max_train_samples, "transfer": 0, "n_test": quality["n"]}
+    row = {"run": name, "seed": args.seed, "gold": gold, "transfer": 0, "n_test": quality["n"]}
     scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high", "nll", "ece")}
     return row | scores | {"agreement": 1.0}
 
@@ -261,28 +251,31 @@ def transfer_share(runs: dict[str, dict], name: str) -> float:
     return transfer_share(runs, run["base"]) if run["base"] in runs else run["transfer"]
 
 
-def make_table(args, folder: Path, labels: np.ndarray, runs: dict[str, dict], teacher: np.ndarray) -> pd.DataFrame:
-    """One row a tested run, compared with the teacher and with the control of its seed.
+def make_table(
+    args, folder: Path, labels: np.ndarray, runs: dict[str, dict], teachers: dict[str, np.ndarray]
+) -> pd.DataFrame:
+    """One row a tested run, compared with its teacher and with the control of its seed.
 
-    `teacher` holds (n, 2) logits, NaN where it has not read the review: gap and agreement are of the others.
+    A run's teacher is (n, 2) logits, NaN where it has not read the review: gap and agreement are of the others.
     """
-    read_by_teacher, rows = np.isfinite(teacher[:, 0]), []
-
-    def accuracy_beside_teacher(logits: np.ndarray) -> float:
-        return metrics.accuracy(labels[read_by_teacher], logits[read_by_teacher].argmax(axis=1))
-
     tested = {
         (name, seed): np.load(folder / f"{name}-{seed}" / "test_logits.npy")
         for name, seed in finished(folder, runs, args.seeds)
     }
+    rows = []
     for (name, seed), logits in tested.items():
-        control, gap, p = tested.get(("control", seed)), None, None
+        control, teacher, gap, p = tested.get(("control", seed)), teachers[name], None, None
+        both = np.isfinite(teacher[:, 0])
+
+        def accuracy_on_both(logits: np.ndarray, both: np.ndarray = both) -> float:
+            return metrics.accuracy(labels[both], logits[both].argmax(axis=1))
+
         if control is not None and name != "control":
-            lead = accuracy_beside_teacher(teacher) - accuracy_beside_teacher(control)
+            lead = accuracy_on_both(teacher) - accuracy_on_both(control)
             if lead >= 0.01:
-                gap = (accuracy_beside_teacher(logits) - accuracy_beside_teacher(control)) / lead
+                gap = (accuracy_on_both(logits) - accuracy_on_both(control)) / lead
             p = metrics.mcnemar_p(logits.argmax(axis=1) == labels, control.argmax(axis=1) == labels)
-        quality, called = metrics.describe(labels, logits), logits.argmax(axis=1)
+        quality = metrics.describe(labels, logits)
         rows.append(
             {
                 "run": name,
@@ -293,7 +286,7 @@ def make_table(args, folder: Path, labels: np.ndarray, runs: dict[str, dict], te
                 **{key: quality[key] for key in ("accuracy", "ci_low", "ci_high")},
                 "gap_closed": gap,
                 "mcnemar_p": p,
-                "agreement": metrics.accuracy(teacher[read_by_teacher].argmax(axis=1), called[read_by_teacher]),
+                "agreement": metrics.accuracy(teacher[both].argmax(axis=1), logits[both].argmax(axis=1)),
                 "nll": quality["nll"],
                 "ece": quality["ece"],
                 "seconds": artifacts.read_json(folder / f"{name}-{seed}" / "seconds.json")["seconds"],
@@ -302,26 +295,38 @@ def make_table(args, folder: Path, labels: np.ndarray, runs: dict[str, dict], te
     return pd.DataFrame(rows)
 
 
-def claim(right: dict[str, np.ndarray], teacher: np.ndarray, student: str, controls: list[str]) -> dict:
-    """Does `student` lead the best control by its seed-mean accuracy, and close half of the gap to the teacher?
+def claim(right: dict[str, np.ndarray], student: str, controls: list[str], teacher: str | None = None) -> dict:
+    """How far `student` leads the best of `controls` by seed-mean accuracy, and how much of the gap to `teacher` it
+    closes.
 
-    `right` holds (seeds, n) booleans by run, `teacher` (n,): whether each test review was called right. The interval is
-    a bootstrap over the reviews (Efron 1979), paired: of each review's share of right seeds, the student's less the
-    control's. The gap is that to the first of the controls.
+    `right` holds (seeds, n) booleans by run: whether each test review was called right. The interval is a bootstrap
+    over the reviews (Efron 1979), paired: of each review's share of right seeds, the student's less the control's. The
+    gap is that to the first of the controls.
     """
     from scipy.stats import bootstrap
 
     best = max(controls, key=lambda name: right[name].mean())
-    difference = right[student].mean(axis=0) - right[best].mean(axis=0)
-    interval = bootstrap(
-        (difference,), np.mean, n_resamples=9999, batch=100, method="percentile", rng=0
-    ).confidence_interval
-    first = right[controls[0]].mean()
-    row = {"student": student, "best_control": best, "seeds": len(right[student]), "n_test": len(difference)}
-    row |= {"student_accuracy": right[student].mean(), "control_accuracy": right[best].mean()}
-    row |= {"teacher_accuracy": teacher.mean(), "difference": difference.mean()}
-    row |= {"ci_low": interval.low, "ci_high": interval.high}
-    return row | {"gap_closed": (right[student].mean() - first) / (teacher.mean() - first)}
+    lead = right[student].mean(axis=0) - right[best].mean(axis=0)
+    interval = bootstrap((lead,), np.mean, n_resamples=9999, batch=100, method="percentile", rng=0).confidence_interval
+    row = {"student": student, "against": best, "seeds": len(right[student]), "n_test": len(lead)}
+    row |= {"student_accuracy": right[student].mean(), "against_accuracy": right[best].mean(), "lead": lead.mean()}
+    row |= {"ci_low": interval.low, "ci_high": interval.high, "gap_closed": None}
+    if teacher is not None:
+        first = right[controls[0]].mean()
+        row["gap_closed"] = (right[student].mean() - first) / (right[teacher].mean() - first)
+    return row
+
+
+def right_by_run(args, folder: Path, labels: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+    """(seeds, n) booleans by run, of the seeds that all of them are tested with; empty when there is none."""
+
+    def file(name: str, seed: int) -> Path:
+        return folder / f"{name}-{seed}" / "test_logits.npy"
+
+    seeds = [seed for seed in args.seeds if all(file(name, seed).exists() for name in names)]
+    if not seeds:
+        return {}
+    return {name: np.stack([np.load(file(name, seed)).argmax(axis=1) == labels for seed in seeds]) for name in names}
 
 
 def read_test(args, hardware, folder: Path, test: pd.DataFrame, runs: dict[str, dict]) -> None:
@@ -331,28 +336,36 @@ def read_test(args, hardware, folder: Path, test: pd.DataFrame, runs: dict[str, 
         score(args, hardware, folder / f"{name}-{seed}" / "model", test, folder / f"{name}-{seed}" / "test_logits.npy")
 
 
+def write_runs(file: Path, table: pd.DataFrame) -> None:
+    """Write and print a table of runs."""
+    table = table[COLUMNS].astype({"seconds": "Int64"}).round(6)
+    artifacts.write_table(file, table)
+    print(table.to_string(index=False), flush=True)
+
+
+def write_validation(args, hardware, folder: Path, validation: pd.DataFrame, runs: dict[str, dict], file: str) -> None:
+    """One row a finished run: what it says on validation, by which levers and epochs are chosen."""
+    labels, rows = validation["label"].to_numpy(), []
+    for name, seed in finished(folder, runs, args.seeds):
+        here = folder / f"{name}-{seed}"
+        quality = metrics.describe(labels, score(args, hardware, here / "model", validation, here / "validation.npy"))
+        rows.append({"run": name, "seed": seed} | {key: value for key, value in quality.items() if key != "f1"})
+    artifacts.write_table(args.tables / file, pd.DataFrame(rows))
+
+
 def write_white_box(args, hardware, folder: Path, of_teacher: Path, test: pd.DataFrame) -> None:
     """white_box.csv, and claim.csv of the seeds that all its runs have."""
     labels = test["label"].to_numpy()
     read_test(args, hardware, folder, test, RUNS)
     teacher = score(args, hardware, of_teacher, test, folder / "teacher" / "test_logits.npy")
-    teacher_row = pd.DataFrame([describe_teacher(args, "teacher", labels, teacher)])
-    table = pd.concat([teacher_row, make_table(args, folder, labels, RUNS, teacher)])[COLUMNS].round(6)
-    artifacts.write_table(args.tables / "white_box.csv", table.astype({"seconds": "Int64"}))
-    print(table.to_string(index=False))
-    claimed = ["control", "control_levers", "final"]
-    seeds = [
-        seed for seed in args.seeds if all((folder / f"{run}-{seed}" / "test_logits.npy").exists() for run in claimed)
-    ]
-    if seeds:
-        called = {
-            run: np.stack([np.load(folder / f"{run}-{seed}" / "test_logits.npy").argmax(axis=1) for seed in seeds])
-            for run in claimed
-        }
-        right = {run: one == labels for run, one in called.items()}
-        row = claim(right, teacher.argmax(axis=1) == labels, "final", claimed[:2])
+    first = pd.DataFrame([describe_teacher(args, "teacher", args.max_train_samples, labels, teacher)])
+    made = make_table(args, folder, labels, RUNS, dict.fromkeys(RUNS, teacher))
+    write_runs(args.tables / "white_box.csv", pd.concat([first, made]))
+    right = right_by_run(args, folder, labels, ["control", "control_levers", "final"])
+    if right:
+        right["teacher"] = (teacher.argmax(axis=1) == labels)[None]
+        row = claim(right, "final", ["control", "control_levers"], "teacher")
         artifacts.write_table(args.tables / "claim.csv", pd.DataFrame([row]).round(6))
-        print(row)
 
 
 def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
@@ -380,9 +393,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.runs:
             make_run(args, hardware, RUNS[name], name, seed, folder, reviews, ids, soft)
-            table = validation_table(args, hardware, folder, reviews.validation, RUNS)
-            artifacts.write_table(args.tables / "validation.csv", table)
-    print(table.to_string(index=False))
+            write_validation(args, hardware, folder, reviews.validation, RUNS, "validation.csv")
 
 
 if __name__ == "__main__":

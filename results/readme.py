@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"<!-- (?P<file>results/\S+\.csv) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def benchmark() -> ModuleType:
-    """05_benchmark.py, whose markdown this is."""
+def load_script(name: str) -> ModuleType:
+    """A numbered script as a module; its name is none that `import` could read."""
     sys.path.insert(0, str(ROOT))
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "05_benchmark.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def benchmark() -> ModuleType:
 
 def with_tables(text: str) -> str:
     """The README's text with each marked table made anew from its CSV."""
-    as_markdown = benchmark().as_markdown
+    as_markdown = load_script("05_benchmark").as_markdown
 
     def table(found: re.Match) -> str:
         made = as_markdown(pd.read_csv(ROOT / found["file"])).strip()

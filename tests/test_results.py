@@ -36,7 +36,7 @@ def table(tmp_path):
     (tmp_path / "logits-2").rename(tmp_path / "logits-1")
     args = argparse.Namespace(seeds=[1, 2], seed=42, max_train_samples=2000, max_transfer_samples=8000)
     teacher = logits(0.90, 3)
-    made = distillation.make_table(args, tmp_path, LABELS, distillation.RUNS, teacher)
+    made = distillation.make_table(args, tmp_path, LABELS, distillation.RUNS, dict.fromkeys(distillation.RUNS, teacher))
     return made.set_index("run"), tmp_path, args, teacher
 
 
@@ -54,7 +54,7 @@ def test_a_row_says_how_much_of_the_gap_a_student_closes_and_whether_by_chance(t
 
 def test_a_teacher_that_leads_by_less_than_a_point_leaves_no_gap_to_close(table):
     _, folder, args, _ = table
-    made = distillation.make_table(args, folder, LABELS, distillation.RUNS, logits(0.805, 3)).set_index("run")
+    made = distillation.make_table(args, folder, LABELS, distillation.RUNS, dict.fromkeys(distillation.RUNS, logits(0.805, 3))).set_index("run")
     assert made["gap_closed"].isna().all()
 
 
@@ -62,7 +62,7 @@ def test_a_teacher_that_read_a_part_is_compared_on_that_part(table):
     _, folder, args, teacher = table
     part = teacher.copy()
     part[150:] = np.nan
-    made = distillation.make_table(args, folder, LABELS, distillation.RUNS, part).set_index("run")
+    made = distillation.make_table(args, folder, LABELS, distillation.RUNS, dict.fromkeys(distillation.RUNS, part)).set_index("run")
     half = [np.load(folder / f"{name}-1" / "test_logits.npy")[:150].argmax(1) for name in ("logits", "control")]
     of_student, of_control, of_teacher = (np.mean(one == LABELS[:150]) for one in (*half, teacher[:150].argmax(1)))
     assert made.loc["logits", "gap_closed"] == pytest.approx((of_student - of_control) / (of_teacher - of_control))

@@ -1,0 +1,226 @@
+#!/usr/bin/env python
+"""Our student training and TextBrewer's, side by side: seconds per 1,000 reviews and test accuracy.
+
+Same teacher (02's), student, reviews, batch size, learning rate, loss terms and epochs, one after the other. TextBrewer
+runs its teacher at every step, ours reads what one scoring pass has saved, whose time is a row of its own. The other
+rows tell where the difference comes from: padding to the longest of the batch, and batches of similar length.
+
+    pip install tensorboard && pip install --no-deps textbrewer==0.2.1.post1
+    python results/side_by_side.py --dataset path/to/imdb --output-dir outputs/results \
+        --student-model results/weights/minilm-l6
+
+Writes results/distillation/textbrewer.csv. Finished rows are not made again; pass --runs for some of them.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import artifacts, data, device, metrics, models, scoring, settings
+from results import distillation
+
+# tool, the teacher's part in a training step, whether reviews of similar length come together, padded to what
+RUNS = {
+    "textbrewer, padded to the limit": ("textbrewer", "online", "given order", "limit"),
+    "textbrewer": ("textbrewer", "online", "given order", "longest"),
+    "scoring pass": ("ours", "scoring", "grouped", "longest"),
+    "ours, padded to the limit": ("ours", "saved", "given order", "limit"),
+    "ours, in the same order": ("ours", "saved", "given order", "longest"),
+    "ours": ("ours", "saved", "grouped", "longest"),
+}
+ALPHA, TEMPERATURE, FEATURE_WEIGHT = 0.9, 2.0, 0.1
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = distillation.make_parser(__doc__, RUNS)
+    parser.set_defaults(max_length=256, epochs=1, seeds=[1])
+    return settings.parse(parser, "side_by_side", argv)
+
+
+def same_order(n: int, seed: int) -> np.ndarray:
+    """The order of both tools' reviews where length does not decide it."""
+    return np.random.default_rng(seed).permutation(n)
+
+
+def collator(pad_id: int, limit: int | None):
+    """Pads a batch to its longest review, or to `limit` tokens."""
+    import torch
+
+    from common import training
+
+    class ToTheLimit(training.Collator):
+        def __call__(self, rows):
+            batch = super().__call__(rows)
+            missing = limit - batch["input_ids"].shape[1]
+            batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"], (0, missing), value=pad_id)
+            batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, missing))
+            return batch
+
+    return training.Collator(pad_id) if limit is None else ToTheLimit(pad_id)
+
+
+def train_textbrewer(args, hardware, teacher_folder: Path, folder: Path, train: pd.DataFrame, limit: int | None):
+    """A student by TextBrewer's GeneralDistiller with its teacher online; its seconds."""
+    import torch
+    from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
+    from torch.utils.data import DataLoader
+    from transformers import get_linear_schedule_with_warmup
+
+    from common import distill
+
+    teacher = models.load_classifier(str(teacher_folder))
+    device.seed_everything(args.seeds[0])
+    student = models.load_classifier(args.student_model)
+    tokenizers = {"teacher": models.load_tokenizer(str(teacher_folder))}
+    tokenizers["student"] = models.load_tokenizer(args.student_model)
+    ids = {who: models.encode(one, train["text"].tolist(), args.max_length) for who, one in tokenizers.items()}
+    pad = {who: collator(one.pad_token_id, limit) for who, one in tokenizers.items()}
+    labels = train["label"].to_numpy()
+
+    def collate(rows: list[int]) -> dict:
+        both = {who: pad[who]([{"input_ids": ids[who][row]} for row in rows]) for who in pad}
+        both["student"]["labels"] = torch.from_numpy(labels[rows])
+        return both
+
+    def adapt(_batch, output) -> dict:
+        adapted = {"logits": output.logits, "hidden": output.hidden_states}
+        return adapted | ({"losses": output.loss} if output.loss is not None else {})
+
+    depth, deep = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    widths = [student.config.hidden_size, teacher.config.hidden_size]
+    matches = [
+        {"layer_S": layer, "layer_T": of_teacher, "feature": "hidden", "loss": "pkd", "weight": FEATURE_WEIGHT / depth}
+        | {"proj": ["linear", *widths]}
+        for layer, of_teacher in enumerate(distill.mapped_layers(depth, deep), start=1)
+    ]
+    loss = {"hard_label_weight": 1 - ALPHA, "kd_loss_weight": ALPHA * TEMPERATURE**2, "temperature": TEMPERATURE}
+    distiller = GeneralDistiller(
+        TrainingConfig(device=hardware.device, output_dir=str(folder / "pickles")),
+        DistillationConfig(kd_loss_type="ce", intermediate_matches=matches, **loss),
+        teacher,
+        student,
+        adapt,
+        adapt,
+    )
+    loader = DataLoader(same_order(len(train), args.seeds[0]).tolist(), args.batch_size, collate_fn=collate)
+    steps = int(args.epochs * len(loader))
+    optimizer = torch.optim.AdamW(student.parameters(), args.learning_rate, weight_decay=args.weight_decay)
+    schedule = {"num_warmup_steps": int(args.warmup_fraction * steps), "num_training_steps": steps}
+    started = time.time()
+    with distiller, hardware.autocast():
+        distiller.train(
+            optimizer,
+            loader,
+            num_epochs=int(args.epochs),
+            scheduler_class=get_linear_schedule_with_warmup,
+            scheduler_args=schedule,
+            max_grad_norm=1.0,
+            output_hidden_states=True,
+        )
+    seconds = time.time() - started
+    student.save_pretrained(folder / "model")
+    tokenizers["student"].save_pretrained(folder / "model")
+    return seconds
+
+
+def train_ours(args, hardware, scored: Path, folder: Path, train: pd.DataFrame, order: str, limit: int | None):
+    """A student by our trainer from the saved scores; its seconds."""
+    from torch.utils.data import SequentialSampler
+
+    from common import distill, training
+
+    class InTheSameOrder(distill.DistillationTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return SequentialSampler(self.train_dataset)
+
+    rows = np.arange(len(train)) if order == "grouped" else same_order(len(train), args.seeds[0])
+    _, logits = scoring.read_scores(scored, "train", scoring.LOGITS)
+    features = artifacts.read_array(scored / "train_features.npy", len(train))
+    tokenizer = models.load_tokenizer(args.student_model)
+    ids = models.encode(tokenizer, train["text"].iloc[rows].tolist(), args.max_length)
+    layers = list(range(features.shape[1]))
+    arrays = {"teacher_logits": logits[rows], "teacher_features": distill.FeatureRows([(features, rows)], layers)}
+    options = argparse.Namespace(**vars(args) | {"seed": args.seeds[0]})
+    device.seed_everything(options.seed)
+    student = distill.Student(models.load_classifier(args.student_model), features.shape[-1])
+    once = {"eval_strategy": "no", "load_best_model_at_end": False}
+    trainer = (distill.DistillationTrainer if order == "grouped" else InTheSameOrder)(
+        model=student,
+        args=training.training_arguments(options, hardware, folder / "checkpoints", len(train), **once),
+        train_dataset=training.ReviewDataset(ids, train["label"].to_numpy()[rows], **arrays),
+        data_collator=collator(tokenizer.pad_token_id, limit),
+        alpha=ALPHA,
+        temperature=TEMPERATURE,
+        feature_weight=FEATURE_WEIGHT,
+    )
+    started = time.time()
+    training.train(trainer, hardware)
+    seconds = time.time() - started
+    training.save(student.model, tokenizer, folder / "model", folder / "checkpoints")
+    return seconds
+
+
+def score_teacher(args, hardware, teacher_folder: Path, scored: Path, train: pd.DataFrame) -> float:
+    """02's scoring pass over the training reviews, on disk; its seconds."""
+    from common import distill
+
+    model = models.load_classifier(str(teacher_folder)).to(hardware.device).eval()
+    tokenizer = models.load_tokenizer(str(teacher_folder))
+    depth = models.load_config(args.student_model).num_hidden_layers
+    layers = distill.mapped_layers(depth, model.config.num_hidden_layers)
+
+    def score(texts: list[str]) -> dict[str, np.ndarray]:
+        ids = models.encode(tokenizer, texts, args.max_length)
+        return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens, layers)
+
+    started = time.time()
+    scoring.in_chunks(scored, "train", train, scoring.LOGITS, score)
+    return time.time() - started
+
+
+def make_row(args, hardware, name: str, teacher: Path, folder: Path, reviews: data.Reviews) -> dict:
+    """A row's seconds per 1,000 reviews and test accuracy."""
+    tool, of_teacher, order, padded = RUNS[name]
+    here = folder / name.replace(", ", "_").replace(" ", "_")
+    limit, scored = args.max_length if padded == "limit" else None, folder / "soft_labels"
+    row = {"tool": tool, "teacher": of_teacher, "order": order, "padded_to": padded}
+    print(name, flush=True)
+    if of_teacher == "scoring":
+        seconds = score_teacher(args, hardware, teacher, scored, reviews.train)
+        return row | {"seconds_per_1000": 1000 * seconds / len(reviews.train), "accuracy": None}
+    if tool == "textbrewer":
+        seconds = train_textbrewer(args, hardware, teacher, here, reviews.train, limit)
+    else:
+        seconds = train_ours(args, hardware, scored, here, reviews.train, order, limit)
+    logits = distillation.score(args, hardware, here / "model", reviews.test, here / "test_logits.npy")
+    accuracy = metrics.accuracy(reviews.test["label"].to_numpy(), logits.argmax(axis=1))
+    return row | {"seconds_per_1000": 1000 * seconds / args.epochs / len(reviews.train), "accuracy": accuracy}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    hardware = device.detect(args)
+    reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
+    teacher = artifacts.require(args, "02_roberta", "model")
+    folder = Path(args.output_dir, "side_by_side")
+    for name in args.runs:
+        file = folder / f"{name}.json"
+        if not file.exists():
+            artifacts.write_json(file, make_row(args, hardware, name, teacher, folder, reviews))
+    made = [artifacts.read_json(folder / f"{name}.json") for name in RUNS if (folder / f"{name}.json").exists()]
+    table = pd.DataFrame(made)
+    ours = table[(table["tool"] == "ours") & (table["order"] == "grouped") & (table["teacher"] == "saved")]
+    table.insert(4, "ratio", table["seconds_per_1000"] / (ours["seconds_per_1000"].item() if len(ours) else np.nan))
+    table.insert(6, "n_train", len(reviews.train))
+    table.insert(7, "n_test", len(reviews.test))
+    artifacts.write_table(args.tables / "textbrewer.csv", table.round(4))
+    print(table.round(4).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
