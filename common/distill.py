@@ -208,16 +208,16 @@ def train_student(
     hardware: device.Hardware,
     target: Path,
     train: training.ReviewDataset,
-    validation: training.ReviewDataset,
+    validation: training.ReviewDataset | None,
     *,
     epochs: float,
     alpha: float,
     feature_weight: float = 0.0,
     teacher_width: int | None = None,
-) -> np.ndarray:
+) -> np.ndarray | None:
     """Train a student (alpha 0, no teacher: the control), save it to `target` and return its (n, 2) validation logits.
 
-    A student that is saved already is only scored.
+    A student that is saved already is only scored. Without validation reviews the last epoch's weights are kept.
     """
     name = settings.locate(args, args.student_model)
     tokenizer = models.load_tokenizer(name)
@@ -225,11 +225,12 @@ def train_student(
         device.seed_everything(args.seed)
         student = Student(models.load_classifier(name), teacher_width)
         checkpoints = target.with_name(f"{target.name}_checkpoints")
+        own = {"num_train_epochs": epochs} | (training.WITHOUT_VALIDATION if validation is None else {})
         trainer = DistillationTrainer(
             model=student,
-            args=training.training_arguments(args, hardware, checkpoints, len(train), num_train_epochs=epochs),
+            args=training.training_arguments(args, hardware, checkpoints, len(train), **own),
             train_dataset=train,
-            eval_dataset=validation.longest_first(),
+            eval_dataset=None if validation is None else validation.longest_first(),
             data_collator=training.Collator(tokenizer.pad_token_id),
             compute_metrics=training.validation_accuracy,
             alpha=alpha,
@@ -239,5 +240,7 @@ def train_student(
         )
         training.train(trainer, hardware)
         training.save(student.model, tokenizer, target, checkpoints)
+    if validation is None:
+        return None
     model = models.load_classifier(str(target)).to(hardware.device).eval()
     return scoring.score_encoder(model, validation.ids, tokenizer.pad_token_id, hardware, None)["scores"]

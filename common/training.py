@@ -24,6 +24,9 @@ from common.device import Hardware
 from common.scoring import last_logits, pad
 from common.settings import stop
 
+# What `training_arguments` takes where no validation reviews choose a checkpoint: the last one is kept.
+WITHOUT_VALIDATION = {"eval_strategy": "no", "load_best_model_at_end": False}
+
 
 class ReviewDataset(Dataset):
     """Token ids and labels by row, with further arrays (a teacher's logits, its memory-mapped features) where given."""

@@ -89,10 +89,9 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
     model = of_03.with_lora(trained, models.load_llm(args.mistral_model, hardware))
     model.accepts_loss_kwargs = False
     checkpoints = folder / "whole_prompt_checkpoints"
-    once = {"eval_strategy": "no", "load_best_model_at_end": False}
     trainer = WholePrompt(
         model=model,
-        args=training.training_arguments(trained, hardware, checkpoints, len(ids), **once),
+        args=training.training_arguments(trained, hardware, checkpoints, len(ids), **training.WITHOUT_VALIDATION),
         train_dataset=training.ReviewDataset(ids, reviews.train["label"]),
         data_collator=training.Collator(tokenizer.pad_token_id, left=True),
     )

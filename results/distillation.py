@@ -28,8 +28,8 @@ from common import artifacts, data, device, metrics, models, scoring, settings
 TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 TEACHER_STEP = "02_roberta"
-# What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's most confident first;
-# `labels`: the teacher's "logits", "argmax", or none; `gold`: the gold reviews, or the negative ones first of a
+# What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first; `labels`:
+# the teacher's "logits", its "argmax", or none; `gold`: "all" gold reviews, "none", or the negative ones first of a
 # label-sorted file, cut (the old mistake); `base`: the student as downloaded, after masked-language modelling ("mlm"),
 # or as another run of the same seed left it.
 GOLD_EPOCHS, TRANSFER_EPOCHS, MLM_EPOCHS = 6, 2, 2
@@ -148,10 +148,10 @@ def pretrain(args, hardware: device.Hardware, tokenizer, ids: list[np.ndarray], 
     model = AutoModelForMaskedLM.from_pretrained(args.student_model, dtype=torch.float32)
     model.accepts_loss_kwargs = False
     checkpoints = folder.with_name("mlm_checkpoints")
-    once = {"eval_strategy": "no", "load_best_model_at_end": False, "num_train_epochs": MLM_EPOCHS}
+    own = training.WITHOUT_VALIDATION | {"num_train_epochs": MLM_EPOCHS}
     trainer = MaskedTokens(
         model=model,
-        args=training.training_arguments(args, hardware, checkpoints, len(ids), **once),
+        args=training.training_arguments(args, hardware, checkpoints, len(ids), **own),
         train_dataset=Texts(ids),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
     )
@@ -171,7 +171,7 @@ def base_of(args, run: dict, seed: int, folder: Path) -> str:
 
 def chosen_rows(run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None) -> dict[str, np.ndarray]:
     """The rows of each split that a run trains on: of the transfer set those of which the teacher is surest."""
-    rows = {"train": np.arange(len(gold))}
+    rows = {"train": np.arange(len(gold))} if run["gold"] != "none" else {}
     if run["gold"] == "label-sorted":
         rows["train"] = np.argsort(gold, kind="stable")[: len(gold) // 2]
     if run["transfer"]:
@@ -186,10 +186,8 @@ def train_run(args, hardware, run: dict, seed: int, folder: Path, base: str, rev
 
     gold = reviews.train["label"].to_numpy()
     rows = chosen_rows(run, gold, soft["transfer"][0] if run["transfer"] else None)
-    hard = [gold[rows["train"]]] + [
-        np.full(len(kept), distill.IGNORED) for split, kept in rows.items() if split != "train"
-    ]
-    hard = np.concatenate(hard)
+    hard = {"train": gold, "transfer": np.full(len(ids["transfer"]), distill.IGNORED)}
+    hard = np.concatenate([hard[split][kept] for split, kept in rows.items()])
     arrays, width = {}, None
     if run["labels"] != "none":
         logits = np.concatenate([soft[split][0][kept] for split, kept in rows.items()])
@@ -208,7 +206,9 @@ def train_run(args, hardware, run: dict, seed: int, folder: Path, base: str, rev
         hardware,
         folder / "model",
         training.ReviewDataset([ids[split][row] for split, kept in rows.items() for row in kept], hard, **arrays),
-        training.ReviewDataset(ids["validation"], reviews.validation["label"].to_numpy()),
+        training.ReviewDataset(ids["validation"], reviews.validation["label"].to_numpy())
+        if ids["validation"]
+        else None,
         epochs=run["epochs"],
         alpha=run["alpha"],
         feature_weight=run["feature_weight"],

@@ -148,10 +148,11 @@ def train_ours(args, hardware, scored: Path, folder: Path, train: pd.DataFrame, 
     options = argparse.Namespace(**vars(args) | {"seed": args.seeds[0]})
     device.seed_everything(options.seed)
     student = distill.Student(models.load_classifier(args.student_model), features.shape[-1])
-    once = {"eval_strategy": "no", "load_best_model_at_end": False}
     trainer = (distill.DistillationTrainer if order == "grouped" else InTheSameOrder)(
         model=student,
-        args=training.training_arguments(options, hardware, folder / "checkpoints", len(train), **once),
+        args=training.training_arguments(
+            options, hardware, folder / "checkpoints", len(train), **training.WITHOUT_VALIDATION
+        ),
         train_dataset=training.ReviewDataset(ids, train["label"].to_numpy()[rows], **arrays),
         data_collator=collator(tokenizer.pad_token_id, limit),
         alpha=ALPHA,

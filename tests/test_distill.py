@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
-from common import device, distill, models, training
+from common import device, distill, models, scoring, training
 
 CPU = device.Hardware("cpu", "fp32", "test")
 RNG = np.random.default_rng(0)
@@ -173,6 +173,18 @@ def test_a_control_needs_no_teacher(tiny, args, tmp_path):
     _, labelled = datasets(tiny)
     logits = distill.train_student(args, CPU, tmp_path / "control", labelled, labelled, epochs=8, alpha=0.0)
     assert (logits.argmax(axis=1) == labelled.labels).all()
+
+
+def test_a_student_of_a_teacher_alone_needs_neither_gold_labels_nor_validation(tiny, args, tmp_path):
+    taught, labelled = datasets(tiny)
+    unlabelled = training.ReviewDataset(
+        taught.ids, np.full(len(taught), distill.IGNORED), teacher_logits=taught.arrays["teacher_logits"]
+    )
+    assert distill.train_student(args, CPU, tmp_path / "model", unlabelled, None, epochs=8, alpha=1.0) is None
+    model = models.load_classifier(str(tmp_path / "model")).eval()
+    tokenizer = models.load_tokenizer(str(tmp_path / "model"))
+    logits = scoring.score_encoder(model, labelled.ids, tokenizer.pad_token_id, CPU, None)["scores"]
+    assert (logits.argmax(axis=1) == labelled.labels).mean() > 0.9
 
 
 def test_features_come_from_the_right_file_row_and_layer():

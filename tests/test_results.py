@@ -11,7 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from common import artifacts
 
 sys.path.insert(0, str(ROOT))
-from results import black_box, distillation
+from results import black_box, distillation, few_labels, side_by_side
 
 LABELS = np.arange(200) % 2
 
@@ -54,7 +54,9 @@ def test_a_row_says_how_much_of_the_gap_a_student_closes_and_whether_by_chance(t
 
 def test_a_teacher_that_leads_by_less_than_a_point_leaves_no_gap_to_close(table):
     _, folder, args, _ = table
-    made = distillation.make_table(args, folder, LABELS, distillation.RUNS, dict.fromkeys(distillation.RUNS, logits(0.805, 3))).set_index("run")
+    made = distillation.make_table(
+        args, folder, LABELS, distillation.RUNS, dict.fromkeys(distillation.RUNS, logits(0.805, 3))
+    ).set_index("run")
     assert made["gap_closed"].isna().all()
 
 
@@ -62,7 +64,9 @@ def test_a_teacher_that_read_a_part_is_compared_on_that_part(table):
     _, folder, args, teacher = table
     part = teacher.copy()
     part[150:] = np.nan
-    made = distillation.make_table(args, folder, LABELS, distillation.RUNS, dict.fromkeys(distillation.RUNS, part)).set_index("run")
+    made = distillation.make_table(
+        args, folder, LABELS, distillation.RUNS, dict.fromkeys(distillation.RUNS, part)
+    ).set_index("run")
     half = [np.load(folder / f"{name}-1" / "test_logits.npy")[:150].argmax(1) for name in ("logits", "control")]
     of_student, of_control, of_teacher = (np.mean(one == LABELS[:150]) for one in (*half, teacher[:150].argmax(1)))
     assert made.loc["logits", "gap_closed"] == pytest.approx((of_student - of_control) / (of_teacher - of_control))
@@ -72,3 +76,53 @@ def test_a_teacher_that_read_a_part_is_compared_on_that_part(table):
 def test_the_black_box_runs_share_student_and_control_with_the_white_box():
     assert black_box.RUNS["control"] == distillation.RUNS["control"]
     assert black_box.RUNS["tuned"] == distillation.RUNS["logits"]
+
+
+def test_the_claim_compares_seed_means_review_by_review():
+    rng = np.random.default_rng(0)
+    right = {
+        name: rng.random((3, 4000)) < p for name, p in (("control", 0.85), ("control_levers", 0.86), ("final", 0.9))
+    }
+    right["teacher"] = rng.random((1, 4000)) < 0.92
+    row = distillation.claim(right, "final", ["control", "control_levers"], "teacher")
+    lead = right["final"].mean(0) - right["control_levers"].mean(0)
+    normal = 1.959964 * lead.std() / np.sqrt(4000)  # the bootstrap's interval of a mean, in the limit
+    assert row["against"] == "control_levers" and row["seeds"] == 3
+    assert row["lead"] == pytest.approx(right["final"].mean() - right["control_levers"].mean())
+    assert row["ci_low"] == pytest.approx(lead.mean() - normal, abs=0.0005)
+    assert row["ci_high"] == pytest.approx(lead.mean() + normal, abs=0.0005)
+    first, last = right["control"].mean(), right["teacher"].mean()
+    assert row["gap_closed"] == pytest.approx((right["final"].mean() - first) / (last - first))
+
+
+def test_the_surest_part_of_the_transfer_set_is_that_of_the_largest_log_odds():
+    gold = np.array([1, 0, 1, 0])
+    log_odds = np.array([0.1, -3, 2, -0.2, 5, 1, -4, 0.5])
+    logits = np.stack([-log_odds, log_odds], axis=1)
+    rows = distillation.chosen_rows(distillation.RUNS["confident"], gold, logits)
+    assert rows["train"].tolist() == [0, 1, 2, 3] and rows["transfer"].tolist() == [1, 2, 4, 5, 6, 7]
+    rows = distillation.chosen_rows(distillation.RUNS["label_sorted"], gold, None)
+    assert gold[rows["train"]].tolist() == [0, 0] and "transfer" not in rows
+
+
+def test_a_student_that_went_on_from_another_run_has_read_what_that_run_read():
+    assert distillation.transfer_share(distillation.RUNS, "gold_last") == 1.0
+    assert distillation.transfer_share(distillation.RUNS, "confident") == 0.75
+    assert distillation.transfer_share(distillation.RUNS, "control_levers") == 0.0
+
+
+def test_with_few_labels_the_control_takes_as_many_steps_as_the_students():
+    control = few_labels.recipe("control", 500, gold=400, transfer=4000)
+    assert control["epochs"] * 400 == distillation.TRANSFER_EPOCHS * 4400 and control["alpha"] == 0
+    without = few_labels.recipe("student_of_llm", 0, gold=2000, transfer=4000)
+    assert without["gold"] == "none" and without["alpha"] == 1
+    everything = few_labels.recipe("control", 3000, gold=2000, transfer=4000)
+    assert everything == distillation.RUNS["control"]  # so that table's run serves here
+
+
+def test_both_tools_see_the_same_padded_batch():
+    rows = [{"input_ids": np.arange(1, n + 1)} for n in (3, 5)]
+    batch = side_by_side.collator(0, 8)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 5]
+    assert side_by_side.collator(0, None)(rows)["input_ids"].shape == (2, 5)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The runs of results/distillation, on real IMDB reviews with the stand-ins of results/real_weights.py.
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 20 core hours. From the top folder:
+#
+#     make results DATASET=path/to/imdb                       # everything in results/, this included
+#     bash results/distillation/run.sh path/to/imdb [part]    # one part: white_box black_box few_labels textbrewer test
+#
+# An interrupted part continues where it stopped; two parts that write different tables may run at once.
+set -euo pipefail
+dataset=${1:?the folder of the reviews}
+parts=${2:-white_box black_box few_labels textbrewer test}
+output=outputs/distillation
+bf16=(--precision bf16)
+common=(--dataset "$dataset" "${bf16[@]}")
+subset=(--validation-samples 1000 --max-train-samples 2000)
+student=(--student-model results/weights/minilm-l6)
+encoder=(--roberta-model results/weights/mpnet-base --max-length 128 --learning-rate 4e-5 --batch-size 16)
+encoder+=(--micro-batch-size 16)
+llm=(--mistral-model results/weights/smollm2-135m)
+tune=("${llm[@]}" --max-length 128 --learning-rate 3e-4 --batch-size 16 --micro-batch-size 8)
+tune+=(--no-gradient-checkpointing --lora-dropout 0)
+
+teacher() { # 02 of all labels, which white_box, few_labels and textbrewer read
+    python 02_finetune_roberta.py "${common[@]}" --output-dir $output "${subset[@]}" --max-transfer-samples 16000 \
+        "${encoder[@]}" --epochs 2
+}
+
+tuned_llm() { # 03 of all labels, which black_box and few_labels read
+    python 03_finetune_mistral.py "${common[@]}" --output-dir $output "${subset[@]}" "${tune[@]}"
+}
+
+white_box() {
+    teacher
+    local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}")
+    "${run[@]}" --runs control control_levers final --seeds 1 2 3
+    "${run[@]}" --seeds 1
+}
+
+black_box() {
+    tuned_llm
+    local run=(python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" "${llm[@]}")
+    "${run[@]}" --runs control tuned --seeds 1 2 3
+    "${run[@]}" --seeds 1
+}
+
+teachers_of() { # labels, those of them for validation and for training, epochs of 02 and of 03: enough for so few
+    local few=(--output-dir "$output/few_labels/$1" --validation-samples "$2" --max-train-samples "$3")
+    python 02_finetune_roberta.py "${common[@]}" "${few[@]}" --max-transfer-samples 4000 "${encoder[@]}" --epochs "$4"
+    python 03_finetune_mistral.py "${common[@]}" "${few[@]}" "${tune[@]}" --epochs "$5"
+}
+
+few_labels() {
+    teacher
+    tuned_llm
+    teachers_of 50 16 34 20 10
+    teachers_of 500 100 400 5 2
+    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" "${llm[@]}"
+}
+
+textbrewer() { # on an otherwise quiet machine: this one is timed
+    teacher
+    python results/side_by_side.py "${common[@]}" --output-dir $output "${student[@]}"
+}
+
+test() { # the recipes are frozen: the test part is read
+    python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
+    python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" "${llm[@]}" --read-test
+    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" "${llm[@]}" --read-test
+}
+
+for part in $parts; do "$part"; done
