@@ -1,5 +1,6 @@
 # make demo: environment, installs, the six scripts, the table. make test: the same environment, lint and tests.
 # make kaggle-check: both in a second environment, with the versions of Kaggle's image.
+# make results DATASET=path/to/imdb: every table of results/, on real weights; a day on two cores, goes on where it stopped.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= outputs
 SCRIPTS := 01_baseline 02_finetune_roberta 03_finetune_mistral 04a_distill_from_roberta 04b_distill_from_mistral 05_benchmark
 
-.PHONY: demo test test-slow kaggle-check lint install clean
+.PHONY: demo test test-slow kaggle-check results lint install clean
 
 demo: install
 	@set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --preset demo --output-dir $(OUTPUT); done
@@ -20,6 +21,15 @@ test-slow: lint
 
 kaggle-check:
 	$(MAKE) VENV=.venv-kaggle CONSTRAINTS=constraints-kaggle.txt OUTPUT="$$(mktemp -d)" test demo
+
+results: install
+	@test -d "$(DATASET)" || { echo "error: pass DATASET=path/to/imdb, a folder of the reviews"; exit 2; }
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r results/requirements.txt
+	test -d results/weights || $(BIN)/python results/real_weights.py --output-dir results/weights
+	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	for folder in cpu_imdb scoring distillation; do bash results/$$folder/run.sh "$(DATASET)"; done
+	$(MAKE) demo OUTPUT=outputs/demo_run && cp outputs/demo_run/05_benchmark/benchmark.csv results/demo/
+	$(BIN)/python results/readme.py
 
 lint: install
 	$(BIN)/ruff check .

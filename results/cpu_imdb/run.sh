@@ -30,3 +30,13 @@ python 04b_distill_from_mistral.py "${common[@]}" "${small[@]}" "${transfer[@]}"
     --student-model results/weights/minilm-l6 --max-length 128 --epochs 2 --learning-rate 1e-4 --batch-size 32
 
 python 05_benchmark.py "${common[@]}" "${bf16[@]}" --max-test-samples 2000 --max-llm-samples 600
+
+python results/head_only.py --dataset "$1" --model outputs/cpu_imdb/04a_student_from_roberta/model --max-length 128 \
+    --max-test-samples 2000 "${bf16[@]}" --output results/cpu_imdb/head_only.csv
+
+# What is kept: the table, and of each step how it was run and what it says on validation.
+cp outputs/cpu_imdb/05_benchmark/{benchmark.csv,benchmark.md,environment.json} results/cpu_imdb/
+for step in outputs/cpu_imdb/0*/; do
+    mkdir -p "results/cpu_imdb/$(basename "$step")"
+    find "$step" -maxdepth 1 \( -name run.json -o -name metrics.json \) -exec cp {} "results/cpu_imdb/$(basename "$step")/" \;
+done
