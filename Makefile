@@ -28,7 +28,8 @@ results: install
 	test -d results/weights || $(BIN)/python results/real_weights.py --output-dir results/weights
 	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	for folder in cpu_imdb scoring distillation; do bash results/$$folder/run.sh "$(DATASET)"; done
-	$(MAKE) demo OUTPUT=outputs/demo_run && cp outputs/demo_run/05_benchmark/benchmark.csv results/demo/
+	$(MAKE) demo OUTPUT=outputs/demo_run
+	cp outputs/demo_run/05_benchmark/benchmark.csv results/demo/
 	$(BIN)/python results/readme.py
 
 lint: install

@@ -242,7 +242,7 @@ def describe_teacher(args, name: str, gold: int, labels: np.ndarray, logits: np.
     quality = metrics.describe(labels, logits)
     row = {"run": name, "seed": args.seed, "gold": gold, "transfer": 0, "n_test": quality["n"]}
     scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high", "nll", "ece")}
-    return row | scores | {"agreement": 1.0}
+    return row | scores
 
 
 def transfer_share(runs: dict[str, dict], name: str) -> float:

@@ -30,13 +30,61 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+def by_run(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a run: of several seeds the mean, beside it their range; of one seed the 95% interval."""
+    rows = []
+    for name, seeds in table.groupby("run", sort=False):
+        accuracy, one = seeds["accuracy"], seeds.iloc[0]
+        low, high = (one["ci_low"], one["ci_high"]) if len(seeds) == 1 else (accuracy.min(), accuracy.max())
+        row = {
+            "run": name,
+            "accuracy": f"{accuracy.mean():.4f} "
+            + ("[{:.4f}, {:.4f}]", "({:.4f} to {:.4f})")[len(seeds) > 1].format(low, high),
+        }
+        row |= {
+            "seeds": len(seeds),
+            "gap closed": f"{seeds['gap_closed'].mean():.0%}",
+            "McNemar p": ", ".join("<0.001" if p < 0.001 else f"{p:.2g}" for p in seeds["mcnemar_p"]),
+        }
+        row |= {key: f"{seeds[key].mean():.3f}" for key in ("agreement", "nll", "ece")} | {"n": one["n_test"]}
+        rows.append({key: "" if "nan" in str(value) else value for key, value in row.items()})
+    return pd.DataFrame(rows)
+
+
+def by_labels(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a run, one column a number of labels: the mean accuracy of its seeds."""
+    wide = table.pivot_table(index="run", columns="labels", values="accuracy", sort=False).sort_index(axis=1)
+    return wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None).reset_index()
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of any cells, padded so that it can be read in a terminal too."""
+    cells = [
+        list(map(str, table.columns)),
+        *([("" if pd.isna(one) else str(one)) for one in row] for row in table.to_numpy(object)),
+    ]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """The README's form of a CSV, by what its columns are."""
+    if "Model" in table:
+        return load_script("05_benchmark").as_markdown(table).strip()
+    if "labels" in table:
+        return markdown(by_labels(table))
+    return markdown(by_run(table) if "run" in table else table)
+
+
 def with_tables(text: str) -> str:
     """The README's text with each marked table made anew from its CSV."""
-    as_markdown = load_script("05_benchmark").as_markdown
 
     def table(found: re.Match) -> str:
-        made = as_markdown(pd.read_csv(ROOT / found["file"])).strip()
-        return f"<!-- {found['file']} -->\n{made}\n<!-- end -->"
+        return f"<!-- {found['file']} -->\n{as_markdown(pd.read_csv(ROOT / found['file']))}\n<!-- end -->"
 
     return TABLE.sub(table, text)
 

@@ -4,7 +4,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+from results import readme
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -23,3 +28,21 @@ def test_every_file_and_flag_that_it_names_is_there(script):
         flags |= {f"--{flag.replace('_', '-')}" for flag in vars(script(number).parse_args([]))}
     known = flags | {"--help", "--no-adapter", "--nnodes", "--plan"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_runs_are_shown_by_the_mean_of_their_seeds_and_one_seed_by_its_interval():
+    row = {"seed": 1, "n_test": 500, "ci_low": 0.86, "ci_high": 0.9, "nll": 0.3, "ece": 0.02, "agreement": 0.95}
+    none = {"gap_closed": np.nan, "mcnemar_p": np.nan}
+    some = {"gap_closed": 0.5, "mcnemar_p": 0.04}
+    table = [row | none | {"run": "control", "accuracy": 0.88}, row | some | {"run": "final", "accuracy": 0.9}]
+    table.append(row | {"run": "final", "seed": 2, "accuracy": 0.91, "gap_closed": 0.7, "mcnemar_p": 0.0002})
+    lines = readme.as_markdown(pd.DataFrame(table)).splitlines()
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    assert cells[2] == ["control", "0.8800 [0.8600, 0.9000]", "1", "", "", "0.950", "0.300", "0.020", "500"]
+    assert cells[3][:5] == ["final", "0.9050 (0.9000 to 0.9100)", "2", "60%", "0.04, <0.001"]
+
+
+def test_few_labels_are_shown_with_a_column_a_number_of_labels():
+    table = pd.DataFrame({"labels": [0, 50, 50], "run": ["llm", "control", "control"], "accuracy": [0.8, 0.7, 0.72]})
+    cells = [line.replace(" ", "")[1:-1].split("|") for line in readme.as_markdown(table).splitlines()]
+    assert cells[0] == ["run", "0", "50"] and cells[2:] == [["llm", "0.8000", ""], ["control", "", "0.7100"]]
