@@ -24,8 +24,8 @@ from common.device import Hardware
 from common.scoring import last_logits, pad
 from common.settings import stop
 
-# What `training_arguments` takes where no validation reviews choose a checkpoint: the last one is kept.
-WITHOUT_VALIDATION = {"eval_strategy": "no", "load_best_model_at_end": False}
+# What `training_arguments` takes where no validation reviews choose a checkpoint: the last weights are kept.
+WITHOUT_VALIDATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
 
 
 class ReviewDataset(Dataset):

@@ -7,8 +7,8 @@ scores as in 04b. Three more runs repeat, one at a time, the mistakes by which e
 --output-dir is made by 03_finetune_mistral.py with the same subsets.
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
-    python results/black_box.py $common --mistral-model results/weights/smollm2-135m --runs tuned --seeds 1
-    python results/black_box.py $common --mistral-model results/weights/smollm2-135m --read-test
+    python results/black_box.py $common --runs tuned --seeds 1
+    python results/black_box.py $common --read-test
 
 Writes with --read-test results/distillation/black_box.csv, one row a run, and black_box_claim.csv.
 """
@@ -41,7 +41,6 @@ RUNS["tuned_label_sorted"] = distillation.RUNS["label_sorted"]  # a slice of a l
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = distillation.make_parser(__doc__, RUNS)
     parser.set_defaults(max_transfer_samples=4000)
-    parser.add_argument("--mistral-model", help="hub name or folder of the LLM")
     parser.add_argument("--llm-test-samples", type=settings.positive_int, default=2000, help="test reviews it reads")
     return settings.parse(parser, "black_box", argv)
 
@@ -81,12 +80,12 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
             return F.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
 
     trained = argparse.Namespace(**artifacts.read_run(args, "03_mistral")["settings"])
-    tokenizer = models.load_tokenizer(args.mistral_model)
+    tokenizer = models.load_tokenizer(trained.mistral_model)
     label_ids = verbalizer.label_token_ids(tokenizer, trained.prompt, trained.label_words)
     texts = reviews.train["text"].tolist()
     ids = verbalizer.encode_prompts(tokenizer, texts, trained.prompt, trained.max_length)
     device.seed_everything(trained.seed)
-    model = of_03.with_lora(trained, models.load_llm(args.mistral_model, hardware))
+    model = of_03.with_lora(trained, models.load_llm(trained.mistral_model, hardware))
     model.accepts_loss_kwargs = False
     checkpoints = folder / "whole_prompt_checkpoints"
     trainer = WholePrompt(
@@ -97,24 +96,29 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
     )
     training.train(trainer, hardware)
     training.save(model, tokenizer, adapter, checkpoints)
+    memory.free()
     return adapter
 
 
 def score_llm(
     args, hardware: device.Hardware, who: str, reviews: data.Reviews, folder: Path, tables: dict[str, pd.DataFrame]
 ) -> None:
-    """Raw label log-probabilities of the named tables by one LLM, on disk."""
+    """Raw label log-probabilities of the named tables by one LLM, on disk; another LLM's or sample's are deleted."""
+    adapter, asked = adapter_of(args, hardware, who, reviews, folder), artifacts.read_run(args, "03_mistral")["facts"]
+    origin = {name: asked[name] for name in ("base", "prompt", "label_words", "max_length")}
+    if who == "other_prompt":
+        origin["prompt"] = OTHER_PROMPT
+    origin["weights"] = models.weights_digest(adapter) if adapter else "no adapter"
+    origin |= {split: data.fingerprint(getattr(reviews, split)) for split in ("train", "transfer")}
+    scoring.made_from(folder / who, origin)
     if all(scoring.is_scored(folder / who, split, len(table)) for split, table in tables.items()):
         return
-    adapter = adapter_of(args, hardware, who, reviews, folder)
-    memory.free()
-    tokenizer = models.load_tokenizer(args.mistral_model)
-    prompt = OTHER_PROMPT if who == "other_prompt" else verbalizer.PROMPT
-    label_ids = verbalizer.label_token_ids(tokenizer, prompt, verbalizer.LABEL_WORDS)
-    model = models.load_llm(args.mistral_model, hardware, adapter)
+    tokenizer = models.load_tokenizer(origin["base"])
+    label_ids = verbalizer.label_token_ids(tokenizer, origin["prompt"], origin["label_words"])
+    model = models.load_llm(origin["base"], hardware, adapter)
 
     def score(texts: list[str]) -> dict[str, np.ndarray]:
-        ids = verbalizer.encode_prompts(tokenizer, texts, prompt, args.max_length)
+        ids = verbalizer.encode_prompts(tokenizer, texts, origin["prompt"], origin["max_length"])
         log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
         return {"scores": log_p}
 
@@ -151,7 +155,7 @@ def write_black_box(args, hardware, folder: Path, scored: Path, reviews: data.Re
     of_runs = {run: teachers[teacher_of(run)] for run in RUNS if teacher_of(run) in teachers}
     made = distillation.make_table(args, folder, labels, RUNS, of_runs)
     distillation.write_runs(args.tables / "black_box.csv", pd.concat([pd.DataFrame(teacher_rows), made]))
-    right = distillation.right_by_run(args, folder, labels, ["control", "tuned"])
+    right = distillation.right_by_run(folder, labels, ["control", "tuned"])
     if right:
         of_part = {run: one[:, rows] for run, one in right.items()}
         teacher = (teachers["tuned"].argmax(axis=1) == labels)[rows]
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.detect(args)
     reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
-    artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints)
+    artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints, distillation.SAME)
     folder, scored = Path(args.output_dir, "distillation"), Path(args.output_dir, "black_box")
     if args.read_test:
         return write_black_box(args, hardware, folder, scored, reviews)

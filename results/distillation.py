@@ -14,6 +14,7 @@ Writes results/distillation/validation.csv, and with --read-test white_box.csv (
 """
 
 import argparse
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from common import artifacts, data, device, metrics, models, scoring, settings
 TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 TEACHER_STEP = "02_roberta"
+SAME = ("seed", "validation_samples", "max_train_samples")  # a teacher has learned from the same labels, no more
 # What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first; `labels`:
 # the teacher's "logits", its "argmax", or none; `gold`: "all" gold reviews, "none", or the negative ones first of a
 # label-sorted file, cut (the old mistake); `base`: the student as downloaded, after masked-language modelling ("mlm"),
@@ -46,6 +48,7 @@ ALONE = STUDENT | {"transfer": 0.0, "epochs": GOLD_EPOCHS}
 CONTROL = ALONE | {"labels": "none", "alpha": 0.0}
 RUNS = {
     "control": CONTROL,
+    "control_longer": CONTROL | {"epochs": 10},  # as many reviews pass as a student's at 8,000 unlabelled ones
     "logits": STUDENT,
     "features": STUDENT | {"alpha": 0.0, "feature_weight": 0.1},
     "logits_features": STUDENT | {"feature_weight": 0.1},
@@ -216,25 +219,46 @@ def train_run(args, hardware, run: dict, seed: int, folder: Path, base: str, rev
     )
 
 
+def made_from(args, run: dict, seed: int, reviews: data.Reviews, soft: dict) -> dict:
+    """What decides a run's student: its recipe, the settings, the reviews and the teacher's logits."""
+    names = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
+    about = {"run": run, "seed": seed} | {name: getattr(args, name) for name in names}
+    reads_transfer = run["transfer"] or run["base"] == "mlm"
+    splits = ["train", "validation"] + (["transfer"] if reads_transfer else [])
+    about |= {split: data.fingerprint(getattr(reviews, split)) for split in splits}
+    if run["labels"] != "none":
+        about["teacher"] = {split: hashlib.sha256(logits.tobytes()).hexdigest() for split, (logits, _) in soft.items()}
+    return about
+
+
 def make_run(args, hardware, run: dict, name: str, seed: int, folder: Path, reviews, ids: dict, soft: dict) -> None:
-    """A run's student, unless it is there."""
+    """A run's student, unless it is there; stops when the one that is there was made from something else."""
     here = folder / f"{name}-{seed}"
+    artifacts.lock(here)
+    record, about, continued = here / "made_from.json", made_from(args, run, seed, reviews, soft), here.exists()
+    if not continued:
+        artifacts.write_json(record, about)
+    if artifacts.read_json(record) != about:
+        settings.stop(f"{here}/ was made with other settings, reviews or teacher: delete it to make it again")
     if (here / "seconds.json").exists():
         return
     print(f"{name}, seed {seed}", flush=True)
     if run["base"] == "mlm":
         tokenizer = models.load_tokenizer(args.student_model)
         pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
-    started, continued = time.time(), here.exists()
+    started = time.time()
     train_run(args, hardware, run, seed, here, base_of(args, run, seed, folder), reviews, ids, soft)
     # An interrupted training's seconds are not known: the time of its first part is gone.
     artifacts.write_json(here / "seconds.json", {"seconds": None if continued else round(time.time() - started)})
 
 
-def finished(folder: Path, runs: dict[str, dict], seeds: list[int]) -> list[tuple[str, int]]:
-    """The (name, seed) of the runs that are trained."""
-    named = [(name, seed) for name in runs for seed in seeds]
-    return [(name, seed) for name, seed in named if (folder / f"{name}-{seed}" / "seconds.json").exists()]
+def finished(folder: Path, runs: dict[str, dict]) -> list[tuple[str, int]]:
+    """The (name, seed) of the runs that are trained, by seed within a name."""
+    found = []
+    for name in runs:
+        seeds = [int(file.parent.name.rpartition("-")[2]) for file in folder.glob(f"{name}-*/seconds.json")]
+        found += [(name, seed) for seed in sorted(seeds)]
+    return found
 
 
 def describe_teacher(args, name: str, gold: int, labels: np.ndarray, logits: np.ndarray) -> dict:
@@ -248,6 +272,8 @@ def describe_teacher(args, name: str, gold: int, labels: np.ndarray, logits: np.
 def transfer_share(runs: dict[str, dict], name: str) -> float:
     """The share of the transfer set that a run's student has read, in its own training or in that of its base."""
     run = runs[name]
+    if run["base"] == "mlm":
+        return 1.0
     return transfer_share(runs, run["base"]) if run["base"] in runs else run["transfer"]
 
 
@@ -259,8 +285,7 @@ def make_table(
     A run's teacher is (n, 2) logits, NaN where it has not read the review: gap and agreement are of the others.
     """
     tested = {
-        (name, seed): np.load(folder / f"{name}-{seed}" / "test_logits.npy")
-        for name, seed in finished(folder, runs, args.seeds)
+        (name, seed): np.load(folder / f"{name}-{seed}" / "test_logits.npy") for name, seed in finished(folder, runs)
     }
     rows = []
     for (name, seed), logits in tested.items():
@@ -280,7 +305,7 @@ def make_table(
             {
                 "run": name,
                 "seed": seed,
-                "gold": args.max_train_samples,
+                "gold": args.max_train_samples // (2 if runs[name]["gold"] == "label-sorted" else 1),
                 "transfer": round(args.max_transfer_samples * transfer_share(runs, name)),
                 "n_test": quality["n"],
                 **{key: quality[key] for key in ("accuracy", "ci_low", "ci_high")},
@@ -317,21 +342,19 @@ def claim(right: dict[str, np.ndarray], student: str, controls: list[str], teach
     return row
 
 
-def right_by_run(args, folder: Path, labels: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+def right_by_run(folder: Path, labels: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
     """(seeds, n) booleans by run, of the seeds that all of them are tested with; empty when there is none."""
-
-    def file(name: str, seed: int) -> Path:
-        return folder / f"{name}-{seed}" / "test_logits.npy"
-
-    seeds = [seed for seed in args.seeds if all(file(name, seed).exists() for name in names)]
+    made = finished(folder, dict.fromkeys(names, {}))
+    seeds = sorted(set.intersection(*({seed for name, seed in made if name == wanted} for wanted in names)))
     if not seeds:
         return {}
-    return {name: np.stack([np.load(file(name, seed)).argmax(axis=1) == labels for seed in seeds]) for name in names}
+    files = {name: [folder / f"{name}-{seed}" / "test_logits.npy" for seed in seeds] for name in names}
+    return {name: np.stack([np.load(file).argmax(axis=1) == labels for file in of]) for name, of in files.items()}
 
 
 def read_test(args, hardware, folder: Path, test: pd.DataFrame, runs: dict[str, dict]) -> None:
     """Test logits of every finished run."""
-    for name, seed in finished(folder, runs, args.seeds):
+    for name, seed in finished(folder, runs):
         print(f"testing {name}, seed {seed}", flush=True)
         score(args, hardware, folder / f"{name}-{seed}" / "model", test, folder / f"{name}-{seed}" / "test_logits.npy")
 
@@ -346,7 +369,7 @@ def write_runs(file: Path, table: pd.DataFrame) -> None:
 def write_validation(args, hardware, folder: Path, validation: pd.DataFrame, runs: dict[str, dict], file: str) -> None:
     """One row a finished run: what it says on validation, by which levers and epochs are chosen."""
     labels, rows = validation["label"].to_numpy(), []
-    for name, seed in finished(folder, runs, args.seeds):
+    for name, seed in finished(folder, runs):
         here = folder / f"{name}-{seed}"
         quality = metrics.describe(labels, score(args, hardware, here / "model", validation, here / "validation.npy"))
         rows.append({"run": name, "seed": seed} | {key: value for key, value in quality.items() if key != "f1"})
@@ -361,10 +384,11 @@ def write_white_box(args, hardware, folder: Path, of_teacher: Path, test: pd.Dat
     first = pd.DataFrame([describe_teacher(args, "teacher", args.max_train_samples, labels, teacher)])
     made = make_table(args, folder, labels, RUNS, dict.fromkeys(RUNS, teacher))
     write_runs(args.tables / "white_box.csv", pd.concat([first, made]))
-    right = right_by_run(args, folder, labels, ["control", "control_levers", "final"])
+    controls = ["control", "control_longer", "control_levers"]
+    right = right_by_run(folder, labels, [*controls, "final"])
     if right:
         right["teacher"] = (teacher.argmax(axis=1) == labels)[None]
-        row = claim(right, "final", ["control", "control_levers"], "teacher")
+        row = claim(right, "final", controls, "teacher")
         artifacts.write_table(args.tables / "claim.csv", pd.DataFrame([row]).round(6))
 
 
@@ -387,7 +411,7 @@ def main() -> None:
         return write_white_box(args, hardware, folder, of_teacher, reviews.test)
     ids, soft = encode_reviews(args, reviews), {}
     if any(RUNS[name]["labels"] != "none" for name in args.runs):  # the others can run while 02 still scores
-        artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
+        artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints, SAME)
         of_teacher = artifacts.require(args, TEACHER_STEP, "soft_labels")
         soft = {split: read_soft_labels(of_teacher, split, getattr(reviews, split)) for split in ("train", "transfer")}
     for seed in args.seeds:

@@ -3,18 +3,20 @@
 
 At each number of labels (those of validation counted) three students: the control, fine-tuned on the labels alone; the
 student of the encoder and the student of the LLM that were fine-tuned on the same labels, both with the transfer set.
-Without any label the LLM teaches as it is, calibrated on the transfer set; nothing reads validation, and the last
-epoch is kept. The teachers are made by 02 and 03 with the same subsets, in a folder by number of labels; those of all
-labels are the ones of distillation.py and black_box.py, and so are two of its students.
+Without any label the LLM teaches as it is, calibrated on the transfer set. With fewer than 500 no student reads
+validation, which would be too few to choose by: the last epoch is kept. The teachers are made by 02 and 03 with the
+same subsets, in a folder by number of labels; those of all labels are the ones of distillation.py and black_box.py, and
+so are two of its students.
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
-    python results/few_labels.py $common --mistral-model results/weights/smollm2-135m
-    python results/few_labels.py $common --mistral-model results/weights/smollm2-135m --read-test
+    python results/few_labels.py $common
+    python results/few_labels.py $common --read-test
 
 Writes with --read-test results/distillation/few_labels.csv and few_labels.png.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -34,7 +36,6 @@ ELSEWHERE = {"control": "control", "student_of_llm": "tuned"}  # of all labels: 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = distillation.make_parser(__doc__, dict.fromkeys(RUNS, {}))
     parser.set_defaults(max_transfer_samples=4000, seeds=[1])
-    parser.add_argument("--mistral-model", help="hub name or folder of the LLM")
     parser.add_argument("--labels", nargs="+", type=int, choices=list(LABELS), default=list(LABELS))
     return settings.parse(parser, "few_labels", argv)
 
@@ -56,12 +57,12 @@ def student_folder(args, labels: int, name: str, seed: int) -> Path:
     return Path(args.output_dir, "few_labels", str(labels), f"{name}-{seed}")
 
 
-def recipe(name: str, labels: int, gold: int, transfer: int) -> dict:
+def recipe(name: str, labels: int, gold: int, transfer: int, batch: int) -> dict:
     """A run; the control takes as many steps as the students."""
     if name != "control":
         return distillation.STUDENT if labels else distillation.STUDENT | {"gold": "none", "alpha": 1.0}
-    epochs = distillation.TRANSFER_EPOCHS * (gold + transfer) / gold
-    return distillation.CONTROL | {"epochs": epochs}
+    steps = distillation.TRANSFER_EPOCHS * math.ceil((gold + transfer) / batch)
+    return distillation.CONTROL | {"epochs": round(steps / math.ceil(gold / batch))}
 
 
 def read_teacher(args, hardware, name: str, labels: int, reviews: data.Reviews) -> dict:
@@ -69,12 +70,13 @@ def read_teacher(args, hardware, name: str, labels: int, reviews: data.Reviews) 
     if name == "control":
         return {}
     if name == "student_of_encoder":
-        artifacts.refuse_conflict(args, artifacts.read_run(args, "02_roberta"), reviews.fingerprints)
+        artifacts.refuse_conflict(args, artifacts.read_run(args, "02_roberta"), reviews.fingerprints, distillation.SAME)
         folder = artifacts.require(args, "02_roberta", "soft_labels")
         return {
             split: distillation.read_soft_labels(folder, split, getattr(reviews, split))
             for split in ("train", "transfer")
         }
+    artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints, distillation.SAME)
     who, scored = "tuned" if labels else "as_it_is", Path(args.output_dir, "black_box")
     splits = {"train": reviews.train, "transfer": reviews.transfer}
     black_box.score_llm(args, hardware, who, reviews, scored, splits)
@@ -87,7 +89,7 @@ def make_students(args, hardware, labels: int) -> None:
     here = at(args, labels)
     reviews = data.load_reviews(here, reads=("train", "transfer"))
     ids = distillation.encode_reviews(here, reviews)
-    if not labels:
+    if labels < 500:
         ids["validation"] = []
     for seed in args.seeds:
         for name in args.runs:
@@ -96,7 +98,7 @@ def make_students(args, hardware, labels: int) -> None:
                 continue
             print(f"{labels} labels: {name}, seed {seed}", flush=True)
             soft = read_teacher(here, hardware, name, labels, reviews)
-            run = recipe(name, labels, len(reviews.train), len(reviews.transfer))
+            run = recipe(name, labels, len(reviews.train), len(reviews.transfer), args.batch_size)
             called = folder.name.removesuffix(f"-{seed}")
             distillation.make_run(here, hardware, run, called, seed, folder.parent, reviews, ids, soft)
 

@@ -108,15 +108,18 @@ def test_the_surest_part_of_the_transfer_set_is_that_of_the_largest_log_odds():
 def test_a_student_that_went_on_from_another_run_has_read_what_that_run_read():
     assert distillation.transfer_share(distillation.RUNS, "gold_last") == 1.0
     assert distillation.transfer_share(distillation.RUNS, "confident") == 0.75
-    assert distillation.transfer_share(distillation.RUNS, "control_levers") == 0.0
+    assert distillation.transfer_share(distillation.RUNS, "control_levers") == 1.0  # as texts
+    assert distillation.transfer_share(distillation.RUNS, "control") == 0.0
 
 
 def test_with_few_labels_the_control_takes_as_many_steps_as_the_students():
-    control = few_labels.recipe("control", 500, gold=400, transfer=4000)
-    assert control["epochs"] * 400 == distillation.TRANSFER_EPOCHS * 4400 and control["alpha"] == 0
-    without = few_labels.recipe("student_of_llm", 0, gold=2000, transfer=4000)
+    for gold in (34, 400):
+        control = few_labels.recipe("control", 500, gold, transfer=4000, batch=32)
+        steps, of_students = control["epochs"] * -(-gold // 32), distillation.TRANSFER_EPOCHS * -(-(gold + 4000) // 32)
+        assert steps == pytest.approx(of_students, rel=0.03) and control["alpha"] == 0
+    without = few_labels.recipe("student_of_llm", 0, gold=2000, transfer=4000, batch=32)
     assert without["gold"] == "none" and without["alpha"] == 1
-    everything = few_labels.recipe("control", 3000, gold=2000, transfer=4000)
+    everything = few_labels.recipe("control", 3000, gold=2000, transfer=4000, batch=32)
     assert everything == distillation.RUNS["control"]  # so that table's run serves here
 
 
@@ -126,3 +129,14 @@ def test_both_tools_see_the_same_padded_batch():
     assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch["attention_mask"].sum(1).tolist() == [3, 5]
     assert side_by_side.collator(0, None)(rows)["input_ids"].shape == (2, 5)
+
+
+def test_the_scoring_pass_counts_into_our_time_once_however_many_epochs_follow():
+    def row(seconds: float) -> dict:
+        return {"tool": "x", "teacher": "y", "order": "", "padded_to": "", "seconds_per_1000": seconds, "accuracy": 0.8}
+
+    made = {"textbrewer": row(400.0), "scoring pass": row(300.0), "ours": row(100.0)}
+    table = side_by_side.with_ratios(made).set_index("teacher")
+    assert table.loc["scored once for 1", "seconds_per_1000"] == 400 and table.loc["scored once for 1", "ratio"] == 1
+    assert table.loc["scored once for 3", "seconds_per_1000"] == 200 and table.loc["scored once for 3", "ratio"] == 2
+    assert table["ratio"].tolist()[2] == 4

@@ -5,7 +5,7 @@
 #     make results DATASET=path/to/imdb                       # everything in results/, this included
 #     bash results/distillation/run.sh path/to/imdb [part]    # one part: white_box black_box few_labels textbrewer test
 #
-# An interrupted part continues where it stopped; two parts that write different tables may run at once.
+# An interrupted part continues where it stopped.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
 parts=${2:-white_box black_box few_labels textbrewer test}
@@ -16,8 +16,7 @@ subset=(--validation-samples 1000 --max-train-samples 2000)
 student=(--student-model results/weights/minilm-l6)
 encoder=(--roberta-model results/weights/mpnet-base --max-length 128 --learning-rate 4e-5 --batch-size 16)
 encoder+=(--micro-batch-size 16)
-llm=(--mistral-model results/weights/smollm2-135m)
-tune=("${llm[@]}" --max-length 128 --learning-rate 3e-4 --batch-size 16 --micro-batch-size 8)
+tune=(--mistral-model results/weights/smollm2-135m --max-length 128 --learning-rate 3e-4 --batch-size 16 --micro-batch-size 8)
 tune+=(--no-gradient-checkpointing --lora-dropout 0)
 
 teacher() { # 02 of all labels, which white_box, few_labels and textbrewer read
@@ -32,13 +31,13 @@ tuned_llm() { # 03 of all labels, which black_box and few_labels read
 white_box() {
     teacher
     local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}")
-    "${run[@]}" --runs control control_levers final --seeds 1 2 3
+    "${run[@]}" --runs control control_longer control_levers final --seeds 1 2 3
     "${run[@]}" --seeds 1
 }
 
 black_box() {
     tuned_llm
-    local run=(python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" "${llm[@]}")
+    local run=(python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}")
     "${run[@]}" --runs control tuned --seeds 1 2 3
     "${run[@]}" --seeds 1
 }
@@ -54,7 +53,7 @@ few_labels() {
     tuned_llm
     teachers_of 50 16 34 20 10
     teachers_of 500 100 400 5 2
-    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" "${llm[@]}"
+    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}"
 }
 
 textbrewer() { # on an otherwise quiet machine: this one is timed
@@ -64,8 +63,8 @@ textbrewer() { # on an otherwise quiet machine: this one is timed
 
 test() { # the recipes are frozen: the test part is read
     python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
-    python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" "${llm[@]}" --read-test
-    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" "${llm[@]}" --read-test
+    python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
+    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
 }
 
 for part in $parts; do "$part"; done
