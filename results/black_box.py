@@ -80,12 +80,13 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
             return F.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
 
     trained = argparse.Namespace(**artifacts.read_run(args, "03_mistral")["settings"])
-    tokenizer = models.load_tokenizer(trained.mistral_model)
+    base = settings.locate(args, trained.mistral_model)
+    tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, trained.prompt, trained.label_words)
     texts = reviews.train["text"].tolist()
     ids = verbalizer.encode_prompts(tokenizer, texts, trained.prompt, trained.max_length)
     device.seed_everything(trained.seed)
-    model = of_03.with_lora(trained, models.load_llm(trained.mistral_model, hardware))
+    model = of_03.with_lora(trained, models.load_llm(base, hardware))
     model.accepts_loss_kwargs = False
     checkpoints = folder / "whole_prompt_checkpoints"
     trainer = WholePrompt(
@@ -113,9 +114,10 @@ def score_llm(
     scoring.made_from(folder / who, origin)
     if all(scoring.is_scored(folder / who, split, len(table)) for split, table in tables.items()):
         return
-    tokenizer = models.load_tokenizer(origin["base"])
+    base = settings.locate(args, origin["base"])
+    tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, origin["prompt"], origin["label_words"])
-    model = models.load_llm(origin["base"], hardware, adapter)
+    model = models.load_llm(base, hardware, adapter)
 
     def score(texts: list[str]) -> dict[str, np.ndarray]:
         ids = verbalizer.encode_prompts(tokenizer, texts, origin["prompt"], origin["max_length"])

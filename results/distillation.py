@@ -354,6 +354,8 @@ def right_by_run(folder: Path, labels: np.ndarray, names: list[str]) -> dict[str
 
 def read_test(args, hardware, folder: Path, test: pd.DataFrame, runs: dict[str, dict]) -> None:
     """Test logits of every finished run."""
+    if not finished(folder, runs):
+        settings.stop(f"{folder}/ holds no finished run: leave out --read-test first")
     for name, seed in finished(folder, runs):
         print(f"testing {name}, seed {seed}", flush=True)
         score(args, hardware, folder / f"{name}-{seed}" / "model", test, folder / f"{name}-{seed}" / "test_logits.npy")
