@@ -56,6 +56,7 @@ RUNS = {
     "argmax_labels": STUDENT | {"labels": "argmax", "alpha": 0.0},
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
     "gold_last": CONTROL | {"base": "logits", "epochs": 1, "learning_rate": 2e-5},
+    "more_transfer": STUDENT,  # with twice the transfer set
     "longer": STUDENT | {"epochs": 2 * TRANSFER_EPOCHS},
     "confident": STUDENT | {"transfer": 0.75},
     "control_levers": CONTROL | {"base": "mlm"},
