@@ -30,10 +30,10 @@ TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 TEACHER_STEP = "02_roberta"
 SAME = ("seed", "validation_samples", "max_train_samples")  # a teacher has learned from the same labels, no more
-# What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first; `labels`:
-# the teacher's "logits", its "argmax", or none; `gold`: "all" gold reviews, "none", or the negative ones first of a
-# label-sorted file, cut (the old mistake); `base`: the student as downloaded, after masked-language modelling ("mlm"),
-# or as another run of the same seed left it.
+# What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first, of
+# `transfer_samples` or else --max-transfer-samples; `labels`: the teacher's "logits", its "argmax", or none; `gold`:
+# "all" gold reviews, "none", or the negative ones first of a label-sorted file, cut (the old mistake); `base`: the
+# student as downloaded, after masked-language modelling ("mlm"), or as another run of the same seed left it.
 GOLD_EPOCHS, TRANSFER_EPOCHS, MLM_EPOCHS = 6, 2, 2
 STUDENT = {
     "transfer": 1.0,
@@ -56,11 +56,11 @@ RUNS = {
     "argmax_labels": STUDENT | {"labels": "argmax", "alpha": 0.0},
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
     "gold_last": CONTROL | {"base": "logits", "epochs": 1, "learning_rate": 2e-5},
-    "more_transfer": STUDENT,  # with twice the transfer set
+    "more_transfer": STUDENT | {"transfer_samples": 16000},
     "longer": STUDENT | {"epochs": 2 * TRANSFER_EPOCHS},
     "confident": STUDENT | {"transfer": 0.75},
     "control_levers": CONTROL | {"base": "mlm"},
-    "final": STUDENT | {"base": "mlm"},
+    "after_mlm": STUDENT | {"base": "mlm"},
     "label_sorted": ALONE | {"gold": "label-sorted", "epochs": TRANSFER_EPOCHS},
 }
 
@@ -220,13 +220,20 @@ def train_run(args, hardware, run: dict, seed: int, folder: Path, base: str, rev
     )
 
 
-def made_from(args, run: dict, seed: int, reviews: data.Reviews, soft: dict) -> dict:
-    """What decides a run's student: its recipe, the settings, the reviews and the teacher's logits."""
+def made_from(args, run: dict, seed: int, folder: Path, reviews: data.Reviews, soft: dict) -> dict:
+    """What decides a run's student: its recipe, the settings, the reviews and the teacher's logits.
+
+    `transfer_reviews` counts the unlabelled ones that it reads, or that the run read from which it starts.
+    """
     names = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
     about = {"run": run, "seed": seed} | {name: getattr(args, name) for name in names}
-    reads_transfer = run["transfer"] or run["base"] == "mlm"
-    splits = ["train", "validation"] + (["transfer"] if reads_transfer else [])
+    share = 1.0 if run["base"] == "mlm" else run["transfer"]
+    splits = ["train", "validation"] + (["transfer"] if share else [])
     about |= {split: data.fingerprint(getattr(reviews, split)) for split in splits}
+    about["transfer_reviews"] = round(share * len(reviews.transfer))
+    if run["base"] not in ("downloaded", "mlm"):
+        before = artifacts.read_json(Path(base_of(args, run, seed, folder)).with_name("made_from.json"))
+        about["transfer_reviews"] = before["transfer_reviews"]
     if run["labels"] != "none":
         about["teacher"] = {split: hashlib.sha256(logits.tobytes()).hexdigest() for split, (logits, _) in soft.items()}
     return about
@@ -236,7 +243,7 @@ def make_run(args, hardware, run: dict, name: str, seed: int, folder: Path, revi
     """A run's student, unless it is there; stops when the one that is there was made from something else."""
     here = folder / f"{name}-{seed}"
     artifacts.lock(here)
-    record, about, continued = here / "made_from.json", made_from(args, run, seed, reviews, soft), here.exists()
+    record, about, continued = here / "made_from.json", made_from(args, run, seed, folder, reviews, soft), here.exists()
     if not continued:
         artifacts.write_json(record, about)
     if artifacts.read_json(record) != about:
@@ -270,14 +277,6 @@ def describe_teacher(args, name: str, gold: int, labels: np.ndarray, logits: np.
     return row | scores
 
 
-def transfer_share(runs: dict[str, dict], name: str) -> float:
-    """The share of the transfer set that a run's student has read, in its own training or in that of its base."""
-    run = runs[name]
-    if run["base"] == "mlm":
-        return 1.0
-    return transfer_share(runs, run["base"]) if run["base"] in runs else run["transfer"]
-
-
 def make_table(
     args, folder: Path, labels: np.ndarray, runs: dict[str, dict], teachers: dict[str, np.ndarray]
 ) -> pd.DataFrame:
@@ -307,7 +306,7 @@ def make_table(
                 "run": name,
                 "seed": seed,
                 "gold": args.max_train_samples // (2 if runs[name]["gold"] == "label-sorted" else 1),
-                "transfer": round(args.max_transfer_samples * transfer_share(runs, name)),
+                "transfer": artifacts.read_json(folder / f"{name}-{seed}" / "made_from.json")["transfer_reviews"],
                 "n_test": quality["n"],
                 **{key: quality[key] for key in ("accuracy", "ci_low", "ci_high")},
                 "gap_closed": gap,
@@ -404,23 +403,32 @@ def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
     }
 
 
-def main() -> None:
-    args = settings.parse(make_parser(__doc__, RUNS), "distillation", None)
-    hardware = device.detect(args)
-    reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
-    folder = Path(args.output_dir, "distillation")
-    if args.read_test:
-        of_teacher = artifacts.require(args, TEACHER_STEP, "model")
-        return write_white_box(args, hardware, folder, of_teacher, reviews.test)
-    ids, soft = encode_reviews(args, reviews), {}
-    if any(RUNS[name]["labels"] != "none" for name in args.runs):  # the others can run while 02 still scores
+def make_runs(args, hardware: device.Hardware, names: list[str], folder: Path) -> None:
+    """The students of the named runs, which read the same transfer set."""
+    reviews, soft = data.load_reviews(args, reads=("train", "transfer")), {}
+    ids = encode_reviews(args, reviews)
+    if any(RUNS[name]["labels"] != "none" for name in names):  # the others can run while 02 still scores
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints, SAME)
         of_teacher = artifacts.require(args, TEACHER_STEP, "soft_labels")
         soft = {split: read_soft_labels(of_teacher, split, getattr(reviews, split)) for split in ("train", "transfer")}
     for seed in args.seeds:
-        for name in args.runs:
+        for name in names:
             make_run(args, hardware, RUNS[name], name, seed, folder, reviews, ids, soft)
             write_validation(args, hardware, folder, reviews.validation, RUNS, "validation.csv")
+
+
+def main() -> None:
+    args = settings.parse(make_parser(__doc__, RUNS), "distillation", None)
+    hardware = device.detect(args)
+    folder = Path(args.output_dir, "distillation")
+    if args.read_test:
+        of_teacher = artifacts.require(args, TEACHER_STEP, "model")
+        test = data.load_reviews(args, reads=("train", "test")).test
+        return write_white_box(args, hardware, folder, of_teacher, test)
+    samples = {name: RUNS[name].get("transfer_samples", args.max_transfer_samples) for name in args.runs}
+    for count in dict.fromkeys(samples.values()):
+        part = argparse.Namespace(**vars(args) | {"max_transfer_samples": count})
+        make_runs(part, hardware, [name for name in args.runs if samples[name] == count], folder)
 
 
 if __name__ == "__main__":

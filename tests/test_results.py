@@ -30,6 +30,8 @@ def table(tmp_path):
         (tmp_path / f"{name}-{seed}").mkdir()
         np.save(tmp_path / f"{name}-{seed}" / "test_logits.npy", logits(accuracy, seed))
         artifacts.write_json(tmp_path / f"{name}-{seed}" / "seconds.json", {"seconds": 12})
+        reviews = {"transfer_reviews": 0 if name == "control" else 8000}
+        artifacts.write_json(tmp_path / f"{name}-{seed}" / "made_from.json", reviews)
 
     write("control", 0.80, 1)
     write("logits", 0.86, 2)
@@ -103,13 +105,6 @@ def test_the_surest_part_of_the_transfer_set_is_that_of_the_largest_log_odds():
     assert rows["train"].tolist() == [0, 1, 2, 3] and rows["transfer"].tolist() == [1, 2, 4, 5, 6, 7]
     rows = distillation.chosen_rows(distillation.RUNS["label_sorted"], gold, None)
     assert gold[rows["train"]].tolist() == [0, 0] and "transfer" not in rows
-
-
-def test_a_student_that_went_on_from_another_run_has_read_what_that_run_read():
-    assert distillation.transfer_share(distillation.RUNS, "gold_last") == 1.0
-    assert distillation.transfer_share(distillation.RUNS, "confident") == 0.75
-    assert distillation.transfer_share(distillation.RUNS, "control_levers") == 1.0  # as texts
-    assert distillation.transfer_share(distillation.RUNS, "control") == 0.0
 
 
 def test_with_few_labels_the_control_takes_as_many_steps_as_the_students():
