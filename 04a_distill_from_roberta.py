@@ -10,7 +10,7 @@ difference between the two.
 
 Reads   the reviews, outputs/02_roberta/soft_labels/
 Writes  outputs/04a_student_from_roberta/  model/  control/  metrics.json  run.json
-Takes   on two T4s: planned 14 to 24 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 19 to 32 minutes (results/gpu/plan.csv), not measured yet
 
     python 04a_distill_from_roberta.py
     python 04a_distill_from_roberta.py --no-control --alpha 0.5 --temperature 4
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--student-model", help="hub name or folder of the encoder that becomes the student")
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
-    settings.add_training_flags(parser, epochs=3, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
+    settings.add_training_flags(parser, epochs=4, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
     add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
     add("--soft-loss", choices=("kl", "margin"), default="kl", help="margin: squared difference of the log-odds")
     add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")

@@ -9,7 +9,7 @@ they are read. The student then trains on the labelled reviews and the transfer 
 
 Reads   the reviews, outputs/03_mistral/adapter/
 Writes  outputs/04b_student_from_mistral/  soft_labels/ (a table by split)  model/  metrics.json  run.json
-Takes   on two T4s: planned 85 to 141 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 86 to 144 minutes (results/gpu/plan.csv), not measured yet
 
     python 04b_distill_from_mistral.py
     python 04b_distill_from_mistral.py --no-adapter --mistral-model path/to/any-causal-lm --max-transfer-samples 5000
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--student-model", help="hub name or folder of the encoder that becomes the student")
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
-    settings.add_training_flags(parser, epochs=3, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
+    settings.add_training_flags(parser, epochs=4, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
     add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
     add("--soft-loss", choices=("kl", "margin"), default="kl", help="margin: squared difference of the log-odds")
     add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")

@@ -156,7 +156,7 @@ def test_the_plan_adds_up_and_stays_under_its_limit(true_size, tmp_path, capsys)
     reviews = plan.set_index(["step", "work"])["reviews"]
     assert reviews["02", "RoBERTa, soft labels"] == 75_000
     assert reviews["04b", "Mistral, soft labels"] == 45_000
-    assert reviews["04a", "student, training"] == reviews["04a", "control, training"] == 3 * 72_500
+    assert reviews["04a", "student, training"] == reviews["04a", "control, training"] == 4 * 72_500
     on_gpus = plan[plan["gpus"] > 0]
     for rate in true_size.RATES:
         minutes = on_gpus["pflop"] * 1e15 / (rate * 1e12 * on_gpus["gpus"]) / 60
