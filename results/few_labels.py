@@ -6,7 +6,7 @@ student of the encoder and the student of the LLM that were fine-tuned on the sa
 Without any label the LLM teaches as it is, calibrated on the transfer set. With fewer than 500 no student reads
 validation, which would be too few to choose by: the last epoch is kept. The teachers are made by 02 and 03 with the
 same subsets, in a folder by number of labels; those of all labels are the ones of distillation.py and black_box.py, and
-so are two of its students.
+so are two of its students. 01's NB-SVM on the same labels stands beside them: is a neural model needed at all?
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
     python results/few_labels.py $common
@@ -115,6 +115,20 @@ def read_test(args, hardware) -> pd.DataFrame:
         quality = metrics.describe(test["label"].to_numpy(), logits)
         scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high")}
         rows.append({"labels": labels, "run": name, "seed": seed, **scores, "n_test": len(test)})
+    return pd.concat([pd.DataFrame(rows), read_nb_svm(args, len(test))], ignore_index=True)
+
+
+def read_nb_svm(args, n_test: int) -> pd.DataFrame:
+    """One row a number of labels at which 01 has run: its NB-SVM on all of them, tested on the same reviews."""
+    rows = []
+    for labels in LABELS:
+        file = Path(at(args, labels).output_dir, "01_baseline", "metrics.json")
+        if labels and file.exists():
+            quality = artifacts.read_json(file)["nb_svm"]["test"]
+            if quality["n"] != n_test:
+                settings.stop(f"{file} is of {quality['n']} test reviews, not {n_test}: run 01_baseline.py --force")
+            scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high")}
+            rows.append({"labels": labels, "run": "nb_svm", "seed": args.seed, **scores, "n_test": n_test})
     return pd.DataFrame(rows)
 
 
@@ -127,8 +141,8 @@ def plot(table: pd.DataFrame, file: Path) -> None:
 
     counts = sorted(table["labels"].unique())
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    shift = dict(zip(RUNS, (-0.06, 0.0, 0.06), strict=True))
-    for run in RUNS:
+    shift = dict(zip((*RUNS, "nb_svm"), (-0.09, -0.03, 0.03, 0.09), strict=True))
+    for run in shift:
         mean = table[table["run"] == run].groupby("labels")[["accuracy", "ci_low", "ci_high"]].mean()
         below, above = mean["accuracy"] - mean["ci_low"], mean["ci_high"] - mean["accuracy"]
         places = np.array([counts.index(labels) for labels in mean.index]) + shift[run]

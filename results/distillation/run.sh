@@ -42,8 +42,13 @@ black_box() {
     "${run[@]}" --seeds 1
 }
 
+baseline() { # 01 reads no precision
+    python 01_baseline.py --dataset "$dataset" "$@" --max-test-samples 5000
+}
+
 teachers_of() { # labels, those of them for validation and for training, epochs of 02 and of 03: enough for so few
     local few=(--output-dir "$output/few_labels/$1" --validation-samples "$2" --max-train-samples "$3")
+    baseline "${few[@]}"
     python 02_finetune_roberta.py "${common[@]}" "${few[@]}" --max-transfer-samples 4000 "${encoder[@]}" --epochs "$4"
     python 03_finetune_mistral.py "${common[@]}" "${few[@]}" "${tune[@]}" --epochs "$5"
 }
@@ -51,6 +56,7 @@ teachers_of() { # labels, those of them for validation and for training, epochs 
 few_labels() {
     teacher
     tuned_llm
+    baseline --output-dir $output "${subset[@]}"
     teachers_of 50 16 34 20 10
     teachers_of 500 100 400 5 2
     python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}"
