@@ -1,6 +1,7 @@
 """The tables of results/: what a row says of a run, by hand and by another library."""
 
 import argparse
+import re
 import sys
 
 import numpy as np
@@ -135,3 +136,9 @@ def test_the_scoring_pass_counts_into_our_time_once_however_many_epochs_follow()
     assert table.loc["scored once for 1", "seconds_per_1000"] == 400 and table.loc["scored once for 1", "ratio"] == 1
     assert table.loc["scored once for 3", "seconds_per_1000"] == 200 and table.loc["scored once for 3", "ratio"] == 2
     assert table["ratio"].tolist()[2] == 4
+
+
+def test_run_sh_asks_for_runs_that_there_are():
+    text = (ROOT / "results" / "distillation" / "run.sh").read_text()
+    asked = {name for names in re.findall(r"--runs ([a-z_ ]+) --", text) for name in names.split()}
+    assert {"control", "tuned"} <= asked <= {*distillation.RUNS, *black_box.RUNS, *few_labels.RUNS, *side_by_side.RUNS}

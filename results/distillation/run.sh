@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of results/distillation, on real IMDB reviews with the stand-ins of results/real_weights.py.
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 20 core hours. From the top folder:
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), an estimated 20 core hours. From the top folder:
 #
 #     make results DATASET=path/to/imdb                       # everything in results/, this included
 #     bash results/distillation/run.sh path/to/imdb [part]    # one part: white_box black_box few_labels textbrewer test
@@ -31,7 +31,7 @@ tuned_llm() { # 03 of all labels, which black_box and few_labels read
 white_box() {
     teacher
     local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}")
-    "${run[@]}" --runs control control_longer control_levers final --seeds 1 2 3
+    "${run[@]}" --runs control control_longer control_levers --seeds 1 2 3
     "${run[@]}" --seeds 1
 }
 
