@@ -247,7 +247,13 @@ def as_markdown(table: pd.DataFrame) -> str:
     ]
     shown["Accuracy"] = interval
     shown["n"] = table["n"]
-    cells = [list(shown.columns), *([("" if pd.isna(v) else str(v)) for v in row] for row in shown.to_numpy(object))]
+    return markdown(shown)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of any cells, padded so that it can be read in a terminal too."""
+    rows = ([("" if pd.isna(v) else str(v)) for v in row] for row in table.to_numpy(object))
+    cells = [list(map(str, table.columns)), *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

@@ -23,7 +23,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, data, device, memory, models, scoring, settings, verbalizer
 from results import distillation
-from results.readme import load_script
+from results.true_size import script
 
 OTHER_PROMPT = "Review: {review}\nThe sentiment of this review is"
 # A teacher: whose scores (a folder), and how its log-odds are calibrated.
@@ -65,7 +65,7 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
 
     from common import training
 
-    adapter, of_03 = folder / "whole_prompt_adapter", load_script("03_finetune_mistral")
+    adapter, of_03 = folder / "whole_prompt_adapter", script("03")
     if adapter.exists():
         return adapter
 

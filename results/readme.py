@@ -8,26 +8,16 @@ A table stands between `<!-- FILE -->`, which names its CSV, and `<!-- end -->`.
 """
 
 import argparse
-import importlib.util
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from results.true_size import ROOT, script
+
 TABLE = re.compile(r"<!-- (?P<file>results/\S+\.csv) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-def load_script(name: str) -> ModuleType:
-    """A numbered script as a module; its name is none that `import` could read."""
-    sys.path.insert(0, str(ROOT))
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def by_run(table: pd.DataFrame) -> pd.DataFrame:
@@ -36,12 +26,10 @@ def by_run(table: pd.DataFrame) -> pd.DataFrame:
     for name, seeds in table.groupby("run", sort=False):
         accuracy, one = seeds["accuracy"], seeds.iloc[0]
         low, high = (one["ci_low"], one["ci_high"]) if len(seeds) == 1 else (accuracy.min(), accuracy.max())
+        shape = "{:.4f} [{:.4f}, {:.4f}]" if len(seeds) == 1 else "{:.4f} ({:.4f} to {:.4f})"
         row = {
             "run": name,
-            "accuracy": f"{accuracy.mean():.4f} "
-            + ("[{:.4f}, {:.4f}]", "({:.4f} to {:.4f})")[len(seeds) > 1].format(low, high),
-        }
-        row |= {
+            "accuracy": shape.format(accuracy.mean(), low, high),
             "seeds": len(seeds),
             "gap closed": f"{seeds['gap_closed'].mean():.0%}",
             "McNemar p": ", ".join("<0.001" if p < 0.001 else f"{p:.2g}" for p in seeds["mcnemar_p"]),
@@ -57,27 +45,16 @@ def by_labels(table: pd.DataFrame) -> pd.DataFrame:
     return wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None).reset_index()
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A table of any cells, padded so that it can be read in a terminal too."""
-    cells = [
-        list(map(str, table.columns)),
-        *([("" if pd.isna(one) else str(one)) for one in row] for row in table.to_numpy(object)),
-    ]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
 def as_markdown(table: pd.DataFrame) -> str:
     """The README's form of a CSV, by what its columns are."""
+    benchmark = script("05")
     if "Model" in table:
-        return load_script("05_benchmark").as_markdown(table).strip()
+        return benchmark.as_markdown(table).strip()
     if "labels" in table:
-        return markdown(by_labels(table))
-    return markdown(by_run(table) if "run" in table else table)
+        table = by_labels(table)
+    elif "run" in table:
+        table = by_run(table)
+    return benchmark.markdown(table).strip()
 
 
 def with_tables(text: str) -> str:

@@ -62,6 +62,7 @@ def script(number: str) -> ModuleType:
     file = next(ROOT.glob(f"{number}_*.py"))
     spec = importlib.util.spec_from_file_location(f"script_{number}", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from statsmodels.stats.contingency_tables import mcnemar
+from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
-from common import artifacts
+from common import artifacts, models
 
 sys.path.insert(0, str(ROOT))
 from results import black_box, distillation, few_labels, side_by_side
@@ -142,3 +143,14 @@ def test_run_sh_asks_for_runs_that_there_are():
     text = (ROOT / "results" / "distillation" / "run.sh").read_text()
     asked = {name for names in re.findall(r"--runs ([a-z_ ]+) --", text) for name in names.split()}
     assert {"control", "tuned"} <= asked <= {*distillation.RUNS, *black_box.RUNS, *few_labels.RUNS, *side_by_side.RUNS}
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "roberta"])
+def test_the_loss_of_masked_tokens_alone_is_that_of_transformers_over_all(tiny, architecture):
+    name = str(tiny / architecture)
+    tokenizer, model = models.load_tokenizer(name), AutoModelForMaskedLM.from_pretrained(name).eval()
+    ids = models.encode(tokenizer, ["a good film and a long one", "bad", "it was all right, I think"] * 2, 32)
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4)([{"input_ids": one} for one in ids])
+    theirs = model(**batch)
+    assert distillation.masked_loss(model, batch).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    assert model(**batch).logits.shape == theirs.logits.shape  # the hook is gone
