@@ -34,7 +34,7 @@ TEACHERS = {
     "other_prompt": ("other_prompt", "batch"),  # scored by another prompt than 03 trained with
     "whole_prompt": ("whole_prompt", "batch"),  # trained on the loss over the whole prompt, review included
 }
-RUNS = {"control": distillation.RUNS["control"]} | dict.fromkeys(TEACHERS, distillation.RUNS["logits"])
+RUNS = {"control": distillation.RUNS["control"]} | dict.fromkeys(TEACHERS, distillation.FINAL)
 RUNS["tuned_label_sorted"] = distillation.RUNS["label_sorted"]  # a slice of a label-sorted file
 
 

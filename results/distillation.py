@@ -34,7 +34,7 @@ SAME = ("seed", "validation_samples", "max_train_samples")  # a teacher has lear
 # `transfer_samples` or else --max-transfer-samples; `labels`: the teacher's "logits", its "argmax", or none; `gold`:
 # "all" gold reviews, "none", or the negative ones first of a label-sorted file, cut (the old mistake); `base`: the
 # student as downloaded, after masked-language modelling ("mlm"), or as another run of the same seed left it.
-GOLD_EPOCHS, TRANSFER_EPOCHS, MLM_EPOCHS = 6, 2, 2
+GOLD_EPOCHS, TRANSFER_EPOCHS, FINAL_EPOCHS, MLM_EPOCHS = 6, 2, 4, 2
 STUDENT = {
     "transfer": 1.0,
     "labels": "logits",
@@ -44,11 +44,12 @@ STUDENT = {
     "epochs": TRANSFER_EPOCHS,
     "base": "downloaded",
 }
+FINAL = STUDENT | {"epochs": FINAL_EPOCHS}  # the longer schedule: the one lever that led on validation
 ALONE = STUDENT | {"transfer": 0.0, "epochs": GOLD_EPOCHS}
 CONTROL = ALONE | {"labels": "none", "alpha": 0.0}
 RUNS = {
     "control": CONTROL,
-    "control_longer": CONTROL | {"epochs": 10},  # as many reviews pass as a student's at 8,000 unlabelled ones
+    "control_longer": CONTROL | {"epochs": 20},  # as many reviews pass as of final at 8,000 unlabelled ones
     "logits": STUDENT,
     "features": STUDENT | {"alpha": 0.0, "feature_weight": 0.1},
     "logits_features": STUDENT | {"feature_weight": 0.1},
@@ -57,7 +58,7 @@ RUNS = {
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
     "gold_last": CONTROL | {"base": "logits", "epochs": 1, "learning_rate": 2e-5},
     "more_transfer": STUDENT | {"transfer_samples": 16000},
-    "longer": STUDENT | {"epochs": 2 * TRANSFER_EPOCHS},
+    "final": FINAL,
     "confident": STUDENT | {"transfer": 0.75},
     "control_levers": CONTROL | {"base": "mlm"},
     "after_mlm": STUDENT | {"base": "mlm"},

@@ -6,7 +6,7 @@ student of the encoder and the student of the LLM that were fine-tuned on the sa
 Without any label the LLM teaches as it is, calibrated on the transfer set. With fewer than 500 no student reads
 validation, which would be too few to choose by: the last epoch is kept. The teachers are made by 02 and 03 with the
 same subsets, in a folder by number of labels; those of all labels are the ones of distillation.py and black_box.py, and
-so are two of its students. 01's NB-SVM on the same labels stands beside them: is a neural model needed at all?
+so is the LLM's student. 01's NB-SVM on the same labels stands beside them: is a neural model needed at all?
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
     python results/few_labels.py $common
@@ -30,7 +30,7 @@ from results import black_box, distillation
 # Labels in all: reviews of validation and of train. The last is the whole subset of the other tables.
 LABELS = {0: None, 50: (16, 34), 500: (100, 400), 3000: (1000, 2000)}
 RUNS = ("control", "student_of_encoder", "student_of_llm")
-ELSEWHERE = {"control": "control", "student_of_llm": "tuned"}  # of all labels: the same runs of the other tables
+ELSEWHERE = {"student_of_llm": "tuned"}  # of all labels: the run of black_box.py
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,8 +60,8 @@ def student_folder(args, labels: int, name: str, seed: int) -> Path:
 def recipe(name: str, labels: int, gold: int, transfer: int, batch: int) -> dict:
     """A run; the control takes as many steps as the students."""
     if name != "control":
-        return distillation.STUDENT if labels else distillation.STUDENT | {"gold": "none", "alpha": 1.0}
-    steps = distillation.TRANSFER_EPOCHS * math.ceil((gold + transfer) / batch)
+        return distillation.FINAL if labels else distillation.FINAL | {"gold": "none", "alpha": 1.0}
+    steps = distillation.FINAL_EPOCHS * math.ceil((gold + transfer) / batch)
     return distillation.CONTROL | {"epochs": round(steps / math.ceil(gold / batch))}
 
 

@@ -31,7 +31,7 @@ tuned_llm() { # 03 of all labels, which black_box and few_labels read
 white_box() {
     teacher
     local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}")
-    "${run[@]}" --runs control control_longer control_levers --seeds 1 2 3
+    "${run[@]}" --runs control control_longer control_levers final --seeds 1 2 3
     "${run[@]}" --seeds 1
 }
 
