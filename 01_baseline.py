@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     artifacts.finish(args, folder, {"labels": data.LABELS}, memory.peak_mb())
     for name, result in results.items():
         print(f"{name}: test accuracy {metrics.in_words(result['test'])}")
-    print(f"next: python 02_finetune_roberta.py --preset {args.preset}")
+    print(f"next: {settings.next_command(args, '02_finetune_roberta.py')}")
 
 
 if __name__ == "__main__":

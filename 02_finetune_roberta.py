@@ -13,6 +13,7 @@ Takes   on two T4s: planned 21 to 36 minutes (results/gpu/plan.csv), not measure
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,21 +59,35 @@ def finetune(
     training.save(model, tokenizer, folder / "model", folder / "checkpoints")
 
 
-def save_soft_labels(
-    args: argparse.Namespace, reviews: data.Reviews, split: str, model, tokenizer, layers, hardware, folder: Path
-) -> None:
-    """Raw logits by example_id, and pooled states of `layers`, of one split."""
+def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware, folder: Path) -> dict:
+    """Raw logits by example_id of every split, and pooled states of the mapped layers of what a student trains on.
 
-    def score(texts: list[str]) -> dict[str, np.ndarray]:
+    Returns the facts that 04a must know of them.
+    """
+    from common import distill, training
+
+    model = models.load_classifier(str(folder / "model")).to(hardware.device).eval()
+    layers = distill.mapped_layers(args.student_layers, model.config.num_hidden_layers)
+    origin = {"weights": models.weights_digest(folder / "model"), "max_length": args.max_length}
+    soft_labels = folder / "soft_labels"
+
+    def score(texts: list[str], layers: list[int]) -> dict[str, np.ndarray]:
         ids = models.encode(tokenizer, texts, args.max_length)
         return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens, layers)
 
-    scoring.in_chunks(folder, split, getattr(reviews, split), scoring.LOGITS, score)
-
-
-def origin(args: argparse.Namespace, reviews: data.Reviews, weights: str, layers: list[int]) -> dict[str, object]:
-    """What decides the soft labels; 04a refuses those of other weights, reviews or truncation."""
-    return {"weights": weights, "max_length": args.max_length, "feature_layers": layers} | reviews.fingerprints
+    for split, saved in (("validation", []), ("train", layers), ("transfer", layers)):
+        table = getattr(reviews, split)
+        own = {"feature_layers": saved, "texts": data.fingerprint(table)}
+        scoring.delete_unless_made_from(soft_labels, split, origin | own)
+        scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=saved))
+        if split == "validation":  # comes first: a collapsed teacher is refused before it scores 70,000 reviews
+            _, logits = scoring.read_scores(soft_labels, split, scoring.LOGITS)
+            training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
+    return {
+        "feature_layers": layers,
+        "teacher_layers": model.config.num_hidden_layers,
+        "teacher_width": model.config.hidden_size,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,36 +106,18 @@ def main(argv: list[str] | None = None) -> None:
         finetune(args, reviews, tokenizer, hardware, folder)
         memory.free()
 
-    from common import distill, training
-
-    model = models.load_classifier(str(folder / "model")).to(hardware.device).eval()
-    layers = distill.mapped_layers(args.student_layers, model.config.num_hidden_layers)
-    soft_labels = folder / "soft_labels"
-    scoring.made_from(soft_labels, origin(args, reviews, models.weights_digest(folder / "model"), layers))
-    # Validation comes first: a collapsed teacher is refused before it scores 70,000 reviews.
-    save_soft_labels(args, reviews, "validation", model, tokenizer, layers, hardware, soft_labels)
-    _, logits = scoring.read_scores(soft_labels, "validation", scoring.LOGITS)
-    labels = reviews.validation["label"].to_numpy()
-    training.refuse_collapse(logits, labels, COLLAPSED)
-    for split in ("train", "transfer"):
-        save_soft_labels(args, reviews, split, model, tokenizer, layers, hardware, soft_labels)
+    facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
 
     peak_mb = max(device.gather(memory.highest_peak_mb()))
     if device.rank() > 0:
         return
-    scores = metrics.describe(labels, logits)
+    _, logits = scoring.read_scores(folder / "soft_labels", "validation", scoring.LOGITS)
+    scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
     artifacts.write_json(folder / "metrics.json", {"validation": scores})
-    facts = {
-        "labels": data.LABELS,
-        "teacher": args.roberta_model,
-        "max_length": args.max_length,
-        "feature_layers": layers,
-        "teacher_layers": model.config.num_hidden_layers,
-        "teacher_width": model.config.hidden_size,
-    }
-    artifacts.finish(args, folder, facts, peak_mb)
+    made = {"teacher": args.roberta_model, "max_length": args.max_length}
+    artifacts.finish(args, folder, {"labels": data.LABELS} | made | facts, peak_mb)
     print(f"validation accuracy {metrics.in_words(scores)}")
-    print(f"next: python 03_finetune_mistral.py --preset {args.preset} (or 04a_distill_from_roberta.py)")
+    print(f"next: {settings.next_command(args, '03_finetune_mistral.py')} (or 04a_distill_from_roberta.py)")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     artifacts.finish(args, folder, facts, peak_mb)
     print(f"validation accuracy {metrics.in_words(scores)}")
-    print(f"next: python 04b_distill_from_mistral.py --preset {args.preset}")
+    print(f"next: {settings.next_command(args, '04b_distill_from_mistral.py')}")
 
 
 if __name__ == "__main__":

@@ -48,13 +48,13 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
     folder = artifacts.require(args, TEACHER_STEP, "soft_labels")
     model = folder.with_name("model")
     weights = {"weights": models.weights_digest(model)} if model.exists() else {}  # the teacher itself is not needed
-    scoring.refuse_stale(folder, weights | reviews.fingerprints, "02_finetune_roberta.py")
     logits, features = [], []
     for split in ("train", "transfer"):
         table = getattr(reviews, split)
         if not len(table):
             continue
         artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}.parquet")
+        scoring.refuse_stale(folder, split, weights, "02_finetune_roberta.py")
         in_file, scores = scoring.read_scores(folder, split, scoring.LOGITS)
         rows = distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")
         logits.append(scores[rows])
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     artifacts.finish(args, folder, {"labels": data.LABELS} | made, peak_mb)
     for name, one in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(one)}")
-    print(f"next: python 04b_distill_from_mistral.py --preset {args.preset} (or 05_benchmark.py)")
+    print(f"next: {settings.next_command(args, '04b_distill_from_mistral.py')} (or 05_benchmark.py)")
 
 
 if __name__ == "__main__":

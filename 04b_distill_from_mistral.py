@@ -25,7 +25,6 @@ from common import artifacts, data, demo, device, memory, metrics, models, scori
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 CANNOT_TEACH = "this LLM cannot teach: take another, or one that 03_finetune_mistral.py has taught more reviews"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
-PROMPT_LENGTH = 512
 LOW_LABEL_MASS = 0.5
 OTHER_TEACHER = 0.03  # another precision moves the accuracy by less, another base by more
 
@@ -53,21 +52,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--prompt", default=verbalizer.PROMPT, help="with --no-adapter: {review} where the review goes; else 03's holds"
     )
     add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="likewise")
-    add("--prompt-length", type=settings.positive_int, default=PROMPT_LENGTH, help="likewise: tokens with the review")
+    add("--prompt-length", type=settings.positive_int, default=512, help="likewise: tokens with the review")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
 
 def find_llm(args: argparse.Namespace) -> dict:
-    """What the teacher is and what it is asked: the facts that 03 recorded, or the flags of --no-adapter."""
-    asked = {"prompt": args.prompt, "label_words": args.label_words, "max_length": args.prompt_length}
+    """What the teacher is and what it is asked: 03's facts, which `args` takes on, or the flags of --no-adapter."""
+    flags = {"base": "mistral_model", "prompt": "prompt", "label_words": "label_words", "max_length": "prompt_length"}
     if not args.adapter:
-        return {"base": args.mistral_model, **asked, "adapter": False}
-    facts = artifacts.read_run(args, TEACHER_STEP)["facts"]
-    defaults = {"prompt": verbalizer.PROMPT, "label_words": list(verbalizer.LABEL_WORDS), "max_length": PROMPT_LENGTH}
-    for name, value in asked.items():
-        if value not in (defaults[name], facts[name]):
-            settings.stop(f"03's adapter was trained with {name} {facts[name]!r}: leave it so, or pass --no-adapter")
+        return {name: getattr(args, flag) for name, flag in flags.items()} | {"adapter": False}
+    facts, defaults = artifacts.read_run(args, TEACHER_STEP)["facts"], parse_args(["--preset", args.preset])
+    for name, flag in flags.items():
+        if getattr(args, flag) not in (getattr(defaults, flag), facts[name]):
+            settings.stop(f"03's adapter was trained with {flag} {facts[name]!r}: leave it so, or pass --no-adapter")
+        setattr(args, flag, facts[name])
     return facts | {"adapter": True}
 
 
@@ -86,14 +85,12 @@ def save_soft_labels(
 
     Those of other student settings took hours and still hold; those of another teacher or sample are deleted.
     """
-    decides = ("base", "prompt", "label_words", "max_length")
-    origin = {
-        "weights": models.weights_digest(adapter) if adapter else "no adapter",
-        **{name: llm[name] for name in decides},
-        **{split: data.fingerprint(getattr(reviews, split)) for split in ("validation", "train", "transfer")},
-    }
-    scoring.made_from(folder, origin)
+    origin = {"weights": models.weights_digest(adapter) if adapter else "no adapter"}
+    origin |= {name: llm[name] for name in ("base", "prompt", "label_words", "max_length")}
     splits = [split for split in ("validation", "train", "transfer") if len(getattr(reviews, split))]
+    for split in splits:
+        own = {"texts": data.fingerprint(getattr(reviews, split))}
+        scoring.delete_unless_made_from(folder, split, origin | own)
     if device.share(all(scoring.is_scored(folder, split, len(getattr(reviews, split))) for split in splits)):
         return
     base = settings.locate(args, llm["base"])
@@ -179,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.detect(args)
     print("04b_distill_from_mistral.py with")
-    settings.show(args)
     llm = find_llm(args)
+    settings.show(args)
     if args.preset == "demo":
         demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
@@ -229,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     made = {"student": args.student_model, "teacher": llm["base"], "max_length": args.max_length, "llm": llm}
     artifacts.finish(args, folder, {"labels": data.LABELS} | made | calibration, peak_mb)
     print(f"student: validation accuracy {metrics.in_words(one)}")
-    print(f"next: python 05_benchmark.py --preset {args.preset}")
+    print(f"next: {settings.next_command(args, '05_benchmark.py')}")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: d
 def time_one_by_one(loaded: Loaded, texts: list[str], hardware: device.Hardware) -> np.ndarray:
     """Milliseconds of each review, alone, from text to label."""
     times = []
-    for text in texts[: max(3, WARM_UP_REVIEWS // 4)] + texts:
+    for text in texts[: WARM_UP_REVIEWS // 4] + texts:
         hardware.synchronize()
         started = time.perf_counter()
         loaded.logits([text]).argmax()
@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         memory.free()
 
-    columns = dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)])
+    columns = dict.fromkeys([*COLUMNS, "n", "ci_low", "ci_high", *(key for row in rows for key in row)])
     table = compare(pd.DataFrame(rows).reindex(columns=list(columns)), predictions)
     artifacts.write_table(folder / "benchmark.csv", table)
     artifacts.write_table(folder / "predictions.parquet", predictions)
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         print(f"error: {len(failed)} of {len(rows)} models failed ({', '.join(failed)}); see above", file=sys.stderr)
         return 1
-    artifacts.finish(args, folder, {}, memory.peak_mb())
+    artifacts.finish(args, folder, {}, memory.highest_peak_mb())
     print(f"the table: {folder / 'benchmark.csv'}")
     return 0
 

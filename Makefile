@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-OUTPUT ?= outputs
+OUTPUT ?= outputs/demo_run
 SCRIPTS := 01_baseline 02_finetune_roberta 03_finetune_mistral 04a_distill_from_roberta 04b_distill_from_mistral 05_benchmark
 
 .PHONY: demo test test-slow kaggle-check results lint install clean
@@ -28,8 +28,8 @@ results: install
 	test -d results/weights || $(BIN)/python results/real_weights.py --output-dir results/weights
 	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	for folder in cpu_imdb scoring distillation; do bash results/$$folder/run.sh "$(DATASET)"; done
-	$(MAKE) demo OUTPUT=outputs/demo_run
-	cp outputs/demo_run/05_benchmark/benchmark.csv results/demo/
+	$(MAKE) demo
+	cp $(OUTPUT)/05_benchmark/benchmark.csv results/demo/
 	$(BIN)/python results/readme.py
 
 lint: install

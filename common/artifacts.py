@@ -200,6 +200,8 @@ def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep:
             _refuse_other(folder, state, read_json(folder / name), now)
             if state == "finished":
                 _refuse_missing(folder, folder, "pass --force")
+                for table in folder.glob("*.md"):  # the benchmark's
+                    print(table.read_text(encoding="utf-8"))
                 print(f"{folder}/ is finished with these settings; --force redoes it.")
                 raise SystemExit(0)
             print(f"{folder}/ was interrupted; continuing.")

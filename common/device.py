@@ -61,17 +61,18 @@ class Hardware:
 
 
 def world_size() -> int:
-    """How many processes share this step (torchrun's count); 1 under plain python.
-
-    Some schedulers set WORLD_SIZE alone: without a rank and an address there is nothing to join.
-    """
-    joined = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    return int(os.environ.get("WORLD_SIZE", "1")) if joined else 1
+    """How many processes share this step (torchrun's count); 1 under plain python."""
+    return int(os.environ["WORLD_SIZE"]) if _started_together() else 1
 
 
 def rank() -> int:
     """This process's number among them; 0 is the first, which speaks and writes."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if _started_together() else 0
+
+
+def _started_together() -> bool:
+    """Some schedulers set WORLD_SIZE or RANK alone: without the other and an address there is nothing to join."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def detect(args: argparse.Namespace) -> Hardware:
@@ -171,32 +172,25 @@ def first_alone(action: Callable[[], T]) -> T | None:
     """Let the first process act while all others wait, and leave with its exit code if it stops. They get None."""
     if world_size() == 1:
         return action()
-    from torch.distributed import broadcast_object_list, is_initialized
+    from torch.distributed import is_initialized
 
     if not is_initialized():
         stop("this script works as one process: start it with python instead of torchrun")
-    result, code = None, [None]
+    result = code = None
     if rank() == 0:
         try:
             result = action()
         except SystemExit as stopped:
-            broadcast_object_list([stopped.code or 0])
-            raise
-    broadcast_object_list(code)
-    if code[0] is not None:
-        raise SystemExit(code[0])
+            code = stopped.code or 0
+    code = share(code)
+    if code is not None:
+        raise SystemExit(code)
     return result
 
 
 def share(value: T) -> T:
     """The first process's value, in all."""
-    if world_size() == 1:
-        return value
-    from torch.distributed import broadcast_object_list
-
-    shared = [value]
-    broadcast_object_list(shared)
-    return shared[0]
+    return gather(value)[0]
 
 
 def gather(value: T) -> list[T]:

@@ -80,7 +80,7 @@ class Student(nn.Module):
         if not wanted:
             return {"logits": output.logits}
         layers = zip(self.projections, output.hidden_states[1:], strict=True)
-        projected = [projection(scoring.pool(hidden, attention_mask)) for projection, hidden in layers]
+        projected = [projection(models.pool(hidden, attention_mask)) for projection, hidden in layers]
         return {"logits": output.logits, "features": torch.stack(projected, dim=1)}
 
 

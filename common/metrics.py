@@ -1,7 +1,5 @@
 """What a careful reader asks of a classifier: accuracy with its interval, F1, NLL, ECE, paired comparisons."""
 
-import math
-
 import numpy as np
 
 
@@ -10,24 +8,19 @@ def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
 
 
-def wilson_interval(p: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval (Wilson 1927) of a proportion `p` seen in `n` trials; z = 1.96 gives 95%."""
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% score interval (Wilson 1927) of `hits` in `n` trials."""
+    from scipy.stats import binomtest
 
-
-def f1_positive(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """F1 of the positive class; 0 where nothing is, or is called, positive."""
-    hits = np.sum((labels == 1) & (predictions == 1))
-    total = np.sum(labels == 1) + np.sum(predictions == 1)
-    return float(2 * hits / total) if total else 0.0
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities of (n, classes) logits, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    from scipy.special import log_softmax
+
+    return log_softmax(logits.astype(np.float64), axis=1)
 
 
 def nll(labels: np.ndarray, logits: np.ndarray) -> float:
@@ -59,15 +52,16 @@ def in_words(scores: dict[str, float | int]) -> str:
 
 def describe(labels: np.ndarray, logits: np.ndarray) -> dict[str, float | int]:
     """Accuracy with its 95% interval, F1, NLL and ECE of (n, 2) logits against (n,) labels."""
+    from sklearn.metrics import f1_score
+
     predictions = logits.argmax(axis=1)
-    acc = accuracy(labels, predictions)
-    low, high = wilson_interval(acc, len(labels))
+    low, high = wilson_interval(int(np.sum(predictions == labels)), len(labels))
     scores = {
-        "accuracy": acc,
+        "accuracy": accuracy(labels, predictions),
         "ci_low": low,
         "ci_high": high,
-        "f1": f1_positive(labels, predictions),
+        "f1": f1_score(labels, predictions, zero_division=0.0),
         "nll": nll(labels, logits),
         "ece": expected_calibration_error(labels, logits),
     }
-    return {"n": len(labels)} | {name: round(value, 6) for name, value in scores.items()}
+    return {"n": len(labels)} | {name: round(float(value), 6) for name, value in scores.items()}

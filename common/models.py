@@ -14,6 +14,7 @@ from common.device import Hardware
 from common.settings import stop
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -183,6 +184,39 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: i
         for ids in token_ids(tokenizer, texts[start : start + 1000]):
             encoded.append(np.array([first, *head_and_tail(ids, max_length - 2), last], dtype=np.int32))
     return encoded
+
+
+def pad(ids: list[np.ndarray], pad_id: int, left: bool = False) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Arrays of ids as one (n, longest) int64 tensor and its attention mask."""
+    import torch
+
+    longest = max(map(len, ids))
+    padded = np.full((len(ids), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(ids), longest), dtype=np.int64)
+    for row, one in enumerate(ids):
+        place = slice(longest - len(one), None) if left else slice(len(one))
+        padded[row, place], mask[row, place] = one, 1
+    return torch.from_numpy(padded), torch.from_numpy(mask)
+
+
+def pool(hidden: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+    """(n, tokens, width) hidden states to (n, 2, width): the first token's, and the mean over real tokens.
+
+    Two tokenizers' positions do not correspond, so single positions are never matched between teacher and student.
+    """
+    import torch
+
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    return torch.stack([hidden[:, 0], mean], dim=1)
+
+
+def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+    """(n, vocabulary) next-token logits after left-padded prompts: one pass, the head on the last position alone."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model(
+        input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False
+    ).logits[:, -1]
 
 
 def weights_digest(folder: Path) -> str:

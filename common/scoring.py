@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common import device
+from common import device, models
 from common.artifacts import read_json, read_table, whole, write_json, write_table
 from common.device import Hardware
 from common.settings import stop
@@ -39,27 +39,16 @@ def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray
     return batches
 
 
-def pad(ids: list[np.ndarray], pad_id: int, left: bool = False) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Arrays of ids as one (n, longest) int64 tensor and its attention mask."""
-    import torch
-
-    longest = max(map(len, ids))
-    padded = np.full((len(ids), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(ids), longest), dtype=np.int64)
-    for row, one in enumerate(ids):
-        place = slice(longest - len(one), None) if left else slice(len(one))
-        padded[row, place], mask[row, place] = one, 1
-    return torch.from_numpy(padded), torch.from_numpy(mask)
-
-
-def to_device(
-    ids: list[np.ndarray], pad_id: int, hardware: Hardware, left: bool = False
-) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """`pad` onto the device; from pinned memory, so that a GPU computes while the next batch is padded and copied."""
-    tensors = pad(ids, pad_id, left)
-    if hardware.device == "cpu":
-        return tensors
-    return tuple(tensor.pin_memory().to(hardware.device, non_blocking=True) for tensor in tensors)
+def padded_batches(
+    ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens: int | None, left: bool = False
+) -> Iterator[tuple[np.ndarray, "torch.Tensor", "torch.Tensor"]]:
+    """Row numbers, ids and mask of each batch, on the device; copied from pinned memory, so that a GPU computes while
+    the next batch is padded and copied."""
+    for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens or hardware.batch_tokens):
+        tensors = models.pad([ids[row] for row in rows], pad_id, left)
+        if hardware.device == "cuda":
+            tensors = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in tensors)
+        yield rows, *tensors
 
 
 def in_order(batches: list["torch.Tensor"], order: list[np.ndarray]) -> np.ndarray:
@@ -70,18 +59,6 @@ def in_order(batches: list["torch.Tensor"], order: list[np.ndarray]) -> np.ndarr
     in_place = np.empty_like(joined)
     in_place[np.concatenate(order)] = joined
     return in_place
-
-
-def pool(hidden: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
-    """(n, tokens, width) hidden states to (n, 2, width): the first token's, and the mean over real tokens.
-
-    Two tokenizers' positions do not correspond, so single positions are never matched between teacher and student.
-    """
-    import torch
-
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-    return torch.stack([hidden[:, 0], mean], dim=1)
 
 
 def score_encoder(
@@ -100,25 +77,16 @@ def score_encoder(
 
     order, logits, features = [], [], []  # on the device until the end: no batch waits for the copy of another
     with torch.inference_mode(), hardware.autocast():
-        for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens or hardware.batch_tokens):
-            input_ids, mask = to_device([ids[row] for row in rows], pad_id, hardware)
+        for rows, input_ids, mask in padded_batches(ids, pad_id, hardware, batch_tokens):
             output = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(feature_layers))
             order.append(rows)
             logits.append(output.logits.float())
             if feature_layers:
-                pooled = [pool(output.hidden_states[layer].float(), mask) for layer in feature_layers]
+                pooled = [models.pool(output.hidden_states[layer].float(), mask) for layer in feature_layers]
                 features.append(torch.stack(pooled, dim=1).half())
     scores = {"scores": in_order(logits, order)}
     _require_finite(scores["scores"])
     return scores | {"features": in_order(features, order)} if features else scores
-
-
-def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
-    """(n, vocabulary) next-token logits after left-padded prompts: one pass, the head on the last position alone."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return model(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=False
-    ).logits[:, -1]
 
 
 def score_llm(
@@ -134,10 +102,9 @@ def score_llm(
 
     order, log_p = [], []
     with torch.inference_mode(), hardware.autocast():
-        for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens or hardware.batch_tokens):
-            input_ids, mask = to_device([ids[row] for row in rows], pad_id, hardware, left=True)
+        for rows, input_ids, mask in padded_batches(ids, pad_id, hardware, batch_tokens, left=True):
             order.append(rows)
-            log_p.append(label_log_probabilities(last_logits(model, input_ids, mask), label_ids))
+            log_p.append(label_log_probabilities(models.last_logits(model, input_ids, mask), label_ids))
     scores = in_order(log_p, order)
     _require_finite(scores)
     return scores
@@ -155,7 +122,7 @@ def in_chunks(
     """Score a split in chunks on disk and join them: `scores` into `split`.parquet, others into `split`_KEY.npy.
 
     The processes take turns with the chunks, and the first one joins them. A restart keeps whole chunks, whoever made
-    them; `made_from` has seen to it that model, prompt, truncation and reviews are those of the earlier ones. The
+    them; `delete_unless_made_from` has seen to it that they are of this model, prompt, truncation and texts. The
     table, written last, means that the split is finished. Host memory holds one chunk, whatever the number of reviews.
     """
     n, parts = len(reviews), folder / f"{split}_chunks"
@@ -227,28 +194,34 @@ def is_scored(folder: Path, split: str, n: int) -> bool:
     return False
 
 
-def made_from(folder: Path, origin: dict[str, object]) -> None:
-    """Record what the soft labels in `folder` are made from; delete those that something else has made.
+def delete_unless_made_from(folder: Path, split: str, origin: dict[str, object]) -> None:
+    """Record what a split's soft labels in `folder` are made from; delete those that something else has made.
 
     `origin` names everything that decides a score: the weights' digest, the prompt, the truncation, the texts.
     """
 
     def check() -> None:
         record = folder / "made_from.json"
-        if folder.exists() and (not record.exists() or read_json(record) != origin):
-            print(f"deleting {folder}/, which is of unknown origin or of other weights, texts or settings")
-            shutil.rmtree(folder)
-        write_json(record, origin)
+        recorded = read_json(record) if record.exists() else {}
+        if recorded.get(split) == origin:
+            return
+        for path in folder.glob(f"{split}[._]*"):
+            print(f"deleting {path}, which is of unknown origin or of other weights, texts or settings")
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(record, recorded | {split: origin})
 
     device.first_alone(check)
 
 
-def refuse_stale(folder: Path, origin: dict[str, object], script: str) -> None:
-    """Stop when the soft labels in `folder` were not made from `origin` (its keys; others are not compared)."""
-    recorded = read_json(folder / "made_from.json")
+def refuse_stale(folder: Path, split: str, origin: dict[str, object], script: str) -> None:
+    """Stop when a split's soft labels were not made from `origin` (its keys; others are not compared)."""
+    recorded = read_json(folder / "made_from.json").get(split, {})
     for name, value in origin.items():
         if recorded.get(name) != value:
-            stop(f"{folder}/ was made from another {name} ({recorded.get(name)}, now {value}): run {script} --force")
+            stop(
+                f"{folder}/{split}.parquet was made from another {name} ({recorded.get(name)}, now {value}): "
+                f"run {script} --force"
+            )
 
 
 def read_scores(folder: Path, split: str, columns: tuple[str, str]) -> tuple[pd.Index, np.ndarray]:

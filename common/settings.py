@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -139,7 +140,7 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
             default="auto",
             help="of the arithmetic; auto: the hardware's",
         )
-    add("--force", action=argparse.BooleanOptionalAction, default=False, help="delete this step's results and redo it")
+    add("--force", action=argparse.BooleanOptionalAction, default=False, help="redo this step, deleting its results")
     if "train" in reads:
         add("--validation-samples", type=positive_int, default=2500, help="reviews of train that choose checkpoints")
         add("--max-train-samples", type=samples, default="all", help="labelled reviews, stratified; or 'all'")
@@ -188,6 +189,13 @@ def show(args: argparse.Namespace) -> None:
         nothing = "auto" if name in ("num_processes", "batch_tokens") else "all"
         print(f"  {name} = {nothing if value is None else json.dumps(value)}")
     sys.stdout.flush()
+
+
+def next_command(args: argparse.Namespace, script: str) -> str:
+    """The command of a later script, with the flags that it must share with this one."""
+    usual = {"preset": "kaggle", "dataset": PRESETS[args.preset]["dataset"], "output_dir": "outputs"}
+    own = {name: getattr(args, name) for name, value in usual.items() if getattr(args, name) != value}
+    return " ".join(["python", script, *(f"--{name.replace('_', '-')} {shlex.quote(v)}" for name, v in own.items())])
 
 
 def locate(args: argparse.Namespace, name: str) -> str:

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
-from common import device, memory
+from common import device, memory, models
 from common.artifacts import whole
 from common.data import LABELS
 from common.device import Hardware
-from common.scoring import last_logits, pad
 from common.settings import stop
 
 # What `training_arguments` takes where no validation reviews choose a checkpoint: the last weights are kept.
+DIVERGED = "the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32"
 WITHOUT_VALIDATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
 
 
@@ -53,7 +53,7 @@ class Collator:
         self.pad_id, self.left = pad_id, left
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        input_ids, mask = pad([row["input_ids"] for row in rows], self.pad_id, self.left)
+        input_ids, mask = models.pad([row["input_ids"] for row in rows], self.pad_id, self.left)
         rest = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0] if key != "input_ids"}
         return {"input_ids": input_ids, "attention_mask": mask, **rest}
 
@@ -86,11 +86,23 @@ class SaveOften(TrainerCallback):
             control.should_save = True
 
 
+class RefuseNaN(TrainerCallback):
+    """Stops a training whose loss is no number in two logs (a tenth of the run) on end.
+
+    One may be a batch that overflowed in fp16, which the gradient scaler skips.
+    """
+
+    def on_log(self, args, state, control, **_):
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry][-2:]
+        if len(losses) == 2 and not any(map(math.isfinite, losses)):
+            stop(DIVERGED)
+
+
 class ReviewTrainer(Trainer):
     """Trainer that trains on reviews of similar length together."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, callbacks=[SaveOften()], **kwargs)
+        super().__init__(*args, callbacks=[SaveOften(), RefuseNaN()], **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         # Trainer would keep the micro-batch from before `fit_memory`, and transformers 5.0 that of the checkpoint: with
@@ -113,7 +125,7 @@ class LabelWordTrainer(ReviewTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its micro-batch: Trainer must divide
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = last_logits(model, inputs["input_ids"], inputs["attention_mask"]).float()
+        logits = models.last_logits(model, inputs["input_ids"], inputs["attention_mask"]).float()
         words = torch.tensor(self.label_ids, device=logits.device)[inputs["labels"]]
         loss = torch.nn.functional.cross_entropy(logits, words)
         return (loss, {"logits": logits[:, self.label_ids]}) if return_outputs else loss
@@ -183,7 +195,7 @@ def train(trainer: Trainer, hardware: Hardware) -> None:
         stop(f"the best checkpoint ({best}) is gone, and its weights with it: pass --force to train again")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses and not math.isfinite(losses[-1]):
-        stop("the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32")
+        stop(DIVERGED)
 
 
 def fit_memory(trainer: Trainer, hardware: Hardware) -> None:
@@ -297,8 +309,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     device.first_alone(write)
 
 
-def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str) -> float:
-    """Validation accuracy of (n, 2) logits; stops when all predictions are one class or no better than chance.
+def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str) -> None:
+    """Stop when a model's (n, 2) logits of validation are all of one class or no better than chance.
 
     Chance is one half within two standard errors, so a small validation set is not refused for its noise alone.
     """
@@ -308,4 +320,3 @@ def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str) -> floa
         stop(f"the model calls every validation review {LABELS[predictions[0]]} (it collapsed): {remedy}")
     if accuracy < 0.5 + 1 / math.sqrt(len(labels)):
         stop(f"validation accuracy is {accuracy:.3f}, no better than chance: {remedy}")
-    return accuracy

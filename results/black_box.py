@@ -110,8 +110,8 @@ def score_llm(
     if who == "other_prompt":
         origin["prompt"] = OTHER_PROMPT
     origin["weights"] = models.weights_digest(adapter) if adapter else "no adapter"
-    origin |= {split: data.fingerprint(getattr(reviews, split)) for split in ("train", "transfer")}
-    scoring.made_from(folder / who, origin)
+    for split, table in tables.items():
+        scoring.delete_unless_made_from(folder / who, split, origin | {"texts": data.fingerprint(table)})
     if all(scoring.is_scored(folder / who, split, len(table)) for split, table in tables.items()):
         return
     base = settings.locate(args, origin["base"])

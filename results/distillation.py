@@ -85,14 +85,16 @@ def make_parser(description: str, runs: dict[str, dict]) -> argparse.ArgumentPar
 
 
 def score(args, hardware: device.Hardware, model_folder: Path, reviews: pd.DataFrame, file: Path) -> np.ndarray:
-    """A model's (n, 2) logits of the reviews, saved in `file` once."""
-    if not file.exists():
+    """A model's (n, 2) logits of the reviews, saved in `file` once for these reviews."""
+    record, of = file.with_suffix(".json"), {"reviews": data.fingerprint(reviews)}
+    if not record.exists() or artifacts.read_json(record) != of:
         tokenizer = models.load_tokenizer(str(model_folder))
         model = models.load_classifier(str(model_folder)).to(hardware.device).eval()
         ids = models.encode(tokenizer, reviews["text"].tolist(), args.max_length)
         scores = scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
         with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
             np.save(handle, scores)
+        artifacts.write_json(record, of)
     return np.load(file)
 
 

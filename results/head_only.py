@@ -38,7 +38,7 @@ def main() -> None:
     rows = []
     for truncation, predictions in (("head+tail", ours), ("head (pipeline)", head)):
         accuracy = metrics.accuracy(labels, predictions)
-        low, high = metrics.wilson_interval(accuracy, len(labels))
+        low, high = metrics.wilson_interval(int(np.sum(predictions == labels)), len(labels))
         rows.append({"truncation": truncation, "n": len(labels), "accuracy": accuracy, "ci_low": low, "ci_high": high})
     table = pd.DataFrame(rows)
     table["mcnemar_p"] = metrics.mcnemar_p(ours == labels, head == labels)

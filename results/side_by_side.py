@@ -91,7 +91,7 @@ def train_textbrewer(args, hardware, teacher_folder: Path, folder: Path, train: 
         return both
 
     def adapt(batch, output) -> dict:
-        pooled = [scoring.pool(hidden, batch["attention_mask"]).flatten(0, 1) for hidden in output.hidden_states]
+        pooled = [models.pool(hidden, batch["attention_mask"]).flatten(0, 1) for hidden in output.hidden_states]
         adapted = {"logits": output.logits, "hidden": pooled}  # its "pkd" takes rows: first tokens and means, as ours
         return adapted | ({"losses": output.loss} if output.loss is not None else {})
 

@@ -234,7 +234,7 @@ def make_trainer(
 
     config, rows = configs[step], args.batch_size * (WARM_UP_STEPS + TIMED_STEPS)
     dataset = training.ReviewDataset(reviews(config, [args.max_length] * rows), np.arange(rows) % 2)
-    steps_only = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "num_train_epochs": 1}
+    steps_only = training.WITHOUT_VALIDATION | {"num_train_epochs": 1}
     if step == "03" and hardware.device == "cuda":
         steps_only["optim"] = "paged_adamw_8bit"  # 03's choice
     shared = {

@@ -14,21 +14,25 @@ LOGITS = RNG.normal(size=(400, 2)) + 1.5 * np.eye(2)[LABELS]
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (7, 10), (10, 10), (23_500, 25_000)])
 def test_wilson_interval_equals_statsmodels(hits, n):
-    assert metrics.wilson_interval(hits / n, n) == pytest.approx(
-        proportion_confint(hits, n, method="wilson"), abs=1e-12
-    )
+    assert metrics.wilson_interval(hits, n) == pytest.approx(proportion_confint(hits, n, method="wilson"), abs=1e-12)
 
 
-def test_accuracy_f1_and_nll_equal_scikit_learn():
+def by_hand_f1(labels, predictions):
+    precision, recall = labels[predictions == 1].mean(), predictions[labels == 1].mean()
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_accuracy_f1_and_nll_equal_their_definitions():
     predictions = LOGITS.argmax(axis=1)
     assert metrics.accuracy(LABELS, predictions) == sklearn_metrics.accuracy_score(LABELS, predictions)
-    assert metrics.f1_positive(LABELS, predictions) == pytest.approx(sklearn_metrics.f1_score(LABELS, predictions))
+    assert metrics.describe(LABELS, LOGITS)["f1"] == pytest.approx(by_hand_f1(LABELS, predictions), abs=1e-6)
     probabilities = np.exp(log_softmax(LOGITS, axis=1))
     assert metrics.nll(LABELS, LOGITS) == pytest.approx(sklearn_metrics.log_loss(LABELS, probabilities))
 
 
 def test_f1_is_zero_where_nothing_is_positive():
-    assert metrics.f1_positive(np.zeros(3), np.zeros(3)) == 0.0
+    nothing = np.zeros(3, dtype=int)
+    assert metrics.describe(nothing, np.array([[1.0, 0.0]] * 3))["f1"] == 0.0
 
 
 def test_nll_stays_finite_at_huge_logits():

@@ -86,8 +86,10 @@ def test_02_saves_logits_and_features_by_example_id(outputs):
     for split, n in (("train", 100), ("validation", 40), ("transfer", 60)):
         table = pd.read_parquet(folder / f"{split}.parquet")
         assert len(table) == n and table["example_id"].is_unique
-        features = np.load(folder / f"{split}_features.npy", mmap_mode="r", allow_pickle=False)
-        assert features.shape[:3] == (n, 2, 2) and features.dtype == np.float16
+        if split != "validation":  # which no student trains on
+            features = np.load(folder / f"{split}_features.npy", mmap_mode="r", allow_pickle=False)
+            assert features.shape[:3] == (n, 2, 2) and features.dtype == np.float16
+    assert not (folder / "validation_features.npy").exists()
     run = json.loads((outputs / "02_roberta" / "run.json").read_text())
     assert run["facts"]["feature_layers"][-1] == run["facts"]["teacher_layers"]
 
@@ -185,6 +187,22 @@ def test_a_model_that_fails_is_a_row_that_says_so_and_a_non_zero_exit(outputs, f
     assert not (tmp_path / "05_benchmark" / "run.json").exists()
 
 
+def test_a_table_of_failures_alone_is_written_too(outputs, flags, script, tmp_path, capsys):
+    shutil.copytree(outputs / "01_baseline", tmp_path / "01_baseline")
+    for weights in (tmp_path / "01_baseline").glob("*/*.npy"):
+        weights.write_bytes(b"")
+    assert script("05").main([*flags["05"], "--output-dir", str(tmp_path)]) == 1
+    assert "2 of 2 models failed" in capsys.readouterr().err
+    table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
+    assert table["status"].str.startswith("failed").all() and len(table) == 2
+
+
+def test_a_finished_benchmark_shows_its_table_again(outputs, flags, script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script("05").main(flags["05"])
+    assert ended.value.code == 0 and "| TF-IDF + naive Bayes" in capsys.readouterr().out
+
+
 def test_a_student_of_a_teacher_that_was_made_again_is_refused(outputs, flags, script, stops, tmp_path):
     for step in ("02_roberta", "04a_student_from_roberta"):
         (tmp_path / step).mkdir()
@@ -266,6 +284,17 @@ def test_other_student_settings_of_04b_keep_the_llms_soft_labels(outputs, flags,
     assert run["settings"]["alpha"] == 0.5
 
 
+def test_another_number_of_unlabelled_reviews_costs_the_llm_no_other_split(outputs, flags, script, tmp_path):
+    for step in ("03_mistral", "04b_student_from_mistral"):
+        shutil.copytree(outputs / step, tmp_path / step)
+    folder = tmp_path / "04b_student_from_mistral" / "soft_labels"
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")}
+    fewer = ["--max-transfer-samples", "40", "--force", "--epochs", "1"]
+    script("04b").main([*flags["04b"], "--output-dir", str(tmp_path), *fewer])
+    made_again = {file.name for file in folder.glob("*.parquet") if file.stat().st_mtime_ns != before[file.name]}
+    assert made_again == {"transfer.parquet"} and len(pd.read_parquet(folder / "transfer.parquet")) == 40
+
+
 def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(flags, script, tiny, tmp_path, monkeypatch):
     module = script("04b")
     at_chance = {"collapse": module.CANNOT_TEACH, "swap": "swapped"}
@@ -287,7 +316,8 @@ def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(flags, script, t
 
 
 def test_another_prompt_than_03s_is_refused_beside_its_adapter(outputs, flags, script, stops):
-    for wrong in (["--prompt", "{review} Good or bad?"], ["--label-words", "bad", "good"], ["--prompt-length", "64"]):
+    wrongs = (["--prompt", "{review} Good or bad?"], ["--label-words", "bad", "good"], ["--prompt-length", "64"])
+    for wrong in (*wrongs, ["--mistral-model", "another/model"]):
         stops(lambda wrong=wrong: script("04b").main([*flags["04b"], *wrong]), "03's adapter", "--no-adapter")
 
 

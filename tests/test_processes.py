@@ -78,6 +78,8 @@ def test_two_processes_train_and_score_like_one(flags, script, tmp_path, capsys)
         ]
         assert tables[0]["example_id"].tolist() == tables[1]["example_id"].tolist()
         np.testing.assert_allclose(tables[0]["logit_positive"], tables[1]["logit_positive"], atol=2e-3)
+        if split == "validation":
+            continue  # no features: no student trains on it
         states = [
             np.load(tmp_path / n / "02_roberta" / "soft_labels" / f"{split}_features.npy") for n in ("one", "two")
         ]

@@ -33,7 +33,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
     ids, labels, tokenizer = batch
     model.train()
     model.zero_grad()
-    logits = scoring.last_logits(model, *scoring.pad(ids, tokenizer.pad_token_id, left=True)).float()
+    logits = models.last_logits(model, *models.pad(ids, tokenizer.pad_token_id, left=True)).float()
     torch.nn.functional.cross_entropy(logits, torch.tensor([labels[row % 2] for row in range(len(ids))])).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 

@@ -31,7 +31,7 @@ def test_batches_hold_every_review_once_under_the_token_budget():
 
 def test_pooling_ignores_padding():
     hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
-    pooled = scoring.pool(hidden, torch.tensor([[1, 1, 0]]))
+    pooled = models.pool(hidden, torch.tensor([[1, 1, 0]]))
     assert pooled.tolist() == [[[1.0, 2.0], [2.0, 3.0]]]
 
 
@@ -118,14 +118,16 @@ def test_a_finished_split_is_not_scored_again(tmp_path):
 
 def test_soft_labels_of_another_origin_are_deleted_and_those_of_the_same_stay(tmp_path, stops):
     folder = tmp_path / "soft_labels"
-    scoring.made_from(folder, {"weights": "a", "max_length": 64})
-    (folder / "train.parquet").write_bytes(b"")
-    scoring.made_from(folder, {"weights": "a", "max_length": 64})
-    assert (folder / "train.parquet").exists()
-    scoring.refuse_stale(folder, {"weights": "a"}, "02_finetune_roberta.py")
-    stops(lambda: scoring.refuse_stale(folder, {"weights": "b"}, "02_finetune_roberta.py"), "another weights")
-    scoring.made_from(folder, {"weights": "b", "max_length": 64})
-    assert not (folder / "train.parquet").exists()
+    for split in ("train", "transfer"):
+        scoring.delete_unless_made_from(folder, split, {"weights": "a", "texts": 1})
+        (folder / f"{split}.parquet").write_bytes(b"")
+        (folder / f"{split}_chunks").mkdir()
+    scoring.delete_unless_made_from(folder, "train", {"weights": "a", "texts": 1})
+    scoring.delete_unless_made_from(folder, "transfer", {"weights": "a", "texts": 2})  # another number of reviews
+    assert (folder / "train.parquet").exists() and (folder / "train_chunks").exists()
+    assert not list(folder.glob("transfer*"))
+    scoring.refuse_stale(folder, "train", {"weights": "a"}, "02_finetune_roberta.py")
+    stops(lambda: scoring.refuse_stale(folder, "train", {"weights": "b"}, "02_finetune_roberta.py"), "another weights")
 
 
 MEMORY = """
