@@ -70,7 +70,7 @@ def stop(message: str) -> NoReturn:
     Of several processes that all stop for the same reason the first one tells it; one that stops alone tells it late.
     """
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)  # the first process's end ends this one before
+        time.sleep(30)  # the first process's end ends this one before, on a busy machine too
     print(f"error: {message}", file=sys.stderr)
     raise Stop(message)
 
