@@ -157,7 +157,7 @@ def write_black_box(args, hardware, folder: Path, scored: Path, reviews: data.Re
     of_runs = {run: teachers[teacher_of(run)] for run in RUNS if teacher_of(run) in teachers}
     made = distillation.make_table(args, folder, labels, RUNS, of_runs)
     distillation.write_runs(args.tables / "black_box.csv", pd.concat([pd.DataFrame(teacher_rows), made]))
-    right = distillation.right_by_run(folder, labels, ["control", "tuned"])
+    right = distillation.right_by_run(folder, labels, "tuned", ["control"])
     if right:
         of_part = {run: one[:, rows] for run, one in right.items()}
         teacher = (teachers["tuned"].argmax(axis=1) == labels)[rows]

@@ -351,11 +351,15 @@ def claim(right: dict[str, np.ndarray], student: str, controls: list[str], teach
     return row
 
 
-def right_by_run(folder: Path, labels: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
-    """(seeds, n) booleans by run, of the seeds that all of them are tested with; empty when there is none."""
-    made = finished(folder, dict.fromkeys(names, {}))
-    seeds = sorted(set.intersection(*({seed for name, seed in made if name == wanted} for wanted in names)))
-    if not seeds:
+def right_by_run(folder: Path, labels: np.ndarray, student: str, controls: list[str]) -> dict[str, np.ndarray]:
+    """(seeds, n) booleans by run, of the student's seeds: itself, and those of the controls that have all of them.
+
+    Empty where the student or the first of the controls, against which gaps are measured, is not finished.
+    """
+    made = finished(folder, dict.fromkeys([student, *controls], {}))
+    seeds = [seed for name, seed in made if name == student]
+    names = [student, *(name for name in controls if all((name, seed) in made for seed in seeds))]
+    if not seeds or controls[0] not in names:
         return {}
     files = {name: [folder / f"{name}-{seed}" / "test_logits.npy" for seed in seeds] for name in names}
     return {name: np.stack([np.load(file).argmax(axis=1) == labels for file in of]) for name, of in files.items()}
@@ -395,9 +399,9 @@ def write_white_box(args, hardware, folder: Path, of_teacher: Path, test: pd.Dat
     first = pd.DataFrame([describe_teacher(args, "teacher", args.max_train_samples, labels, teacher)])
     made = make_table(args, folder, labels, RUNS, dict.fromkeys(RUNS, teacher))
     write_runs(args.tables / "white_box.csv", pd.concat([first, made]))
-    controls = ["control", "control_longer", "control_levers"]
-    right = right_by_run(folder, labels, [*controls, "final"])
+    right = right_by_run(folder, labels, "final", ["control", "control_longer", "control_levers"])
     if right:
+        controls = [name for name in right if name != "final"]
         right["teacher"] = (teacher.argmax(axis=1) == labels)[None]
         row = claim(right, "final", controls, "teacher")
         artifacts.write_table(args.tables / "claim.csv", pd.DataFrame([row]).round(6))

@@ -82,6 +82,17 @@ def test_the_black_box_runs_share_student_and_control_with_the_white_box():
     assert black_box.RUNS["tuned"] == distillation.RUNS["final"]
 
 
+def test_a_claim_is_made_against_the_controls_that_have_all_its_seeds(tmp_path):
+    seeds = {"final": (1, 2), "control": (1, 2, 3), "control_longer": (1,), "control_levers": (1, 2)}
+    for name, seed in ((name, seed) for name, all_of in seeds.items() for seed in all_of):
+        artifacts.write_json(tmp_path / f"{name}-{seed}" / "seconds.json", {"seconds": 1})
+        np.save(tmp_path / f"{name}-{seed}" / "test_logits.npy", logits(0.8, seed))
+    right = distillation.right_by_run(tmp_path, LABELS, "final", ["control", "control_longer", "control_levers"])
+    assert set(right) == {"final", "control", "control_levers"}
+    assert all(of.shape == (2, 200) for of in right.values())
+    assert distillation.right_by_run(tmp_path, LABELS, "final", ["control_longer"]) == {}
+
+
 def test_the_claim_compares_seed_means_review_by_review():
     rng = np.random.default_rng(0)
     right = {
