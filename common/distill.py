@@ -91,6 +91,8 @@ class DistillationTrainer(training.ReviewTrainer):
     No teacher model is ever loaded.
     """
 
+    gradient_copies = 1  # a term's, of a step that is logged
+
     def __init__(self, *args, alpha: float, temperature: float, feature_weight: float, soft_loss: str = "kl", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight

@@ -101,6 +101,8 @@ class RefuseNaN(TrainerCallback):
 class ReviewTrainer(Trainer):
     """Trainer that trains on reviews of similar length together."""
 
+    gradient_copies = 0  # that a step may hold beside the gradient itself, and the memory trial does not see
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, callbacks=[SaveOften(), RefuseNaN()], **kwargs)
 
@@ -201,8 +203,8 @@ def train(trainer: Trainer, hardware: Hardware) -> None:
 def fit_memory(trainer: Trainer, hardware: Hardware) -> None:
     """Try one step at the longest review, and halve the micro-batch until it fits on every process's device.
 
-    Accumulation makes up for it, so the batch stays what it was. Memory for what comes later, Adam's two moments and
-    the buckets in which processes exchange gradients, is taken during the trial.
+    Accumulation makes up for it, so the batch stays what it was. Memory for what comes later, Adam's two moments, the
+    gradients of single loss terms and the buckets in which processes exchange gradients, is taken during the trial.
     """
     arguments, dataset = trainer.args, trainer.train_dataset
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
@@ -210,7 +212,7 @@ def fit_memory(trainer: Trainer, hardware: Hardware) -> None:
     longest = max(range(len(dataset)), key=lambda row: len(dataset.ids[row]))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adam = 2 if "8bit" in str(arguments.optim) else 8  # bytes a parameter
-    later = trainable * (adam + (4 if hardware.processes > 1 else 0))
+    later = trainable * (adam + 4 * trainer.gradient_copies + (4 if hardware.processes > 1 else 0))
 
     def step(micro_batch: int) -> None:
         reserved = torch.empty(later if hardware.device == "cuda" else 0, dtype=torch.uint8, device=arguments.device)
