@@ -23,8 +23,8 @@ from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
 
-# What `training_arguments` takes where no validation reviews choose a checkpoint: the last weights are kept.
 DIVERGED = "the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32"
+# What `training_arguments` takes where no validation reviews choose a checkpoint: the last weights are kept.
 WITHOUT_VALIDATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
 
 
