@@ -59,10 +59,12 @@ def finetune(
     training.save(model, tokenizer, folder / "model", folder / "checkpoints")
 
 
-def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware, folder: Path) -> dict:
+def save_soft_labels(
+    args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware, folder: Path
+) -> tuple[dict, dict]:
     """Raw logits by example_id of every split, and pooled states of the mapped layers of what a student trains on.
 
-    Returns the facts that 04a must know of them.
+    Returns the teacher's figures on validation, and the facts that 04a must know.
     """
     from common import distill, training
 
@@ -83,7 +85,8 @@ def save_soft_labels(args: argparse.Namespace, reviews: data.Reviews, tokenizer,
         if split == "validation":  # comes first: a collapsed teacher is refused before it scores 70,000 reviews
             _, logits = scoring.read_scores(soft_labels, split, scoring.LOGITS)
             training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
-    return {
+            scores = metrics.describe(table["label"].to_numpy(), logits)
+    return scores, {
         "feature_layers": layers,
         "teacher_layers": model.config.num_hidden_layers,
         "teacher_width": model.config.hidden_size,
@@ -106,13 +109,11 @@ def main(argv: list[str] | None = None) -> None:
         finetune(args, reviews, tokenizer, hardware, folder)
         memory.free()
 
-    facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
+    scores, facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
 
     peak_mb = max(device.gather(memory.highest_peak_mb()))
     if device.rank() > 0:
         return
-    _, logits = scoring.read_scores(folder / "soft_labels", "validation", scoring.LOGITS)
-    scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
     artifacts.write_json(folder / "metrics.json", {"validation": scores})
     made = {"teacher": args.roberta_model, "max_length": args.max_length}
     artifacts.finish(args, folder, {"labels": data.LABELS} | made | facts, peak_mb)

@@ -68,10 +68,12 @@ def test_the_benchmark_is_no_work_for_several_processes(monkeypatch, stops):
     stops(lambda: device.first_alone(lambda: None), "torchrun")  # as 01 would, which has no GPU to choose
 
 
-def test_a_schedulers_world_size_alone_is_no_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    assert device.world_size() == 1 and detect().processes == 1
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "2"), ("RANK", "1")])
+def test_a_schedulers_variable_alone_is_no_torchrun(monkeypatch, name, value):
+    for one in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(one, raising=False)
+    monkeypatch.setenv(name, value)
+    assert device.world_size() == 1 and device.rank() == 0 and detect().processes == 1
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_at_once(stops):

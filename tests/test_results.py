@@ -5,12 +5,13 @@ import re
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from statsmodels.stats.contingency_tables import mcnemar
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
-from common import artifacts, models
+from common import artifacts, device, models
 
 sys.path.insert(0, str(ROOT))
 from results import black_box, distillation, few_labels, side_by_side
@@ -80,6 +81,20 @@ def test_a_teacher_that_read_a_part_is_compared_on_that_part(table):
 def test_the_black_box_runs_share_student_and_control_with_the_white_box():
     assert black_box.RUNS["control"] == distillation.RUNS["control"]
     assert black_box.RUNS["tuned"] == distillation.RUNS["final"]
+
+
+def test_saved_logits_are_read_again_for_the_same_reviews_alone(tmp_path, tiny):
+    reviews = pd.DataFrame({"example_id": ["a", "b", "c"], "text": ["good", "bad", "fine"], "label": [1, 0, 1]})
+    args, file = argparse.Namespace(max_length=16, batch_tokens=None), tmp_path / "test_logits.npy"
+    models.load_classifier(str(tiny / "distilbert")).save_pretrained(tmp_path / "model")
+    models.load_tokenizer(str(tiny / "distilbert")).save_pretrained(tmp_path / "model")
+    first, again, others = (
+        distillation.score(args, device.Hardware("cpu", "fp32", "CPU"), tmp_path / "model", part, file)
+        for part in (reviews, reviews, reviews[::-1])
+    )
+    assert np.array_equal(first, again)
+    np.testing.assert_allclose(others, first[::-1], atol=1e-5)
+    assert not np.allclose(others, first, atol=1e-4)
 
 
 def test_a_claim_is_made_against_the_controls_that_have_all_its_seeds(tmp_path):
