@@ -8,9 +8,7 @@ scores as in 04b. Three more runs repeat, one at a time, the mistakes by which e
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
     python results/black_box.py $common --runs tuned --seeds 1
-    python results/black_box.py $common --read-test
-
-Writes with --read-test results/distillation/black_box.csv, one row a run, and black_box_claim.csv.
+    python results/tables.py
 """
 
 import argparse
@@ -22,7 +20,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, data, device, memory, models, scoring, settings, verbalizer
-from results import distillation
+from results import distillation, tables
 from results.true_size import script
 
 OTHER_PROMPT = "Review: {review}\nThe sentiment of this review is"
@@ -46,7 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def teacher_of(run: str) -> str:
-    """The teacher of a run's student; the control is measured against the tuned one."""
+    """The teacher of a run's student."""
     return run if run in TEACHERS else "tuned"
 
 
@@ -139,50 +137,49 @@ def read_teacher(folder: Path, calibration: str, splits: tuple[str, ...]) -> dic
     return {split: verbalizer.teacher_logits(odds, bias) for split, odds in log_odds.items()}
 
 
-def write_black_box(args, hardware, folder: Path, scored: Path, reviews: data.Reviews) -> None:
-    """black_box.csv, and black_box_claim.csv: the tuned teacher's student beside the control and beside its teacher."""
-    test, labels = reviews.test, reviews.test["label"].to_numpy()
-    rows = np.sort(data.stratified_order(test["label"], args.seed)[: args.llm_test_samples])
-    teachers, teacher_rows = {}, []
-    for name, (who, calibration) in TEACHERS.items():
-        if not (scored / who / "transfer.parquet").exists():
-            continue
-        score_llm(args, hardware, who, reviews, scored, {"test": test.iloc[rows]})
-        read = read_teacher(scored / who, calibration, ("test",))["test"]
-        gold = 0 if who == "as_it_is" else args.max_train_samples
-        teacher_rows.append(distillation.describe_teacher(args, f"{name}_teacher", gold, labels[rows], read))
-        teachers[name] = np.full((len(labels), 2), np.nan, np.float32)
-        teachers[name][rows] = read
-    distillation.read_test(args, hardware, folder, test, RUNS)
-    of_runs = {run: teachers[teacher_of(run)] for run in RUNS if teacher_of(run) in teachers}
-    made = distillation.make_table(args, folder, labels, RUNS, of_runs)
-    distillation.write_runs(args.tables / "black_box.csv", pd.concat([pd.DataFrame(teacher_rows), made]))
-    right = distillation.right_by_run(folder, labels, "tuned", ["control"])
-    if right:
-        of_part = {run: one[:, rows] for run, one in right.items()}
-        teacher = (teachers["tuned"].argmax(axis=1) == labels)[rows]
-        lead = distillation.claim(right, "tuned", ["control"])
-        behind = distillation.claim(of_part | {"tuned_teacher": teacher[None]}, "tuned", ["tuned_teacher"])
-        artifacts.write_table(args.tables / "black_box_claim.csv", pd.DataFrame([lead, behind]).round(6))
+def keep_teacher(
+    args, hardware: device.Hardware, name: str, reviews: data.Reviews, scored: Path, runs: Path, test: bool
+) -> dict:
+    """What a teacher says of each split, calibrated, in `runs`; made there unless it is there.
+
+    Of test it reads --llm-test-samples reviews; NaN of the others.
+    """
+    rows = np.sort(data.stratified_order(reviews.test["label"], args.seed)[: args.llm_test_samples])
+    splits = {"train": reviews.train, "transfer": reviews.transfer}
+    splits |= {"test": reviews.test.iloc[rows]} if test else {}
+    of = {split: data.fingerprint(table) for split, table in splits.items()}
+    kept = tables.read_run(runs, f"{name}_teacher", args.seed)
+    if kept and of.items() <= kept["reviews"].items():
+        return kept
+    artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints, distillation.SAME)
+    who, calibration = TEACHERS[name]
+    score_llm(args, hardware, who, reviews, scored, splits)
+    scores = read_teacher(scored / who, calibration, tuple(splits))
+    if test:
+        every = np.full((len(reviews.test), 2), np.nan, np.float32)
+        every[rows] = scores["test"]
+        scores["test"] = every
+    gold = 0 if who == "as_it_is" else len(reviews.train)
+    about = {"gold": gold, "transfer": 0, "teacher": None, "seconds": None, "reviews": of}
+    tables.keep(runs, f"{name}_teacher", args.seed, about, scores)
+    return tables.read_run(runs, f"{name}_teacher", args.seed)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.detect(args)
     reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
-    artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints, distillation.SAME)
     folder, scored = Path(args.output_dir, "distillation"), Path(args.output_dir, "black_box")
-    if args.read_test:
-        return write_black_box(args, hardware, folder, scored, reviews)
-    ids = distillation.encode_reviews(args, reviews)
+    runs, ids = args.tables / "runs", distillation.encode_reviews(args, reviews)
+    distillation.keep_labels(args, runs, reviews)
     for seed in args.seeds:
         for name in args.runs:
-            who, calibration = TEACHERS[teacher_of(name)]
-            score_llm(args, hardware, who, reviews, scored, {"train": reviews.train, "transfer": reviews.transfer})
-            teacher = read_teacher(scored / who, calibration, ("train", "transfer"))
-            soft = {split: (teacher[split], None) for split in ("train", "transfer")}
-            distillation.make_run(args, hardware, RUNS[name], name, seed, folder, reviews, ids, soft)
-            distillation.write_validation(args, hardware, folder, reviews.validation, RUNS, "black_box_validation.csv")
+            soft, teacher = {}, None
+            if name != "control":
+                teacher = f"{teacher_of(name)}_teacher"
+                kept = keep_teacher(args, hardware, teacher_of(name), reviews, scored, runs, args.read_test)
+                soft = {split: (kept["scores"][split], None) for split in ("train", "transfer")}
+            distillation.make_run(args, hardware, name, RUNS[name], seed, folder, runs, reviews, ids, soft, teacher)
 
 
 if __name__ == "__main__":

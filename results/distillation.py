@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """The proof of the white-box method: students of one teacher against students without, on real reviews and weights.
 
-Each run trains a student on the same gold reviews. Levers are chosen on validation; test is read when the recipe is
-frozen, by --read-test. An interrupted part continues where it stopped: finished runs are not trained again. The teacher
-is 02's folder under --output-dir, made by 02_finetune_roberta.py with the same subsets.
+Each run trains a student on the same gold reviews and leaves its score of every review in results/distillation/runs/,
+from which results/tables.py makes the tables. Levers are chosen on validation; test is read when the recipe is frozen,
+by --read-test. An interrupted part continues where it stopped: finished runs are not trained again. The teacher is 02's
+folder under --output-dir, made by 02_finetune_roberta.py with the same subsets.
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
     python results/distillation.py $common --runs control logits --seeds 1
-    python results/distillation.py $common --read-test
+    python results/tables.py
 
-Writes results/distillation/validation.csv, and with --read-test white_box.csv (one row a run) and claim.csv.
 `results/distillation/run.sh` holds the commands of all tables.
 """
 
@@ -24,16 +24,15 @@ import pandas as pd
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, data, device, metrics, models, scoring, settings
+from common import artifacts, data, device, models, scoring, settings
+from results import tables
 
-TABLES = Path(__file__).parent / "distillation"
-COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 TEACHER_STEP = "02_roberta"
 SAME = ("seed", "validation_samples", "max_train_samples")  # a teacher has learned from the same labels, no more
-# What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first, of
-# `transfer_samples` or else --max-transfer-samples; `labels`: the teacher's "logits", its "argmax", or none; `gold`:
-# "all" gold reviews, "none", or the negative ones first of a label-sorted file, cut (the old mistake); `base`: the
-# student as downloaded, after masked-language modelling ("mlm"), or as another run of the same seed left it.
+# What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first; `labels`:
+# the teacher's "logits", its "argmax", or none; `gold`: "all" gold reviews, "none", or the negative ones first of a
+# label-sorted file, cut (the old mistake); `base`: the student as downloaded, after masked-language modelling ("mlm"),
+# or as another run of the same seed left it.
 GOLD_EPOCHS, TRANSFER_EPOCHS, FINAL_EPOCHS, MLM_EPOCHS = 6, 2, 4, 2
 STUDENT = {
     "transfer": 1.0,
@@ -57,7 +56,6 @@ RUNS = {
     "argmax_labels": STUDENT | {"labels": "argmax", "alpha": 0.0},
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
     "gold_last": CONTROL | {"base": "logits", "epochs": 1, "learning_rate": 2e-5},
-    "more_transfer": STUDENT | {"transfer_samples": 16000},
     "final": FINAL,
     "confident": STUDENT | {"transfer": 0.75},
     "control_levers": CONTROL | {"base": "mlm"},
@@ -77,34 +75,60 @@ def make_parser(description: str, runs: dict[str, dict]) -> argparse.ArgumentPar
     settings.add_training_flags(parser, epochs=2, learning_rate=1e-4, batch_size=32, micro_batch_size=32)
     add("--temperature", type=settings.positive, default=2.0, help="of the KL term")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
-    add("--runs", nargs="+", choices=list(runs), default=list(runs), help="which to train; the table holds all found")
+    add("--runs", nargs="+", choices=list(runs), default=list(runs), help="which to make; finished ones stay")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the student's training; the subsets are --seed's")
-    add("--tables", type=Path, default=TABLES, help="where the tables are written")
-    add("--read-test", action="store_true", help="train nothing: test the finished runs and write their table")
+    add("--tables", type=Path, default=tables.TABLES, help="whose folder runs/ keeps what each run says")
+    add("--read-test", action="store_true", help="the recipe is frozen: the runs score the test reviews too")
     return parser
 
 
-def score(args, hardware: device.Hardware, model_folder: Path, reviews: pd.DataFrame, file: Path) -> np.ndarray:
-    """A model's (n, 2) logits of the reviews, saved in `file` once for these reviews."""
-    record, of = file.with_suffix(".json"), {"reviews": data.fingerprint(reviews)}
-    if not record.exists() or artifacts.read_json(record) != of:
-        tokenizer = models.load_tokenizer(str(model_folder))
-        model = models.load_classifier(str(model_folder)).to(hardware.device).eval()
-        ids = models.encode(tokenizer, reviews["text"].tolist(), args.max_length)
-        scores = scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
-        with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
-            np.save(handle, scores)
-        artifacts.write_json(record, of)
-    return np.load(file)
+def score(args, hardware: device.Hardware, model_folder: Path, reviews: pd.DataFrame) -> np.ndarray:
+    """A model's (n, 2) logits of the reviews."""
+    tokenizer = models.load_tokenizer(str(model_folder))
+    model = models.load_classifier(str(model_folder)).to(hardware.device).eval()
+    ids = models.encode(tokenizer, reviews["text"].tolist(), args.max_length)
+    return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
 
 
-def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """The teacher's logits, and (features, rows), of a table's reviews."""
+def keep_teacher(args, hardware, runs: Path, reviews: data.Reviews, test: bool) -> dict:
+    """What 02's teacher says of each split, in `runs`; made there unless it is there.
+
+    Students learn from what is kept, so they can be trained without their teacher.
+    """
+    splits = {split: getattr(reviews, split) for split in ("train", "transfer", "validation")}
+    splits |= {"test": reviews.test} if test else {}
+    of = {split: data.fingerprint(table) for split, table in splits.items()}
+    kept = tables.read_run(runs, "teacher", args.seed)
+    if kept and of.items() <= kept["reviews"].items():
+        return kept
+    artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints, SAME)
+    model, folder = (artifacts.require(args, TEACHER_STEP, part) for part in ("model", "soft_labels"))
+    scores = {split: read_soft_labels(folder, split, table)[0] for split, table in splits.items() if split != "test"}
+    scores |= {"test": score(args, hardware, model, reviews.test)} if test else {}
+    about = {"gold": len(reviews.train), "transfer": 0, "teacher": None, "seconds": None, "reviews": of}
+    tables.keep(runs, "teacher", args.seed, about | {"weights": models.weights_digest(model)}, scores)
+    return tables.read_run(runs, "teacher", args.seed)
+
+
+def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """02's logits of a table's reviews, and their rows in its files."""
     from common import distill
 
     in_file, scores = scoring.read_scores(folder, split, scoring.LOGITS)
     rows = distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")
-    return scores[rows], (artifacts.read_array(folder / f"{split}_features.npy", len(in_file)), rows)
+    return scores[rows], rows
+
+
+def read_features(args, teacher: dict, reviews: data.Reviews) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """02's hidden states by split, and the rows of these reviews in them; only the kept teacher's own will do."""
+    model, folder = (artifacts.require(args, TEACHER_STEP, part) for part in ("model", "soft_labels"))
+    if models.weights_digest(model) != teacher["weights"]:
+        settings.stop(f"{model}/ is not the teacher that {tables.TABLES.name}/runs/ keeps: delete runs/ to start again")
+    found = {}
+    for split in ("train", "transfer"):
+        rows = read_soft_labels(folder, split, getattr(reviews, split))[1]
+        found[split] = np.load(folder / f"{split}_features.npy", mmap_mode="r"), rows
+    return found
 
 
 class Texts(Dataset):
@@ -173,10 +197,7 @@ def base_of(args, run: dict, seed: int, folder: Path) -> str:
     """The folder or name of the weights that a run's student starts from."""
     if run["base"] == "downloaded":
         return args.student_model
-    base = folder / "mlm" if run["base"] == "mlm" else folder / f"{run['base']}-{seed}" / "model"
-    if not base.exists():
-        settings.stop(f"{base} is missing: put {run['base']} before the run that starts from it")
-    return str(base)
+    return str(folder / "mlm" if run["base"] == "mlm" else folder / f"{run['base']}-{seed}" / "model")
 
 
 def chosen_rows(run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -226,7 +247,7 @@ def train_run(args, hardware, run: dict, seed: int, folder: Path, base: str, rev
     )
 
 
-def made_from(args, run: dict, seed: int, folder: Path, reviews: data.Reviews, soft: dict) -> dict:
+def made_from(args, run: dict, seed: int, runs: Path, reviews: data.Reviews, soft: dict) -> dict:
     """What decides a run's student: its recipe, the settings, the reviews and the teacher's logits.
 
     `transfer_reviews` counts the unlabelled ones that it reads, or that the run read from which it starts.
@@ -238,173 +259,62 @@ def made_from(args, run: dict, seed: int, folder: Path, reviews: data.Reviews, s
     about |= {split: data.fingerprint(getattr(reviews, split)) for split in splits}
     about["transfer_reviews"] = round(share * len(reviews.transfer))
     if run["base"] not in ("downloaded", "mlm"):
-        before = artifacts.read_json(Path(base_of(args, run, seed, folder)).with_name("made_from.json"))
-        about["transfer_reviews"] = before["transfer_reviews"]
+        before = tables.read_run(runs, run["base"], seed)
+        if before is None:
+            settings.stop(f"{run['base']}, seed {seed}, is missing: put it before the run that starts from it")
+        about["transfer_reviews"] = before["transfer"]
     if run["labels"] != "none":
         about["teacher"] = {split: hashlib.sha256(logits.tobytes()).hexdigest() for split, (logits, _) in soft.items()}
     return about
 
 
-def make_run(args, hardware, run: dict, name: str, seed: int, folder: Path, reviews, ids: dict, soft: dict) -> None:
-    """A run's student, unless it is there; stops when the one that is there was made from something else."""
-    here = folder / f"{name}-{seed}"
+def keep_labels(args, runs: Path, reviews: data.Reviews) -> None:
+    """The gold labels that everything is measured by."""
+    splits = splits_to_keep(args, reviews)
+    tables.keep_labels(runs, {split: table["label"].to_numpy() for split, table in splits.items()})
+
+
+def splits_to_keep(args, reviews: data.Reviews) -> dict[str, pd.DataFrame]:
+    """The reviews that a run scores for the tables: test once the recipe is frozen."""
+    return {"validation": reviews.validation} | ({"test": reviews.test} if args.read_test else {})
+
+
+def refuse_other(now: dict, then: dict, path: Path) -> None:
+    """Stop when what lies at `path` was made from something else."""
+    if then != now:
+        settings.stop(f"{path} was made with other settings, reviews or teacher: delete it to make it again")
+
+
+def make_run(
+    args, hardware, name: str, run: dict, seed: int, folder: Path, runs: Path, reviews, ids: dict, soft: dict, teacher
+) -> None:
+    """A run's student in `folder` and what it says in `runs`, unless they are there.
+
+    Stops when the one that is there was made from something else.
+    """
+    here, splits = folder / f"{name}-{seed}", splits_to_keep(args, reviews)
     artifacts.lock(here)
-    record, about, continued = here / "made_from.json", made_from(args, run, seed, folder, reviews, soft), here.exists()
+    of_this, kept = made_from(args, run, seed, runs, reviews, soft), tables.read_run(runs, name, seed)
+    if kept and splits.keys() <= kept["scores"].keys():
+        return refuse_other(of_this, kept["made_from"], runs / f"{name}-{seed}.json")
+    record, continued = here / "made_from.json", here.exists()
     if not continued:
-        artifacts.write_json(record, about)
-    if artifacts.read_json(record) != about:
-        settings.stop(f"{here}/ was made with other settings, reviews or teacher: delete it to make it again")
-    if (here / "seconds.json").exists():
-        return
-    print(f"{name}, seed {seed}", flush=True)
-    if run["base"] == "mlm":
-        tokenizer = models.load_tokenizer(args.student_model)
-        pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
-    started = time.time()
-    train_run(args, hardware, run, seed, here, base_of(args, run, seed, folder), reviews, ids, soft)
-    # An interrupted training's seconds are not known: the time of its first part is gone.
-    artifacts.write_json(here / "seconds.json", {"seconds": None if continued else round(time.time() - started)})
-
-
-def finished(folder: Path, runs: dict[str, dict]) -> list[tuple[str, int]]:
-    """The (name, seed) of the runs that are trained, by seed within a name."""
-    found = []
-    for name in runs:
-        seeds = [int(file.parent.name.rpartition("-")[2]) for file in folder.glob(f"{name}-*/seconds.json")]
-        found += [(name, seed) for seed in sorted(seeds)]
-    return found
-
-
-def describe_teacher(args, name: str, gold: int, labels: np.ndarray, logits: np.ndarray) -> dict:
-    """The row of a teacher that has learned from `gold` labelled reviews."""
-    quality = metrics.describe(labels, logits)
-    row = {"run": name, "seed": args.seed, "gold": gold, "transfer": 0, "n_test": quality["n"]}
-    scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high", "nll", "ece")}
-    return row | scores
-
-
-def gap_closed(labels: np.ndarray, student: np.ndarray, control: np.ndarray, teacher: np.ndarray) -> float | None:
-    """(student - control) / (teacher - control) of accuracies, by (n, 2) logits; None where the teacher leads by less
-    than a point."""
-    of_student, of_control, of_teacher = (
-        metrics.accuracy(labels, logits.argmax(axis=1)) for logits in (student, control, teacher)
-    )
-    return (of_student - of_control) / (of_teacher - of_control) if of_teacher - of_control >= 0.01 else None
-
-
-def make_table(
-    args, folder: Path, labels: np.ndarray, runs: dict[str, dict], teachers: dict[str, np.ndarray]
-) -> pd.DataFrame:
-    """One row a tested run, compared with its teacher and with the control of its seed.
-
-    A run's teacher is (n, 2) logits, NaN where it has not read the review: gap and agreement are of the others.
-    """
-    tested = {
-        (name, seed): np.load(folder / f"{name}-{seed}" / "test_logits.npy") for name, seed in finished(folder, runs)
-    }
-    rows = []
-    for (name, seed), logits in tested.items():
-        control, teacher, gap, p = tested.get(("control", seed)), teachers[name], None, None
-        both = np.isfinite(teacher[:, 0])
-        if control is not None and name != "control":
-            gap = gap_closed(labels[both], logits[both], control[both], teacher[both])
-            p = metrics.mcnemar_p(logits.argmax(axis=1) == labels, control.argmax(axis=1) == labels)
-        quality = metrics.describe(labels, logits)
-        rows.append(
-            {
-                "run": name,
-                "seed": seed,
-                "gold": args.max_train_samples // (2 if runs[name]["gold"] == "label-sorted" else 1),
-                "transfer": artifacts.read_json(folder / f"{name}-{seed}" / "made_from.json")["transfer_reviews"],
-                "n_test": quality["n"],
-                **{key: quality[key] for key in ("accuracy", "ci_low", "ci_high")},
-                "gap_closed": gap,
-                "mcnemar_p": p,
-                "agreement": metrics.accuracy(teacher[both].argmax(axis=1), logits[both].argmax(axis=1)),
-                "nll": quality["nll"],
-                "ece": quality["ece"],
-                "seconds": artifacts.read_json(folder / f"{name}-{seed}" / "seconds.json")["seconds"],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def claim(right: dict[str, np.ndarray], student: str, controls: list[str], teacher: str | None = None) -> dict:
-    """How far `student` leads the best of `controls` by seed-mean accuracy, and how much of the gap to `teacher` it
-    closes.
-
-    `right` holds (seeds, n) booleans by run: whether each test review was called right. The interval is a bootstrap
-    over the reviews (Efron 1979), paired: of each review's share of right seeds, the student's less the control's. The
-    gap is that to the first of the controls.
-    """
-    from scipy.stats import bootstrap
-
-    best = max(controls, key=lambda name: right[name].mean())
-    lead = right[student].mean(axis=0) - right[best].mean(axis=0)
-    interval = bootstrap((lead,), np.mean, n_resamples=9999, batch=100, method="percentile", rng=0).confidence_interval
-    row = {"student": student, "against": best, "seeds": len(right[student]), "n_test": len(lead)}
-    row |= {"student_accuracy": right[student].mean(), "against_accuracy": right[best].mean(), "lead": lead.mean()}
-    row |= {"ci_low": interval.low, "ci_high": interval.high, "gap_closed": None}
-    if teacher is not None:
-        first = right[controls[0]].mean()
-        row["gap_closed"] = (right[student].mean() - first) / (right[teacher].mean() - first)
-    return row
-
-
-def right_by_run(folder: Path, labels: np.ndarray, student: str, controls: list[str]) -> dict[str, np.ndarray]:
-    """(seeds, n) booleans by run, of the student's seeds: itself, and those of the controls that have all of them.
-
-    Empty where the student or the first of the controls, against which gaps are measured, is not finished.
-    """
-    made = finished(folder, dict.fromkeys([student, *controls], {}))
-    seeds = [seed for name, seed in made if name == student]
-    names = [student, *(name for name in controls if all((name, seed) in made for seed in seeds))]
-    if not seeds or controls[0] not in names:
-        return {}
-    files = {name: [folder / f"{name}-{seed}" / "test_logits.npy" for seed in seeds] for name in names}
-    return {name: np.stack([np.load(file).argmax(axis=1) == labels for file in of]) for name, of in files.items()}
-
-
-def read_test(args, hardware, folder: Path, test: pd.DataFrame, runs: dict[str, dict]) -> None:
-    """Test logits of every finished run."""
-    if not finished(folder, runs):
-        settings.stop(f"{folder}/ holds no finished run: leave out --read-test first")
-    for name, seed in finished(folder, runs):
-        print(f"testing {name}, seed {seed}", flush=True)
-        score(args, hardware, folder / f"{name}-{seed}" / "model", test, folder / f"{name}-{seed}" / "test_logits.npy")
-
-
-def write_runs(file: Path, table: pd.DataFrame) -> None:
-    """Write and print a table of runs."""
-    table = table[COLUMNS].astype({"seconds": "Int64"}).round(6)
-    artifacts.write_table(file, table)
-    print(table.to_string(index=False), flush=True)
-
-
-def write_validation(args, hardware, folder: Path, validation: pd.DataFrame, runs: dict[str, dict], file: str) -> None:
-    """One row a finished run: what it says on validation, by which levers and epochs are chosen."""
-    labels, rows = validation["label"].to_numpy(), []
-    for name, seed in finished(folder, runs):
-        here = folder / f"{name}-{seed}"
-        quality = metrics.describe(labels, score(args, hardware, here / "model", validation, here / "validation.npy"))
-        rows.append({"run": name, "seed": seed} | {key: value for key, value in quality.items() if key != "f1"})
-    artifacts.write_table(args.tables / file, pd.DataFrame(rows))
-
-
-def write_white_box(args, hardware, folder: Path, of_teacher: Path, test: pd.DataFrame) -> None:
-    """white_box.csv, and claim.csv of the seeds that all its runs have."""
-    labels = test["label"].to_numpy()
-    read_test(args, hardware, folder, test, RUNS)
-    teacher = score(args, hardware, of_teacher, test, folder / "teacher" / "test_logits.npy")
-    first = pd.DataFrame([describe_teacher(args, "teacher", args.max_train_samples, labels, teacher)])
-    made = make_table(args, folder, labels, RUNS, dict.fromkeys(RUNS, teacher))
-    write_runs(args.tables / "white_box.csv", pd.concat([first, made]))
-    right = right_by_run(folder, labels, "final", ["control", "control_longer", "control_levers"])
-    if right:
-        controls = [name for name in right if name != "final"]
-        right["teacher"] = (teacher.argmax(axis=1) == labels)[None]
-        row = claim(right, "final", controls, "teacher")
-        artifacts.write_table(args.tables / "claim.csv", pd.DataFrame([row]).round(6))
+        artifacts.write_json(record, of_this)
+    refuse_other(of_this, artifacts.read_json(record), here)
+    if not (here / "seconds.json").exists():
+        print(f"{name}, seed {seed}", flush=True)
+        if run["base"] == "mlm":
+            tokenizer = models.load_tokenizer(args.student_model)
+            pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
+        started = time.time()
+        train_run(args, hardware, run, seed, here, base_of(args, run, seed, folder), reviews, ids, soft)
+        # An interrupted training's seconds are not known: the time of its first part is gone.
+        artifacts.write_json(here / "seconds.json", {"seconds": None if continued else round(time.time() - started)})
+    scores = {split: score(args, hardware, here / "model", table) for split, table in splits.items()}
+    rows = chosen_rows(run | {"transfer": 0}, reviews.train["label"].to_numpy(), None)
+    about = {"gold": len(rows.get("train", [])), "transfer": of_this["transfer_reviews"], "teacher": teacher}
+    about |= artifacts.read_json(here / "seconds.json") | {"made_from": of_this}
+    tables.keep(runs, name, seed, about, scores)
 
 
 def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
@@ -416,32 +326,23 @@ def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
     }
 
 
-def make_runs(args, hardware: device.Hardware, names: list[str], folder: Path) -> None:
-    """The students of the named runs, which read the same transfer set."""
-    reviews, soft = data.load_reviews(args, reads=("train", "transfer")), {}
-    ids = encode_reviews(args, reviews)
-    if any(RUNS[name]["labels"] != "none" for name in names):  # the others can run while 02 still scores
-        artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints, SAME)
-        of_teacher = artifacts.require(args, TEACHER_STEP, "soft_labels")
-        soft = {split: read_soft_labels(of_teacher, split, getattr(reviews, split)) for split in ("train", "transfer")}
-    for seed in args.seeds:
-        for name in names:
-            make_run(args, hardware, RUNS[name], name, seed, folder, reviews, ids, soft)
-            write_validation(args, hardware, folder, reviews.validation, RUNS, "validation.csv")
-
-
 def main() -> None:
     args = settings.parse(make_parser(__doc__, RUNS), "distillation", None)
     hardware = device.detect(args)
-    folder = Path(args.output_dir, "distillation")
-    if args.read_test:
-        of_teacher = artifacts.require(args, TEACHER_STEP, "model")
-        test = data.load_reviews(args, reads=("train", "test")).test
-        return write_white_box(args, hardware, folder, of_teacher, test)
-    samples = {name: RUNS[name].get("transfer_samples", args.max_transfer_samples) for name in args.runs}
-    for count in dict.fromkeys(samples.values()):
-        part = argparse.Namespace(**vars(args) | {"max_transfer_samples": count})
-        make_runs(part, hardware, [name for name in args.runs if samples[name] == count], folder)
+    folder, runs = Path(args.output_dir, "distillation"), args.tables / "runs"
+    reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
+    keep_labels(args, runs, reviews)
+    ids, soft = encode_reviews(args, reviews), {}
+    if any(RUNS[name]["labels"] != "none" for name in args.runs):  # the others can run while 02 still scores
+        teacher = keep_teacher(args, hardware, runs, reviews, args.read_test)
+        features = {}
+        if any(RUNS[name]["feature_weight"] for name in args.runs):
+            features = read_features(args, teacher, reviews)
+        soft = {split: (teacher["scores"][split], features.get(split)) for split in ("train", "transfer")}
+    for seed in args.seeds:
+        for name in args.runs:
+            teacher_name = "teacher" if RUNS[name]["labels"] != "none" else None
+            make_run(args, hardware, name, RUNS[name], seed, folder, runs, reviews, ids, soft, teacher_name)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def make_row(args, hardware, name: str, teacher: Path, folder: Path, reviews: da
         seconds = train_textbrewer(args, hardware, teacher, here, reviews.train, limit)
     else:
         seconds = train_ours(args, hardware, scored, here, reviews.train, order, limit)
-    logits = distillation.score(args, hardware, here / "model", reviews.test, here / "test_logits.npy")
+    logits = distillation.score(args, hardware, here / "model", reviews.test)
     accuracy = metrics.accuracy(reviews.test["label"].to_numpy(), logits.argmax(axis=1))
     return row | {"seconds_per_1000": 1000 * seconds / args.epochs / len(reviews.train), "accuracy": accuracy}
 

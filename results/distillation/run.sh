@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The runs of results/distillation, on real IMDB reviews with the stand-ins of results/real_weights.py.
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), an estimated 20 core hours. From the top folder:
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 20 core hours. From the top folder:
 #
 #     make results DATASET=path/to/imdb                       # everything in results/, this included
-#     bash results/distillation/run.sh path/to/imdb [part]    # one part: white_box black_box few_labels textbrewer test
+#     bash results/distillation/run.sh path/to/imdb [part]    # one part: white_box black_box few_labels textbrewer
 #
-# An interrupted part continues where it stopped.
+# An interrupted part continues where it stopped, on another machine too: finished runs are those in runs/. To make them
+# all again, delete that folder first.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
-parts=${2:-white_box black_box few_labels textbrewer test}
+parts=${2:-white_box black_box few_labels textbrewer}
 output=outputs/distillation
 bf16=(--precision bf16)
 common=(--dataset "$dataset" "${bf16[@]}")
@@ -20,7 +21,7 @@ tune=(--mistral-model results/weights/smollm2-135m --max-length 128 --learning-r
 tune+=(--no-gradient-checkpointing --lora-dropout 0)
 
 teacher() { # 02 of all labels, which white_box, few_labels and textbrewer read
-    python 02_finetune_roberta.py "${common[@]}" --output-dir $output "${subset[@]}" --max-transfer-samples 16000 \
+    python 02_finetune_roberta.py "${common[@]}" --output-dir $output "${subset[@]}" --max-transfer-samples 8000 \
         "${encoder[@]}" --epochs 2
 }
 
@@ -30,14 +31,14 @@ tuned_llm() { # 03 of all labels, which black_box and few_labels read
 
 white_box() {
     teacher
-    local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}")
+    local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
     "${run[@]}" --runs control control_longer control_levers final --seeds 1 2 3
     "${run[@]}" --seeds 1
 }
 
 black_box() {
     tuned_llm
-    local run=(python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}")
+    local run=(python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
     "${run[@]}" --runs control tuned --seeds 1 2 3
     "${run[@]}" --seeds 1
 }
@@ -59,7 +60,7 @@ few_labels() {
     baseline --output-dir $output "${subset[@]}"
     teachers_of 50 16 34 20 10
     teachers_of 500 100 400 5 2
-    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}"
+    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
 }
 
 textbrewer() { # on an otherwise quiet machine: this one is timed
@@ -67,10 +68,5 @@ textbrewer() { # on an otherwise quiet machine: this one is timed
     python results/side_by_side.py "${common[@]}" --output-dir $output "${student[@]}"
 }
 
-test() { # the recipes are frozen: the test part is read
-    python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
-    python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
-    python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
-}
-
 for part in $parts; do "$part"; done
+python results/tables.py
