@@ -103,6 +103,19 @@ def test_a_saved_adapter_scores_as_it_did(tiny, script, batch, tmp_path):
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
+def test_a_loaded_adapter_is_in_the_precision_that_it_computes_in_and_scores_the_same(tiny, script, batch, tmp_path):
+    ids, labels, tokenizer = batch
+    bf16 = device.Hardware("cpu", "bf16", "CPU")
+    training.save(with_lora(tiny, script), tokenizer, tmp_path / "adapter", tmp_path / "none")
+    model = models.load_llm(str(tiny / "mistral"), bf16, tmp_path / "adapter")
+    adapter = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert {parameter.dtype for parameter in adapter} == {torch.bfloat16}
+    scores = scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, bf16, 512)
+    for parameter in adapter:
+        parameter.data = parameter.data.float()  # as peft loads it: autocast casts it at every call
+    assert np.array_equal(scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, bf16, 512), scores)
+
+
 def test_an_adapter_of_another_base_is_refused(tiny, script, batch, tmp_path, stops):
     from transformers import AutoModelForCausalLM
 

@@ -59,6 +59,19 @@ def test_a_batch_of_prompts_equals_each_unpadded_prompt_alone_in_order(tiny):
         assert together[row] == pytest.approx(alone, abs=1e-3)
 
 
+def test_the_head_reads_one_block_of_memory(tiny):
+    """Of a slice PyTorch copies the head's weights once a prompt, when they are frozen."""
+    model = models.load_llm(str(tiny / "mistral"), CPU).requires_grad_(False)
+    contiguous = []
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: contiguous.append(given[0].is_contiguous())
+    )
+    input_ids = torch.arange(20).reshape(2, 10)
+    logits = models.last_logits(model, input_ids, torch.ones_like(input_ids))
+    assert contiguous == [True]
+    torch.testing.assert_close(logits, model(input_ids=input_ids).logits[:, -1])
+
+
 def test_a_score_that_is_not_finite_is_never_passed_on(tiny):
     tokenizer, model = models.load_tokenizer(str(tiny / "distilbert")), models.load_classifier(str(tiny / "distilbert"))
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
