@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
             if name != "control":
                 teacher = f"{teacher_of(name)}_teacher"
                 kept = keep_teacher(args, hardware, teacher_of(name), reviews, scored, runs, args.read_test)
-                soft = {split: (kept["scores"][split], None) for split in ("train", "transfer")}
+                soft = {split: kept["scores"][split] for split in ("train", "transfer")}
             distillation.make_run(args, hardware, name, RUNS[name], seed, folder, runs, reviews, ids, soft, teacher)
 
 

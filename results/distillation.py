@@ -119,10 +119,10 @@ def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.
     return scores[rows], rows
 
 
-def read_features(args, teacher: dict, reviews: data.Reviews) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_features(args, runs: Path, reviews: data.Reviews) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """02's hidden states by split, and the rows of these reviews in them; only the kept teacher's own will do."""
     model, folder = (artifacts.require(args, TEACHER_STEP, part) for part in ("model", "soft_labels"))
-    if models.weights_digest(model) != teacher["weights"]:
+    if models.weights_digest(model) != tables.read_run(runs, "teacher", args.seed)["weights"]:
         settings.stop(f"{model}/ is not the teacher that {tables.TABLES.name}/runs/ keeps: delete runs/ to start again")
     found = {}
     for split in ("train", "transfer"):
@@ -211,23 +211,26 @@ def chosen_rows(run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None)
     return rows
 
 
-def train_run(args, hardware, run: dict, seed: int, folder: Path, base: str, reviews, ids: dict, soft: dict) -> None:
+def train_run(
+    args, hardware, run: dict, seed: int, folder: Path, base: str, runs: Path, reviews, ids: dict, soft: dict
+) -> None:
     """Train a run's student into folder/model."""
     from common import distill, training
 
     gold = reviews.train["label"].to_numpy()
-    rows = chosen_rows(run, gold, soft["transfer"][0] if run["transfer"] else None)
+    rows = chosen_rows(run, gold, soft["transfer"] if run["transfer"] else None)
     hard = {"train": gold, "transfer": np.full(len(ids["transfer"]), distill.IGNORED)}
     hard = np.concatenate([hard[split][kept] for split, kept in rows.items()])
     arrays, width = {}, None
     if run["labels"] != "none":
-        logits = np.concatenate([soft[split][0][kept] for split, kept in rows.items()])
+        logits = np.concatenate([soft[split][kept] for split, kept in rows.items()])
         if run["labels"] == "argmax":  # the teacher's hard labels where no gold one is known
             hard = np.where(hard == distill.IGNORED, logits.argmax(axis=1), hard)
         else:
             arrays["teacher_logits"] = logits
     if run["feature_weight"] > 0:
-        parts = [(soft[split][1][0], soft[split][1][1][kept]) for split, kept in rows.items()]
+        features = read_features(args, runs, reviews)
+        parts = [(features[split][0], features[split][1][kept]) for split, kept in rows.items()]
         arrays["teacher_features"] = distill.FeatureRows(parts, list(range(parts[0][0].shape[1])))
         width = parts[0][0].shape[-1]
     own = {"seed": seed, "soft_loss": run.get("soft_loss", "kl"), "student_model": base}
@@ -264,7 +267,7 @@ def made_from(args, run: dict, seed: int, runs: Path, reviews: data.Reviews, sof
             settings.stop(f"{run['base']}, seed {seed}, is missing: put it before the run that starts from it")
         about["transfer_reviews"] = before["transfer"]
     if run["labels"] != "none":
-        about["teacher"] = {split: hashlib.sha256(logits.tobytes()).hexdigest() for split, (logits, _) in soft.items()}
+        about["teacher"] = {split: hashlib.sha256(logits.tobytes()).hexdigest() for split, logits in soft.items()}
     return about
 
 
@@ -307,7 +310,7 @@ def make_run(
             tokenizer = models.load_tokenizer(args.student_model)
             pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
         started = time.time()
-        train_run(args, hardware, run, seed, here, base_of(args, run, seed, folder), reviews, ids, soft)
+        train_run(args, hardware, run, seed, here, base_of(args, run, seed, folder), runs, reviews, ids, soft)
         # An interrupted training's seconds are not known: the time of its first part is gone.
         artifacts.write_json(here / "seconds.json", {"seconds": None if continued else round(time.time() - started)})
     scores = {split: score(args, hardware, here / "model", table) for split, table in splits.items()}
@@ -335,10 +338,7 @@ def main() -> None:
     ids, soft = encode_reviews(args, reviews), {}
     if any(RUNS[name]["labels"] != "none" for name in args.runs):  # the others can run while 02 still scores
         teacher = keep_teacher(args, hardware, runs, reviews, args.read_test)
-        features = {}
-        if any(RUNS[name]["feature_weight"] for name in args.runs):
-            features = read_features(args, teacher, reviews)
-        soft = {split: (teacher["scores"][split], features.get(split)) for split in ("train", "transfer")}
+        soft = {split: teacher["scores"][split] for split in ("train", "transfer")}
     for seed in args.seeds:
         for name in args.runs:
             teacher_name = "teacher" if RUNS[name]["labels"] != "none" else None

@@ -62,7 +62,7 @@ def read_teacher(args, hardware, name: str, labels: int, reviews: data.Reviews, 
     else:
         who, scored = "tuned" if labels else "zero_shot_batch", Path(args.output_dir, "black_box")
         kept = black_box.keep_teacher(args, hardware, who, reviews, scored, runs, test=False)
-    return {split: (kept["scores"][split], None) for split in ("train", "transfer")}
+    return {split: kept["scores"][split] for split in ("train", "transfer")}
 
 
 def make_students(args, hardware, labels: int, runs: Path) -> None:
@@ -93,12 +93,14 @@ def share(runs: Path, of: str, folder: Path, name: str, seed: int) -> None:
 
 def keep_nb_svm(args, labels: int, runs: Path) -> None:
     """What 01's NB-SVM says that was fitted to these labels."""
-    here = at(args, labels)
+    here, into = at(args, labels), runs / "few_labels" / str(labels)
+    if tables.read_run(into, "nb_svm", args.seed):
+        return
     folder = artifacts.require(here, "01_baseline", "nb_svm")
     test = data.load_reviews(here, reads=("train", "test")).test
     logits = baseline.load_baseline(folder).logits(test["text"])
     about = {"gold": here.max_train_samples, "transfer": 0, "teacher": None, "seconds": None}
-    tables.keep(runs / "few_labels" / str(labels), "nb_svm", args.seed, about, {"test": logits})
+    tables.keep(into, "nb_svm", args.seed, about, {"test": logits})
 
 
 def main(argv: list[str] | None = None) -> None:

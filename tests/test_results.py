@@ -170,7 +170,7 @@ def small_proof(tmp_path, tiny):
     args = distillation.make_parser("", distillation.RUNS).parse_args(arguments)
     args.tables, args.read_test, args.batch_tokens = tmp_path, False, 256
     hardware, ids = device.Hardware("cpu", "fp32", "CPU"), distillation.encode_reviews(args, reviews)
-    soft = {split: (np.array([[-1.0, 1], [1, -1]] * 4, dtype=np.float32), None) for split in ("train", "transfer")}
+    soft = {split: np.array([[-1.0, 1], [1, -1]] * 4, dtype=np.float32) for split in ("train", "transfer")}
 
     def make(name: str, **changed) -> dict:
         run = distillation.RUNS[name] | {"epochs": 1} | changed

@@ -20,6 +20,11 @@ encoder+=(--micro-batch-size 16)
 tune=(--mistral-model results/weights/smollm2-135m --max-length 128 --learning-rate 3e-4 --batch-size 16 --micro-batch-size 8)
 tune+=(--no-gradient-checkpointing --lora-dropout 0)
 
+kept() { # what a run or a teacher says is enough: its model is not made again
+    local run
+    for run; do [ -e "results/distillation/runs/$run.json" ] || return 1; done
+}
+
 teacher() { # 02 of all labels, which white_box, few_labels and textbrewer read
     python 02_finetune_roberta.py "${common[@]}" --output-dir $output "${subset[@]}" --max-transfer-samples 8000 \
         "${encoder[@]}" --epochs 2
@@ -30,14 +35,14 @@ tuned_llm() { # 03 of all labels, which black_box and few_labels read
 }
 
 white_box() {
-    teacher
+    kept teacher-42 features-1 logits_features-1 no_transfer_set-1 || teacher
     local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
-    "${run[@]}" --runs control control_longer control_levers final --seeds 1 2 3
+    "${run[@]}" --runs control final --seeds 1 2 3
     "${run[@]}" --seeds 1
 }
 
 black_box() {
-    tuned_llm
+    kept {zero_shot,zero_shot_batch,tuned,other_prompt,whole_prompt}_teacher-42 || tuned_llm
     local run=(python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
     "${run[@]}" --runs control tuned --seeds 1 2 3
     "${run[@]}" --seeds 1
@@ -49,15 +54,16 @@ baseline() { # 01 reads no precision
 
 teachers_of() { # labels, those of them for validation and for training, epochs of 02 and of 03: enough for so few
     local few=(--output-dir "$output/few_labels/$1" --validation-samples "$2" --max-train-samples "$3")
+    kept few_labels/$1/{nb_svm-42,student_of_encoder-1,student_of_llm-1} && return
     baseline "${few[@]}"
     python 02_finetune_roberta.py "${common[@]}" "${few[@]}" --max-transfer-samples 4000 "${encoder[@]}" --epochs "$4"
     python 03_finetune_mistral.py "${common[@]}" "${few[@]}" "${tune[@]}" --epochs "$5"
 }
 
 few_labels() {
-    teacher
-    tuned_llm
-    baseline --output-dir $output "${subset[@]}"
+    kept few_labels/3000/teacher-42 || teacher
+    kept few_labels/0/zero_shot_batch_teacher-42 || tuned_llm
+    kept few_labels/3000/nb_svm-42 || baseline --output-dir $output "${subset[@]}"
     teachers_of 50 16 34 20 10
     teachers_of 500 100 400 5 2
     python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
