@@ -103,31 +103,34 @@ def keep_teacher(args, hardware, runs: Path, reviews: data.Reviews, test: bool) 
         return kept
     artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints, SAME)
     model, folder = (artifacts.require(args, TEACHER_STEP, part) for part in ("model", "soft_labels"))
-    scores = {split: read_soft_labels(folder, split, table)[0] for split, table in splits.items() if split != "test"}
+    scores = {split: read_soft_labels(folder, split, table) for split, table in splits.items() if split != "test"}
     scores |= {"test": score(args, hardware, model, reviews.test)} if test else {}
     about = {"gold": len(reviews.train), "transfer": 0, "teacher": None, "seconds": None, "reviews": of}
     tables.keep(runs, "teacher", args.seed, about | {"weights": models.weights_digest(model)}, scores)
     return tables.read_run(runs, "teacher", args.seed)
 
 
-def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """02's logits of a table's reviews, and their rows in its files."""
+def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> np.ndarray:
+    """02's logits of a table's reviews."""
     from common import distill
 
     in_file, scores = scoring.read_scores(folder, split, scoring.LOGITS)
-    rows = distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")
-    return scores[rows], rows
+    return scores[distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")]
 
 
 def read_features(args, runs: Path, reviews: data.Reviews) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """02's hidden states by split, and the rows of these reviews in them; only the kept teacher's own will do."""
+    from common import distill
+
     model, folder = (artifacts.require(args, TEACHER_STEP, part) for part in ("model", "soft_labels"))
     if models.weights_digest(model) != tables.read_run(runs, "teacher", args.seed)["weights"]:
         settings.stop(f"{model}/ is not the teacher that {tables.TABLES.name}/runs/ keeps: delete runs/ to start again")
     found = {}
     for split in ("train", "transfer"):
-        rows = read_soft_labels(folder, split, getattr(reviews, split))[1]
-        found[split] = np.load(folder / f"{split}_features.npy", mmap_mode="r"), rows
+        in_file, _ = scoring.read_scores(folder, split, scoring.LOGITS)
+        wanted = getattr(reviews, split)["example_id"]
+        rows = distill.teacher_rows(in_file, wanted, split, "02_finetune_roberta.py")
+        found[split] = artifacts.read_array(folder / f"{split}_features.npy", len(in_file)), rows
     return found
 
 

@@ -38,7 +38,8 @@ white_box() {
     kept teacher-42 features-1 logits_features-1 no_transfer_set-1 || teacher
     local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
     "${run[@]}" --runs control final --seeds 1 2 3
-    "${run[@]}" --seeds 1
+    "${run[@]}" --runs logits argmax_labels label_sorted features logits_features no_transfer_set --seeds 1
+    "${run[@]}" --runs control_levers control_longer confident margin gold_last --seeds 1 # the levers
 }
 
 black_box() {
