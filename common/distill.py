@@ -154,6 +154,8 @@ class DistillationTrainer(training.ReviewTrainer):
 
 def teacher_rows(in_file: pd.Index, wanted: pd.Series, split: str, script: str) -> np.ndarray:
     """Where each wanted example_id stands in a file of soft labels."""
+    if not in_file.is_unique:
+        settings.stop(f"the soft labels of {split} hold an example_id twice: run {script} --force")
     rows = in_file.get_indexer(wanted)
     if (rows < 0).any():
         missing = int((rows < 0).sum())
@@ -197,6 +199,8 @@ def refuse_one_class(teacher_logits: np.ndarray) -> None:
 
     A label-sorted slice did so in earlier versions of this recipe: 0.51.
     """
+    if not np.isfinite(teacher_logits).all():
+        settings.stop("the teacher's logits on transfer are not all finite: redo the teacher's step with --force")
     share = float((teacher_logits.argmax(axis=1) == 1).mean())
     if not 0.02 <= share <= 0.98:
         settings.stop(

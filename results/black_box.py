@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = distillation.make_parser(__doc__, RUNS)
     parser.set_defaults(max_transfer_samples=4000)
     parser.add_argument("--llm-test-samples", type=settings.positive_int, default=2000, help="test reviews it reads")
-    return settings.parse(parser, "black_box", argv)
+    return distillation.parse(parser, "black_box", argv)
 
 
 def teacher_of(run: str) -> str:
@@ -48,24 +48,28 @@ def teacher_of(run: str) -> str:
     return run if run in TEACHERS else "tuned"
 
 
-def adapter_of(args, hardware: device.Hardware, who: str, reviews: data.Reviews, folder: Path) -> Path | None:
-    """The adapter by which a teacher differs from the LLM as it is."""
+def adapter_of(args, who: str, folder: Path) -> Path | None:
+    """Where the adapter lies by which a teacher differs from the LLM as it is (None)."""
     if who == "as_it_is":
         return None
-    adapter = artifacts.require(args, "03_mistral", "adapter")
-    return tune_on_whole_prompts(args, hardware, reviews, folder) if who == "whole_prompt" else adapter
+    return (
+        folder / "whole_prompt_adapter" / "adapter"
+        if who == "whole_prompt"
+        else Path(args.output_dir, "03_mistral", "adapter")
+    )
 
 
-def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews, folder: Path) -> Path:
-    """An adapter trained as 03's was, but for the loss: over all tokens of the prompt, the label word being one."""
+def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews, adapter: Path) -> None:
+    """Train an adapter as 03's was, but for the loss: over all tokens of the prompt, the label word being one."""
+    of_03 = artifacts.read_run(args, "03_mistral")
+    about = {"settings": of_03["settings"], "train": data.fingerprint(reviews.train)}
+    distillation.begin(adapter.parent, about)
+    if adapter.exists():
+        return
     import torch
     import torch.nn.functional as F
 
     from common import training
-
-    adapter, of_03 = folder / "whole_prompt_adapter", script("03")
-    if adapter.exists():
-        return adapter
 
     class WholePrompt(training.ReviewTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -77,16 +81,16 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
             counted = (mask[:, 1:] * mask[:, :-1]).bool()
             return F.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
 
-    trained = argparse.Namespace(**artifacts.read_run(args, "03_mistral")["settings"])
+    trained = argparse.Namespace(**of_03["settings"])
     base = settings.locate(args, trained.mistral_model)
     tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, trained.prompt, trained.label_words)
     texts = reviews.train["text"].tolist()
     ids = verbalizer.encode_prompts(tokenizer, texts, trained.prompt, trained.max_length)
     device.seed_everything(trained.seed)
-    model = of_03.with_lora(trained, models.load_llm(base, hardware))
+    model = script("03").with_lora(trained, models.load_llm(base, hardware))
     model.accepts_loss_kwargs = False
-    checkpoints = folder / "whole_prompt_checkpoints"
+    checkpoints = adapter.with_name("checkpoints")
     trainer = WholePrompt(
         model=model,
         args=training.training_arguments(trained, hardware, checkpoints, len(ids), **training.WITHOUT_VALIDATION),
@@ -96,21 +100,22 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
     training.train(trainer, hardware)
     training.save(model, tokenizer, adapter, checkpoints)
     memory.free()
-    return adapter
 
 
 def score_llm(
-    args, hardware: device.Hardware, who: str, reviews: data.Reviews, folder: Path, tables: dict[str, pd.DataFrame]
+    args, hardware: device.Hardware, who: str, reviews: data.Reviews, folder: Path, splits: dict[str, pd.DataFrame]
 ) -> None:
-    """Raw label log-probabilities of the named tables by one LLM, on disk; another LLM's or sample's are deleted."""
-    adapter, asked = adapter_of(args, hardware, who, reviews, folder), artifacts.read_run(args, "03_mistral")["facts"]
+    """Raw label log-probabilities of the named splits by one LLM, on disk; another LLM's or sample's are deleted."""
+    adapter, asked = adapter_of(args, who, folder), artifacts.read_run(args, "03_mistral")["facts"]
+    if who == "whole_prompt":
+        tune_on_whole_prompts(args, hardware, reviews, adapter)
     origin = {name: asked[name] for name in ("base", "prompt", "label_words", "max_length")}
     if who == "other_prompt":
         origin["prompt"] = OTHER_PROMPT
     origin["weights"] = models.weights_digest(adapter) if adapter else "no adapter"
-    for split, table in tables.items():
+    for split, table in splits.items():
         scoring.delete_unless_made_from(folder / who, split, origin | {"texts": data.fingerprint(table)})
-    if all(scoring.is_scored(folder / who, split, len(table)) for split, table in tables.items()):
+    if all(scoring.is_scored(folder / who, split, len(table)) for split, table in splits.items()):
         return
     base = settings.locate(args, origin["base"])
     tokenizer = models.load_tokenizer(base)
@@ -122,7 +127,7 @@ def score_llm(
         log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)
         return {"scores": log_p}
 
-    for split, table in tables.items():
+    for split, table in splits.items():
         scoring.in_chunks(folder / who, split, table, scoring.LOG_PROBABILITIES, score, chunk=250)
     memory.free()
 
@@ -144,23 +149,28 @@ def keep_teacher(
 
     Of test it reads --llm-test-samples reviews; NaN of the others.
     """
-    rows = np.sort(data.stratified_order(reviews.test["label"], args.seed)[: args.llm_test_samples])
     splits = {"train": reviews.train, "transfer": reviews.transfer}
-    splits |= {"test": reviews.test.iloc[rows]} if test else {}
+    if test:
+        rows = np.sort(data.stratified_order(reviews.test["label"], args.seed)[: args.llm_test_samples])
+        splits["test"] = reviews.test.iloc[rows]
     of = {split: data.fingerprint(table) for split, table in splits.items()}
-    kept = tables.read_run(runs, f"{name}_teacher", args.seed)
-    if kept and of.items() <= kept["reviews"].items():
-        return kept
-    artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints, distillation.SAME)
     who, calibration = TEACHERS[name]
+    adapter = adapter_of(args, who, scored)
+    weights = "no adapter" if adapter is None else models.weights_digest(adapter) if adapter.exists() else None
+    kept = tables.read_run(runs, f"{name}_teacher", args.seed)
+    if kept:
+        distillation.refuse_other_teacher(kept, of, weights, runs / f"{name}_teacher-{args.seed}.json")
+        if of.keys() <= kept["reviews"].keys():
+            return kept
+    artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints, distillation.SAME)
     score_llm(args, hardware, who, reviews, scored, splits)
     scores = read_teacher(scored / who, calibration, tuple(splits))
     if test:
         every = np.full((len(reviews.test), 2), np.nan, np.float32)
         every[rows] = scores["test"]
         scores["test"] = every
-    gold = 0 if who == "as_it_is" else len(reviews.train)
-    about = {"gold": gold, "transfer": 0, "teacher": None, "seconds": None, "reviews": of}
+    about = {"gold": len(reviews.train) if adapter else 0, "transfer": 0, "teacher": None, "seconds": None}
+    about |= {"reviews": of, "weights": models.weights_digest(adapter) if adapter else "no adapter"}
     tables.keep(runs, f"{name}_teacher", args.seed, about, scores)
     return tables.read_run(runs, f"{name}_teacher", args.seed)
 
@@ -168,10 +178,10 @@ def keep_teacher(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.detect(args)
-    reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
-    folder, scored = Path(args.output_dir, "distillation"), Path(args.output_dir, "black_box")
-    runs, ids = args.tables / "runs", distillation.encode_reviews(args, reviews)
-    distillation.keep_labels(args, runs, reviews)
+    reviews, runs = data.load_reviews(args, reads=("train", "transfer", "test")), args.tables / "runs"
+    tables.keep_labels(runs, distillation.splits_to_keep(args, reviews))
+    ids, scored = distillation.encode_reviews(args, reviews), Path(args.output_dir, "black_box")
+    proof = distillation.Proof(args, hardware, reviews, ids, Path(args.output_dir, "distillation"), runs)
     for seed in args.seeds:
         for name in args.runs:
             soft, teacher = {}, None
@@ -179,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
                 teacher = f"{teacher_of(name)}_teacher"
                 kept = keep_teacher(args, hardware, teacher_of(name), reviews, scored, runs, args.read_test)
                 soft = {split: kept["scores"][split] for split in ("train", "transfer")}
-            distillation.make_run(args, hardware, name, RUNS[name], seed, folder, runs, reviews, ids, soft, teacher)
+            distillation.make_run(proof, name, RUNS[name], seed, soft, teacher)
 
 
 if __name__ == "__main__":

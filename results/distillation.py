@@ -14,9 +14,9 @@ folder under --output-dir, made by 02_finetune_roberta.py with the same subsets.
 """
 
 import argparse
-import hashlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from common import artifacts, data, device, models, scoring, settings
 from results import tables
 
 TEACHER_STEP = "02_roberta"
+TRAINING = "student_model max_length learning_rate batch_size weight_decay warmup_fraction".split()
 SAME = ("seed", "validation_samples", "max_train_samples")  # a teacher has learned from the same labels, no more
 # What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first; `labels`:
 # the teacher's "logits", its "argmax", or none; `gold`: "all" gold reviews, "none", or the negative ones first of a
@@ -43,12 +44,12 @@ STUDENT = {
     "epochs": TRANSFER_EPOCHS,
     "base": "downloaded",
 }
-FINAL = STUDENT | {"epochs": FINAL_EPOCHS}  # the longer schedule: the one lever that led on validation
+FINAL = STUDENT | {"epochs": FINAL_EPOCHS}  # the longer schedule: of the levers in levers.csv the one that gained most
 ALONE = STUDENT | {"transfer": 0.0, "epochs": GOLD_EPOCHS}
 CONTROL = ALONE | {"labels": "none", "alpha": 0.0}
 RUNS = {
     "control": CONTROL,
-    "control_longer": CONTROL | {"epochs": 20},  # as many reviews pass as of final at 8,000 unlabelled ones
+    "control_longer": CONTROL | {"epochs": 20},  # 1,260 steps: as many as final takes at 8,000 unlabelled reviews
     "logits": STUDENT,
     "features": STUDENT | {"alpha": 0.0, "feature_weight": 0.1},
     "logits_features": STUDENT | {"feature_weight": 0.1},
@@ -72,14 +73,41 @@ def make_parser(description: str, runs: dict[str, dict]) -> argparse.ArgumentPar
     add = parser.add_argument
     add("--student-model", help="hub name or folder of the student")
     add("--max-length", type=settings.positive_int, default=128, help="tokens of a review")
-    settings.add_training_flags(parser, epochs=2, learning_rate=1e-4, batch_size=32, micro_batch_size=32)
+    settings.add_training_flags(parser, epochs=FINAL_EPOCHS, learning_rate=1e-4, batch_size=32, micro_batch_size=32)
+    parser.set_defaults(epochs=None)
     add("--temperature", type=settings.positive, default=2.0, help="of the KL term")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     add("--runs", nargs="+", choices=list(runs), default=list(runs), help="which to make; finished ones stay")
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the student's training; the subsets are --seed's")
+    add(
+        "--seeds",
+        nargs="+",
+        type=settings.positive_int,
+        default=[1, 2, 3],
+        help="of training; the subsets are --seed's",
+    )
     add("--tables", type=Path, default=tables.TABLES, help="whose folder runs/ keeps what each run says")
     add("--read-test", action="store_true", help="the recipe is frozen: the runs score the test reviews too")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the flags of a proof whose runs have their own epochs and are made again by deleting them."""
+    args = settings.parse(parser, step, argv)
+    if args.epochs is not None or args.force:
+        parser.error("--epochs is the runs' own; to make a run again, delete its two files in runs/ and its folder")
+    return args
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What all runs of a proof share."""
+
+    args: argparse.Namespace
+    hardware: device.Hardware
+    reviews: data.Reviews
+    ids: dict[str, list[np.ndarray]]  # the student's token ids by split; no validation: the last epoch is kept
+    folder: Path  # of the models
+    runs: Path  # of what they say
 
 
 def score(args, hardware: device.Hardware, model_folder: Path, reviews: pd.DataFrame) -> np.ndarray:
@@ -93,21 +121,38 @@ def score(args, hardware: device.Hardware, model_folder: Path, reviews: pd.DataF
 def keep_teacher(args, hardware, runs: Path, reviews: data.Reviews, test: bool) -> dict:
     """What 02's teacher says of each split, in `runs`; made there unless it is there.
 
-    Students learn from what is kept, so they can be trained without their teacher.
+    Students learn from what is kept, so they can be trained without their teacher. Stops when the kept one is another
+    than 02's, or has read other reviews.
     """
+    from common import distill
+
     splits = {split: getattr(reviews, split) for split in ("train", "transfer", "validation")}
     splits |= {"test": reviews.test} if test else {}
     of = {split: data.fingerprint(table) for split, table in splits.items()}
+    model = Path(args.output_dir, TEACHER_STEP, "model")
+    weights = models.weights_digest(model) if model.exists() else None
     kept = tables.read_run(runs, "teacher", args.seed)
-    if kept and of.items() <= kept["reviews"].items():
-        return kept
+    if kept:
+        refuse_other_teacher(kept, of, weights, runs / f"teacher-{args.seed}.json")
+        if of.keys() <= kept["reviews"].keys():
+            return kept
     artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints, SAME)
     model, folder = (artifacts.require(args, TEACHER_STEP, part) for part in ("model", "soft_labels"))
     scores = {split: read_soft_labels(folder, split, table) for split, table in splits.items() if split != "test"}
+    distill.refuse_bad_teacher(scores["train"], reviews.train["label"].to_numpy(), "train")
+    if len(reviews.transfer):
+        distill.refuse_one_class(scores["transfer"])
     scores |= {"test": score(args, hardware, model, reviews.test)} if test else {}
     about = {"gold": len(reviews.train), "transfer": 0, "teacher": None, "seconds": None, "reviews": of}
-    tables.keep(runs, "teacher", args.seed, about | {"weights": models.weights_digest(model)}, scores)
+    tables.keep(runs, "teacher", args.seed, about | {"weights": weights}, scores)
     return tables.read_run(runs, "teacher", args.seed)
+
+
+def refuse_other_teacher(kept: dict, of: dict[str, str], weights: str | None, file: Path) -> None:
+    """Stop when a kept teacher has read other reviews, or has other weights than the one at hand (None: none is)."""
+    now = {split: of[split] for split in of.keys() & kept["reviews"].keys()}
+    now["weights"] = weights or kept["weights"]
+    refuse_other(now, {name: (kept["reviews"] | {"weights": kept["weights"]})[name] for name in now}, file)
 
 
 def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> np.ndarray:
@@ -168,9 +213,12 @@ def masked_loss(model, inputs: dict):
     return F.cross_entropy(logits.float(), inputs["labels"][masked])
 
 
-def pretrain(args, hardware: device.Hardware, tokenizer, ids: list[np.ndarray], folder: Path) -> None:
+def pretrain(proof: Proof) -> None:
     """The student after in-domain masked-language modelling on train and transfer reviews (Gururangan et al. 2020)."""
-    if folder.exists():
+    args, folder = proof.args, proof.folder / "mlm"
+    about = {name: getattr(args, name) for name in ("seed", *TRAINING)}
+    begin(folder, about | {split: data.fingerprint(getattr(proof.reviews, split)) for split in ("train", "transfer")})
+    if (folder / "model").exists():
         return
     import torch
     from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
@@ -181,26 +229,32 @@ def pretrain(args, hardware: device.Hardware, tokenizer, ids: list[np.ndarray], 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return masked_loss(model, inputs)
 
+    ids, tokenizer = proof.ids["train"] + proof.ids["transfer"], models.load_tokenizer(args.student_model)
     device.seed_everything(args.seed)
     model = AutoModelForMaskedLM.from_pretrained(args.student_model, dtype=torch.float32)
     model.accepts_loss_kwargs = False
-    checkpoints = folder.with_name("mlm_checkpoints")
     own = training.WITHOUT_VALIDATION | {"num_train_epochs": MLM_EPOCHS}
     trainer = MaskedTokens(
         model=model,
-        args=training.training_arguments(args, hardware, checkpoints, len(ids), **own),
+        args=training.training_arguments(args, proof.hardware, folder / "checkpoints", len(ids), **own),
         train_dataset=Texts(ids),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
     )
-    training.train(trainer, hardware)
-    training.save(model, tokenizer, folder, checkpoints)
+    training.train(trainer, proof.hardware)
+    training.save(model, tokenizer, folder / "model", folder / "checkpoints")
 
 
-def base_of(args, run: dict, seed: int, folder: Path) -> str:
+def base_of(proof: Proof, run: dict, seed: int) -> str:
     """The folder or name of the weights that a run's student starts from."""
     if run["base"] == "downloaded":
-        return args.student_model
-    return str(folder / "mlm" if run["base"] == "mlm" else folder / f"{run['base']}-{seed}" / "model")
+        return proof.args.student_model
+    if run["base"] == "mlm":
+        pretrain(proof)
+        return str(proof.folder / "mlm" / "model")
+    base = proof.folder / f"{run['base']}-{seed}" / "model"
+    if not base.exists():
+        settings.stop(f"{base}/ is missing: delete {proof.runs}/{run['base']}-{seed}.* and make that run first")
+    return str(base)
 
 
 def chosen_rows(run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -214,13 +268,11 @@ def chosen_rows(run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None)
     return rows
 
 
-def train_run(
-    args, hardware, run: dict, seed: int, folder: Path, base: str, runs: Path, reviews, ids: dict, soft: dict
-) -> None:
-    """Train a run's student into folder/model."""
+def train_run(proof: Proof, run: dict, seed: int, base: str, target: Path, soft: dict[str, np.ndarray]) -> None:
+    """Train a run's student, from the weights of `base` and the teacher's logits of each split, into `target`."""
     from common import distill, training
 
-    gold = reviews.train["label"].to_numpy()
+    gold, ids, validation = proof.reviews.train["label"].to_numpy(), proof.ids, None
     rows = chosen_rows(run, gold, soft["transfer"] if run["transfer"] else None)
     hard = {"train": gold, "transfer": np.full(len(ids["transfer"]), distill.IGNORED)}
     hard = np.concatenate([hard[split][kept] for split, kept in rows.items()])
@@ -232,20 +284,20 @@ def train_run(
         else:
             arrays["teacher_logits"] = logits
     if run["feature_weight"] > 0:
-        features = read_features(args, runs, reviews)
+        features = read_features(proof.args, proof.runs, proof.reviews)
         parts = [(features[split][0], features[split][1][kept]) for split, kept in rows.items()]
         arrays["teacher_features"] = distill.FeatureRows(parts, list(range(parts[0][0].shape[1])))
         width = parts[0][0].shape[-1]
+    if ids["validation"]:
+        validation = training.ReviewDataset(ids["validation"], proof.reviews.validation["label"].to_numpy())
     own = {"seed": seed, "soft_loss": run.get("soft_loss", "kl"), "student_model": base}
-    own["learning_rate"] = run.get("learning_rate", args.learning_rate)
+    own["learning_rate"] = run.get("learning_rate", proof.args.learning_rate)
     distill.train_student(
-        argparse.Namespace(**vars(args) | own),
-        hardware,
-        folder / "model",
+        argparse.Namespace(**vars(proof.args) | own),
+        proof.hardware,
+        target,
         training.ReviewDataset([ids[split][row] for split, kept in rows.items() for row in kept], hard, **arrays),
-        training.ReviewDataset(ids["validation"], reviews.validation["label"].to_numpy())
-        if ids["validation"]
-        else None,
+        validation,
         epochs=run["epochs"],
         alpha=run["alpha"],
         feature_weight=run["feature_weight"],
@@ -253,31 +305,25 @@ def train_run(
     )
 
 
-def made_from(args, run: dict, seed: int, runs: Path, reviews: data.Reviews, soft: dict) -> dict:
+def made_from(proof: Proof, run: dict, seed: int, soft: dict[str, np.ndarray]) -> dict:
     """What decides a run's student: its recipe, the settings, the reviews and the teacher's logits.
 
     `transfer_reviews` counts the unlabelled ones that it reads, or that the run read from which it starts.
     """
-    names = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
-    about = {"run": run, "seed": seed} | {name: getattr(args, name) for name in names}
+    reviews = proof.reviews
+    about = {"run": run, "seed": seed} | {name: getattr(proof.args, name) for name in (*TRAINING, "temperature")}
     share = 1.0 if run["base"] == "mlm" else run["transfer"]
     splits = ["train", "validation"] + (["transfer"] if share else [])
     about |= {split: data.fingerprint(getattr(reviews, split)) for split in splits}
     about["transfer_reviews"] = round(share * len(reviews.transfer))
     if run["base"] not in ("downloaded", "mlm"):
-        before = tables.read_run(runs, run["base"], seed)
+        before = tables.read_run(proof.runs, run["base"], seed)
         if before is None:
             settings.stop(f"{run['base']}, seed {seed}, is missing: put it before the run that starts from it")
-        about["transfer_reviews"] = before["transfer"]
+        about |= {"transfer_reviews": before["transfer"], "base": before["made_from"]}
     if run["labels"] != "none":
-        about["teacher"] = {split: hashlib.sha256(logits.tobytes()).hexdigest() for split, logits in soft.items()}
+        about["teacher"] = {split: tables.digest(logits) for split, logits in soft.items()}
     return about
-
-
-def keep_labels(args, runs: Path, reviews: data.Reviews) -> None:
-    """The gold labels that everything is measured by."""
-    splits = splits_to_keep(args, reviews)
-    tables.keep_labels(runs, {split: table["label"].to_numpy() for split, table in splits.items()})
 
 
 def splits_to_keep(args, reviews: data.Reviews) -> dict[str, pd.DataFrame]:
@@ -291,36 +337,48 @@ def refuse_other(now: dict, then: dict, path: Path) -> None:
         settings.stop(f"{path} was made with other settings, reviews or teacher: delete it to make it again")
 
 
-def make_run(
-    args, hardware, name: str, run: dict, seed: int, folder: Path, runs: Path, reviews, ids: dict, soft: dict, teacher
-) -> None:
-    """A run's student in `folder` and what it says in `runs`, unless they are there.
-
-    Stops when the one that is there was made from something else.
-    """
-    here, splits = folder / f"{name}-{seed}", splits_to_keep(args, reviews)
-    artifacts.lock(here)
-    of_this, kept = made_from(args, run, seed, runs, reviews, soft), tables.read_run(runs, name, seed)
-    if kept and splits.keys() <= kept["scores"].keys():
-        return refuse_other(of_this, kept["made_from"], runs / f"{name}-{seed}.json")
-    record, continued = here / "made_from.json", here.exists()
-    if not continued:
+def begin(folder: Path, of_this: dict) -> bool:
+    """Record what a folder's model is made from; whether that was done before. Stops when it was something else."""
+    record = folder / "made_from.json"
+    begun = record.exists()
+    if begun:
+        refuse_other(of_this, artifacts.read_json(record), folder)
+    else:
         artifacts.write_json(record, of_this)
-    refuse_other(of_this, artifacts.read_json(record), here)
-    if not (here / "seconds.json").exists():
+    return begun
+
+
+def make_run(
+    proof: Proof, name: str, run: dict, seed: int, soft: dict[str, np.ndarray], teacher: str | None = None
+) -> None:
+    """A run's student and what it says, unless they are there.
+
+    Stops when the one that is there was made from something else, and when a student that should have learned has not.
+    """
+    from common import training
+
+    args, reviews, here = proof.args, proof.reviews, proof.folder / f"{name}-{seed}"
+    splits = splits_to_keep(args, reviews)
+    artifacts.lock(here)
+    of_this, kept = made_from(proof, run, seed, soft), tables.read_run(proof.runs, name, seed)
+    if kept and splits.keys() <= kept["scores"].keys():
+        return refuse_other(of_this, kept["made_from"], proof.runs / f"{name}-{seed}.json")
+    continued = begin(here, of_this)
+    if not ((here / "seconds.json").exists() and (here / "model").exists()):
         print(f"{name}, seed {seed}", flush=True)
-        if run["base"] == "mlm":
-            tokenizer = models.load_tokenizer(args.student_model)
-            pretrain(args, hardware, tokenizer, ids["train"] + ids["transfer"], folder / "mlm")
+        base = base_of(proof, run, seed)
         started = time.time()
-        train_run(args, hardware, run, seed, here, base_of(args, run, seed, folder), runs, reviews, ids, soft)
+        train_run(proof, run, seed, base, here / "model", soft)
         # An interrupted training's seconds are not known: the time of its first part is gone.
         artifacts.write_json(here / "seconds.json", {"seconds": None if continued else round(time.time() - started)})
-    scores = {split: score(args, hardware, here / "model", table) for split, table in splits.items()}
+    scores = {split: score(args, proof.hardware, here / "model", table) for split, table in splits.items()}
+    if proof.ids["validation"] and name not in tables.MAY_COLLAPSE:
+        gold, remedy = reviews.validation["label"].to_numpy(), f"{name} is no measure; delete {here}/, change the cause"
+        training.refuse_collapse(scores["validation"], gold, remedy)
     rows = chosen_rows(run | {"transfer": 0}, reviews.train["label"].to_numpy(), None)
     about = {"gold": len(rows.get("train", [])), "transfer": of_this["transfer_reviews"], "teacher": teacher}
     about |= artifacts.read_json(here / "seconds.json") | {"made_from": of_this}
-    tables.keep(runs, name, seed, about, scores)
+    tables.keep(proof.runs, name, seed, about, scores)
 
 
 def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
@@ -333,19 +391,18 @@ def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
 
 
 def main() -> None:
-    args = settings.parse(make_parser(__doc__, RUNS), "distillation", None)
+    args = parse(make_parser(__doc__, RUNS), "distillation", None)
     hardware = device.detect(args)
-    folder, runs = Path(args.output_dir, "distillation"), args.tables / "runs"
-    reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
-    keep_labels(args, runs, reviews)
-    ids, soft = encode_reviews(args, reviews), {}
+    reviews, runs = data.load_reviews(args, reads=("train", "transfer", "test")), args.tables / "runs"
+    tables.keep_labels(runs, splits_to_keep(args, reviews))
+    proof = Proof(args, hardware, reviews, encode_reviews(args, reviews), Path(args.output_dir, "distillation"), runs)
+    soft = {}
     if any(RUNS[name]["labels"] != "none" for name in args.runs):  # the others can run while 02 still scores
         teacher = keep_teacher(args, hardware, runs, reviews, args.read_test)
         soft = {split: teacher["scores"][split] for split in ("train", "transfer")}
     for seed in args.seeds:
         for name in args.runs:
-            teacher_name = "teacher" if RUNS[name]["labels"] != "none" else None
-            make_run(args, hardware, name, RUNS[name], seed, folder, runs, reviews, ids, soft, teacher_name)
+            make_run(proof, name, RUNS[name], seed, soft, "teacher" if RUNS[name]["labels"] != "none" else None)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = distillation.make_parser(__doc__, dict.fromkeys(RUNS, {}))
     parser.set_defaults(max_transfer_samples=4000, seeds=[1])
     parser.add_argument("--labels", nargs="+", type=int, choices=list(LABELS), default=list(LABELS))
-    return settings.parse(parser, "few_labels", argv)
+    return distillation.parse(parser, "few_labels", argv)
 
 
 def at(args, labels: int) -> argparse.Namespace:
@@ -69,26 +69,33 @@ def make_students(args, hardware, labels: int, runs: Path) -> None:
     """The students at one number of labels, and what they say, unless they are there."""
     here, folder = at(args, labels), Path(args.output_dir, "few_labels", str(labels))
     reviews = data.load_reviews(here, reads=("train", "transfer", "test"))
+    if LABELS[labels] and (len(reviews.validation), len(reviews.train)) != LABELS[labels]:
+        settings.stop(f"{args.dataset} has too few labelled reviews: pass other --labels than {labels}")
+    if args.read_test:
+        tables.keep_labels(runs, {"test": reviews.test})
     ids, into = distillation.encode_reviews(here, reviews), runs / "few_labels" / str(labels)
     if labels < 500:
         ids["validation"] = []
+    proof = distillation.Proof(here, hardware, reviews, ids, folder, into)
     for seed, name in [(seed, name) for seed in args.seeds for name in args.runs]:
+        run = recipe(name, labels, len(reviews.train), len(reviews.transfer), args.batch_size)
         if labels == max(LABELS) and name in ELSEWHERE:
-            share(runs, ELSEWHERE[name], into, name, seed)
+            share(proof, run, runs, ELSEWHERE[name], name, seed)
         elif labels or name == "student_of_llm":
             print(f"{labels} labels: {name}, seed {seed}", flush=True)
-            soft = read_teacher(here, hardware, name, labels, reviews, into)
-            run = recipe(name, labels, len(reviews.train), len(reviews.transfer), args.batch_size)
-            distillation.make_run(here, hardware, name, run, seed, folder, into, reviews, ids, soft, None)
+            distillation.make_run(proof, name, run, seed, read_teacher(here, hardware, name, labels, reviews, into))
 
 
-def share(runs: Path, of: str, folder: Path, name: str, seed: int) -> None:
-    """A run of black_box.py as one of this table."""
-    run = tables.read_run(runs, of, seed)
-    if run is None:
+def share(proof: distillation.Proof, run: dict, runs: Path, of: str, name: str, seed: int) -> None:
+    """A run of black_box.py as one of this table; stops unless it was made as this one would be."""
+    found = tables.read_run(runs, of, seed)
+    if found is None:
         settings.stop(f"{of}, seed {seed}, is missing: run results/black_box.py first")
-    about = {key: value for key, value in run.items() if key not in ("run", "seed", "scores")}
-    tables.keep(folder, name, seed, about, run["scores"])
+    teacher = tables.read_run(runs, found["teacher"], proof.args.seed)
+    soft = {split: teacher["scores"][split] for split in ("train", "transfer")}
+    distillation.refuse_other(distillation.made_from(proof, run, seed, soft), found["made_from"], runs / f"{of}-{seed}")
+    about = {key: value for key, value in found.items() if key not in ("run", "seed", "scores")}
+    tables.keep(proof.runs, name, seed, about, found["scores"])
 
 
 def keep_nb_svm(args, labels: int, runs: Path) -> None:
@@ -97,8 +104,9 @@ def keep_nb_svm(args, labels: int, runs: Path) -> None:
     if tables.read_run(into, "nb_svm", args.seed):
         return
     folder = artifacts.require(here, "01_baseline", "nb_svm")
-    test = data.load_reviews(here, reads=("train", "test")).test
-    logits = baseline.load_baseline(folder).logits(test["text"])
+    reviews = data.load_reviews(here, reads=("train", "test"))
+    artifacts.refuse_conflict(here, artifacts.read_run(here, "01_baseline"), reviews.fingerprints, distillation.SAME)
+    logits = baseline.load_baseline(folder).logits(reviews.test["text"])
     about = {"gold": here.max_train_samples, "transfer": 0, "teacher": None, "seconds": None}
     tables.keep(into, "nb_svm", args.seed, about, {"test": logits})
 

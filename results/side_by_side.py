@@ -15,6 +15,7 @@ Writes results/distillation/textbrewer.csv. Finished rows are not made again; pa
 """
 
 import argparse
+import importlib.util
 import shutil
 import sys
 import time
@@ -241,8 +242,18 @@ def main(argv: list[str] | None = None) -> None:
     reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
     teacher = artifacts.require(args, "02_roberta", "model")
     folder = Path(args.output_dir, "side_by_side")
+    if any(RUNS[name][0] == "textbrewer" for name in args.runs) and importlib.util.find_spec("textbrewer") is None:
+        settings.stop(
+            "TextBrewer is not installed: pip install tensorboard, pip install --no-deps textbrewer==0.2.1.post1"
+        )
+    of_this = {name: getattr(args, name) for name in ("epochs", "seeds", *distillation.TRAINING)}
+    of_this |= {"teacher": models.weights_digest(teacher)}
+    of_this |= {split: data.fingerprint(getattr(reviews, split)) for split in ("train", "test")}
+    distillation.begin(folder, of_this)
     for name in args.runs:
         file = folder / f"{name}.json"
+        if RUNS[name][1] == "saved" and not (folder / "scoring pass.json").exists():
+            settings.stop(f"{name} reads what the scoring pass saves: put it first")
         if not file.exists():
             artifacts.write_json(file, make_row(args, hardware, name, teacher, folder, reviews))
     made = {name: folder / f"{name}.json" for name in RUNS if (folder / f"{name}.json").exists()}

@@ -5,22 +5,28 @@
 
 A run leaves two small files in runs/: NAME-SEED.json, what it is, and NAME-SEED.npz, its log-odds of "positive" for
 each review of "validation" and "test", of a teacher also of "train" and "transfer" (NaN where it has not read it).
-runs/labels.npz holds the gold labels of validation and test. distillation.py, black_box.py and few_labels.py write them
-as the runs finish; test comes with their --read-test.
+runs/labels.npz holds the gold labels of validation and test, reviews.json the fingerprints of these reviews.
+distillation.py, black_box.py and few_labels.py write them as the runs finish; test comes with their --read-test. A
+table is not made of runs with different settings, reviews or teachers.
 
 Writes validation.csv and, once test is read, white_box.csv and black_box.csv (one row a run), claims.csv,
 few_labels.csv and few_labels.png.
 """
 
 import argparse
+import hashlib
+import json
+import re
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, metrics
+from common import artifacts, data, metrics, settings
 
 TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
@@ -30,6 +36,11 @@ WHITE_BOX += ("no_transfer_set", "gold_last", "confident", "after_mlm", "final",
 LLM_TEACHERS = ("zero_shot", "zero_shot_batch", "tuned", "other_prompt", "whole_prompt")
 BLACK_BOX = (*(f"{name}_teacher" for name in LLM_TEACHERS), "control", *LLM_TEACHERS, "tuned_label_sorted")
 FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
+# Mistakes, and teachers of which nothing is promised: their students are reported as they fall, at chance too.
+MAY_COLLAPSE = ("label_sorted", "tuned_label_sorted", "zero_shot", "zero_shot_batch", "other_prompt", "whole_prompt")
+# What all runs of a table share, where they have it; a run's own recipe may override the learning rate.
+SHARED = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
+SHARED += ["train", "validation", "transfer"]
 Runs = dict[tuple[str, int], dict]  # by name and seed: the JSON of a run, and "scores": (n, 2) logits by split
 
 
@@ -43,17 +54,23 @@ def keep(runs: Path, name: str, seed: int, about: dict, scores: dict[str, np.nda
     artifacts.write_json(runs / f"{name}-{seed}.json", {"run": name, "seed": seed} | about)
 
 
-def keep_labels(runs: Path, labels: dict[str, np.ndarray]) -> None:
-    """Write the gold labels by split beside those that are there; a split has the same labels in all runs."""
-    file = runs / "labels.npz"
-    known = dict(np.load(file)) if file.exists() else {}
-    if labels.keys() <= known.keys() and all(np.array_equal(known[split], of) for split, of in labels.items()):
+def keep_labels(runs: Path, splits: dict[str, pd.DataFrame]) -> None:
+    """Write the gold labels of each split and which reviews these are, beside those that are there.
+
+    Stops when the runs that are there are of other reviews.
+    """
+    file, record = runs / "labels.npz", runs / "reviews.json"
+    known = artifacts.read_json(record) if record.exists() else {}
+    now = {split: data.fingerprint(table) for split, table in splits.items()}
+    for split, of in now.items():
+        if known.get(split, of) != of:
+            settings.stop(f"{runs}/ holds runs of other {split} reviews: pass another --tables, or delete it")
+    if now.keys() <= known.keys():
         return
-    for split, of in labels.items():
-        if split in known and not np.array_equal(known[split], of):
-            raise ValueError(f"{file} holds other labels of {split}: the runs beside it are of other reviews")
+    labels = {split: table["label"].to_numpy(np.int8) for split, table in splits.items()}
     with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(handle, **known | {split: of.astype(np.int8) for split, of in labels.items()})
+        np.savez_compressed(handle, **(dict(np.load(file)) if known else {}) | labels)
+    artifacts.write_json(record, known | now)
 
 
 def read_run(runs: Path, name: str, seed: int) -> dict | None:
@@ -61,28 +78,63 @@ def read_run(runs: Path, name: str, seed: int) -> dict | None:
     file = runs / f"{name}-{seed}.json"
     if not file.exists():
         return None
-    log_odds = {split: odds.astype(np.float32) for split, odds in np.load(file.with_suffix(".npz")).items()}
-    return artifacts.read_json(file) | {
-        "scores": {split: np.stack([-odds / 2, odds / 2], axis=1) for split, odds in log_odds.items()}
-    }
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        log_odds = {split: odds.astype(np.float32) for split, odds in np.load(file.with_suffix(".npz")).items()}
+        lacking = {"run", "seed", "gold", "transfer", "teacher", "seconds"} - run.keys()
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as problem:
+        lacking = problem
+    if lacking:
+        settings.stop(f"{file} or its .npz is damaged ({lacking}): delete both, and the run is made again")
+    return run | {"scores": {split: np.stack([-odds / 2, odds / 2], axis=1) for split, odds in log_odds.items()}}
 
 
-def read_runs(runs: Path, names: tuple[str, ...], split: str) -> Runs:
-    """The finished runs of these names that have scored a split, in the order of the names, by seed within a name."""
+def read_runs(runs: Path, names: tuple[str, ...], split: str, n: int) -> Runs:
+    """The finished runs of these names that have scored a split, in the order of the names, by seed within a name.
+
+    Stops when one has not scored its `n` reviews.
+    """
     found = {}
     for name in names:
-        seeds = sorted(int(file.stem.rpartition("-")[2]) for file in runs.glob(f"{name}-*.json"))
-        found |= {(name, seed): read_run(runs, name, seed) for seed in seeds}
-    return {key: run for key, run in found.items() if split in run["scores"]}
+        numbers = (re.fullmatch(rf"{name}-(\d+)\.json", file.name) for file in runs.glob(f"{name}-*.json"))
+        for seed in sorted(int(number[1]) for number in numbers if number):
+            run = read_run(runs, name, seed)
+            if split in run["scores"]:
+                found[name, seed] = run
+                if len(run["scores"][split]) != n:
+                    settings.stop(f"{runs}/{name}-{seed}.npz has not all {n} {split} reviews: delete it and its .json")
+    return found
 
 
-def gap_closed(labels: np.ndarray, student: np.ndarray, control: np.ndarray, teacher: np.ndarray) -> float | None:
-    """(student - control) / (teacher - control) of accuracies, by (n, 2) logits; None where the teacher leads by less
-    than a point."""
-    of_student, of_control, of_teacher = (
-        metrics.accuracy(labels, logits.argmax(axis=1)) for logits in (student, control, teacher)
-    )
-    return (of_student - of_control) / (of_teacher - of_control) if of_teacher - of_control >= 0.01 else None
+def refuse_mixed(runs: Runs) -> None:
+    """Stop when a table's runs differ in settings or reviews, or learned from another teacher than the kept one."""
+    first: dict[str, object] = {}
+    for (name, seed), run in runs.items():
+        about = run.get("made_from") or run.get("reviews", {})
+        for key in SHARED:
+            if key in about and first.setdefault(key, about[key]) != about[key]:
+                settings.stop(
+                    f"{name}, seed {seed}, has another {key} ({about[key]}) than the runs beside it: delete it"
+                )
+        kept = teacher_of(runs, run["teacher"])
+        learned_from = about.get("teacher", {}) if kept else {}
+        if any(digest(kept["scores"][split]) != of for split, of in learned_from.items()):
+            settings.stop(f"{name}, seed {seed}, learned from another {run['teacher']} than the kept one: delete it")
+
+
+def digest(scores: np.ndarray) -> str:
+    """SHA-256 of a teacher's scores: which student learned from which."""
+    return hashlib.sha256(scores.tobytes()).hexdigest()
+
+
+def teacher_of(runs: Runs, name: str | None) -> dict | None:
+    """The run of a teacher of this name; there is one, of the seed of the subsets."""
+    return next((run for (of, _), run in runs.items() if of == name), None)
+
+
+def gap_closed(student: float, control: float, teacher: float) -> float | None:
+    """(student - control) / (teacher - control) of accuracies; None where the teacher leads by less than a point."""
+    return (student - control) / (teacher - control) if teacher - control >= 0.01 else None
 
 
 def compare(run: dict, labels: np.ndarray, teacher: np.ndarray | None, control: np.ndarray | None) -> dict:
@@ -102,73 +154,70 @@ def compare(run: dict, labels: np.ndarray, teacher: np.ndarray | None, control: 
         both = np.isfinite(teacher[:, 0])
         row["agreement"] = metrics.accuracy(teacher[both].argmax(axis=1), logits[both].argmax(axis=1))
         if control is not None:
-            row["gap_closed"] = gap_closed(labels[both], logits[both], control[both], teacher[both])
+            of = (metrics.accuracy(labels[both], one[both].argmax(axis=1)) for one in (logits, control, teacher))
+            row["gap_closed"] = gap_closed(*of)
     return row
 
 
 def table_of_runs(runs: Runs, labels: np.ndarray, of_controls: str) -> pd.DataFrame:
     """One row a run, beside the "teacher" that it names; the controls, which have none, beside `of_controls`."""
-    scores = {name: run["scores"]["test"] for (name, _), run in runs.items() if name.endswith("teacher")}
+    refuse_mixed(runs)
     rows = []
     for (name, seed), run in runs.items():
-        control = runs.get(("control", seed)) if name != "control" and name not in scores else None
-        teacher = None if name in scores else scores.get(run["teacher"] or of_controls)
-        rows.append(compare(run, labels, teacher, control and control["scores"]["test"]))
+        is_teacher = name.endswith("teacher")
+        control = runs.get(("control", seed)) if name != "control" and not is_teacher else None
+        teacher = None if is_teacher else teacher_of(runs, run["teacher"] or of_controls)
+        rows.append(compare(run, labels, *(one and one["scores"]["test"] for one in (teacher, control))))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seconds": "Int64"})
 
 
-def claim(right: dict[str, np.ndarray], student: str, controls: list[str], teacher: str | None = None) -> dict:
-    """How far `student` leads the best of `controls` by seed-mean accuracy, and how much of the gap to `teacher` it
-    closes.
+def claim(student: np.ndarray, against: np.ndarray, teacher: np.ndarray | None = None) -> dict:
+    """How far a student leads another model by seed-mean accuracy, and how much of the gap to `teacher` it closes.
 
-    `right` holds (seeds, n) booleans by run: whether each test review was called right. The interval is a bootstrap
-    over the reviews (Efron 1979), paired: of each review's share of right seeds, the student's less the control's. The
-    gap is that to the first of the controls.
+    Each is (seeds, n) booleans: whether each test review was called right. The interval is a bootstrap over the reviews
+    (Efron 1979), paired: of each review's share of right seeds, the student's less the other's. It is that of these
+    trained models on other reviews; what other seeds would change is not in it.
     """
     from scipy.stats import bootstrap
 
-    best = max(controls, key=lambda name: right[name].mean())
-    lead = right[student].mean(axis=0) - right[best].mean(axis=0)
+    lead = student.mean(axis=0) - against.mean(axis=0)
     interval = bootstrap((lead,), np.mean, n_resamples=9999, batch=100, method="percentile", rng=0).confidence_interval
-    row = {"student": student, "against": best, "seeds": len(right[student]), "n_test": len(lead)}
-    row |= {"student_accuracy": right[student].mean(), "against_accuracy": right[best].mean(), "lead": lead.mean()}
-    row |= {"ci_low": interval.low, "ci_high": interval.high, "gap_closed": None}
-    if teacher is not None:
-        first = right[controls[0]].mean()
-        row["gap_closed"] = (right[student].mean() - first) / (right[teacher].mean() - first)
-    return row
+    row = {"seeds": len(student), "n_test": len(lead), "student_accuracy": student.mean()}
+    row |= {"against_accuracy": against.mean(), "lead": lead.mean(), "ci_low": interval.low, "ci_high": interval.high}
+    gap = None if teacher is None else gap_closed(student.mean(), against.mean(), teacher.mean())
+    return row | {"gap_closed": gap}
 
 
-def right_by_run(runs: Runs, labels: np.ndarray, student: str, controls: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """(seeds, n) booleans by run, of the student's seeds: itself, and those of the controls that have all of them.
-
-    Empty where the student or the first of the controls, against which gaps are measured, is not finished.
-    """
-    seeds = [seed for name, seed in runs if name == student]
-    names = [student, *(name for name in controls if all((name, seed) in runs for seed in seeds))]
-    if not seeds or controls[0] not in names:
-        return {}
-    called = {name: [runs[name, seed]["scores"]["test"].argmax(axis=1) for seed in seeds] for name in names}
-    return {name: np.stack(of) == labels for name, of in called.items()}
+def right(runs: Runs, name: str, seeds: list[int], labels: np.ndarray) -> np.ndarray:
+    """(seeds, n) booleans: whether each seed of a run called each test review right."""
+    return np.stack([runs[name, seed]["scores"]["test"].argmax(axis=1) == labels for seed in seeds])
 
 
 def claims(white: Runs, black: Runs, labels: np.ndarray) -> pd.DataFrame:
-    """What the mission claims, a row each: the white-box student leads the best control, and closes a part of the gap;
-    the black-box student leads the control, and is not far behind its teacher, on the reviews that this one read."""
+    """What the mission claims, a row each: the white-box student leads every control, by the seeds that both have, and
+    closes a part of the gap; the black-box student leads the control, and is not far behind its teacher, on the reviews
+    that this one read."""
     rows = []
-    right = right_by_run(white, labels, "final", CONTROLS)
-    teachers = [run["scores"]["test"] for (name, _), run in white.items() if name == "teacher"]
-    if right and teachers:
-        right["teacher"] = (teachers[0].argmax(axis=1) == labels)[None]
-        rows.append(claim(right, "final", [name for name in right if name in CONTROLS], "teacher"))
-    right = right_by_run(black, labels, "tuned", ("control",))
-    teachers = [run["scores"]["test"] for (name, _), run in black.items() if name == "tuned_teacher"]
-    if right and teachers:
-        read = np.isfinite(teachers[0][:, 0])
-        rows.append(claim(right, "tuned", ["control"]))
-        of_part = {run: of[:, read] for run, of in right.items()}
-        of_part["tuned_teacher"] = (teachers[0].argmax(axis=1) == labels)[None, read]
-        rows.append(claim(of_part, "tuned", ["tuned_teacher"]))
+    for runs, student, controls, name in (
+        (white, "final", CONTROLS, "teacher"),
+        (black, "tuned", ("control",), "tuned_teacher"),
+    ):
+        teacher = teacher_of(runs, name)
+        seeds_of = {one: [seed for of, seed in runs if of == one] for one in (student, *controls)}
+        for control in controls:
+            seeds = [seed for seed in seeds_of[student] if seed in seeds_of[control]]
+            if seeds and teacher:
+                pair = (right(runs, one, seeds, labels) for one in (student, control))
+                of_teacher = (teacher["scores"]["test"].argmax(axis=1) == labels)[None]
+                whole = np.isfinite(teacher["scores"]["test"]).all()
+                row = claim(*pair, of_teacher if whole else None)
+                rows.append({"student": student, "against": control} | row)
+    teacher, seeds = teacher_of(black, "tuned_teacher"), [seed for name, seed in black if name == "tuned"]
+    if teacher and seeds:
+        read = np.isfinite(teacher["scores"]["test"][:, 0])
+        of_teacher = teacher["scores"]["test"].argmax(axis=1) == labels
+        row = claim(right(black, "tuned", seeds, labels)[:, read], of_teacher[None, read])
+        rows.append({"student": "tuned", "against": "tuned_teacher"} | row)
     return pd.DataFrame(rows)
 
 
@@ -184,8 +233,11 @@ def table_of_validation(runs: Runs, labels: np.ndarray) -> pd.DataFrame:
 def table_of_few_labels(runs: Path, labels: np.ndarray) -> pd.DataFrame:
     """One row a student and number of gold labels."""
     rows = []
-    for folder in sorted((runs / "few_labels").glob("*/"), key=lambda folder: int(folder.name)):
-        for (name, seed), run in read_runs(folder, FEW_LABELS, "test").items():
+    folders = [folder for folder in (runs / "few_labels").glob("*/") if folder.name.isdigit()]
+    for folder in sorted(folders, key=lambda folder: int(folder.name)):
+        found = read_runs(folder, FEW_LABELS, "test", len(labels))
+        refuse_mixed(found)
+        for (name, seed), run in found.items():
             quality = metrics.describe(labels, run["scores"]["test"])
             scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high")}
             rows.append({"labels": int(folder.name), "run": name, "seed": seed, **scores, "n_test": quality["n"]})
@@ -219,12 +271,14 @@ def make_tables(folder: Path, without_plot: bool = False) -> dict[str, pd.DataFr
     """Write every table of folder/runs beside it; a table without a run is not written. By file name, what is there."""
     runs, made = folder / "runs", {}
     if not (runs / "labels.npz").exists():
-        return made
-    labels = np.load(runs / "labels.npz")
-    names = tuple(dict.fromkeys(WHITE_BOX + BLACK_BOX))
-    made["validation.csv"] = table_of_validation(read_runs(runs, names, "validation"), labels["validation"])
+        settings.stop(f"{runs}/ holds no runs (no labels.npz): make some with results/distillation.py")
+    labels = dict(np.load(runs / "labels.npz"))
+    if "validation" in labels:
+        names = tuple(dict.fromkeys(WHITE_BOX + BLACK_BOX))
+        found = read_runs(runs, names, "validation", len(labels["validation"]))
+        made["validation.csv"] = table_of_validation(found, labels["validation"])
     if "test" in labels:
-        white, black = (read_runs(runs, names, "test") for names in (WHITE_BOX, BLACK_BOX))
+        white, black = (read_runs(runs, names, "test", len(labels["test"])) for names in (WHITE_BOX, BLACK_BOX))
         made["white_box.csv"] = table_of_runs(white, labels["test"], "teacher")
         made["black_box.csv"] = table_of_runs(black, labels["test"], "tuned_teacher")
         made["claims.csv"] = claims(white, black, labels["test"])

@@ -1,9 +1,10 @@
 """The tables of results/: what a row says of a run, by hand and by another library."""
 
-import argparse
+import dataclasses
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,12 +13,13 @@ from conftest import ROOT
 from statsmodels.stats.contingency_tables import mcnemar
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
-from common import device, metrics, models
+from common import artifacts, data, device, distill, metrics, models
 
 sys.path.insert(0, str(ROOT))
 from results import black_box, distillation, few_labels, side_by_side, tables
 
 LABELS = np.arange(200) % 2
+REVIEWS = pd.DataFrame({"example_id": map(str, range(200)), "text": "a film", "label": LABELS})
 
 
 def logits(accuracy: float, seed: int) -> np.ndarray:
@@ -37,7 +39,7 @@ def keep(folder, name: str, seed: int, scores: np.ndarray, **about) -> None:
 @pytest.fixture
 def folder(tmp_path):
     """Runs of a control, a student and their teacher."""
-    tables.keep_labels(tmp_path / "runs", {"test": LABELS, "validation": LABELS})
+    tables.keep_labels(tmp_path / "runs", {"test": REVIEWS, "validation": REVIEWS})
     keep(tmp_path, "control", 1, logits(0.80, 1), transfer=0, teacher=None)
     keep(tmp_path, "logits", 1, logits(0.86, 2))
     keep(tmp_path, "teacher", 42, logits(0.90, 3), transfer=0, teacher=None)
@@ -86,14 +88,71 @@ def test_what_a_run_keeps_in_half_precision_changes_no_call_and_hardly_a_figure(
     kept = tables.read_run(folder / "runs", "final", 1)["scores"]["test"]
     assert np.array_equal(kept.argmax(1), exact.argmax(1))
     assert metrics.nll(LABELS, kept) == pytest.approx(metrics.nll(LABELS, exact), abs=1e-4)
-    with pytest.raises(ValueError, match="other labels of test"):
-        tables.keep_labels(folder / "runs", {"test": 1 - LABELS})
+
+
+def test_runs_of_other_reviews_are_refused_though_their_labels_are_the_same(folder, stops):
+    tables.keep_labels(folder / "runs", {"test": REVIEWS})
+    others = REVIEWS.assign(text="another film")
+    stops(lambda: tables.keep_labels(folder / "runs", {"test": others}), "other test reviews", "--tables")
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"PK cut"])
+def test_a_damaged_run_is_named_with_what_to_delete(folder, stops, damage):
+    file = folder / "runs" / "logits-1.npz"
+    file.unlink() if damage is None else file.write_bytes(damage)
+    stops(lambda: tables.make_tables(folder), "logits-1.json or its .npz is damaged", "delete both")
+
+
+def test_a_run_that_lacks_reviews_and_a_json_that_lacks_keys_are_named(folder, stops):
+    keep(folder, "logits", 1, logits(0.8, 1)[:100])
+    stops(lambda: tables.make_tables(folder), "has not all 200 validation reviews")
+    (folder / "runs" / "logits-1.json").write_text("{}")
+    stops(lambda: tables.make_tables(folder), "logits-1.json or its .npz is damaged")
+    stops(lambda: tables.make_tables(folder / "nowhere"), "holds no runs")
+
+
+def test_files_that_are_no_runs_are_left_alone(folder):
+    (folder / "runs" / "logits-1 copy.json").write_text("{}")
+    (folder / "runs" / "few_labels" / ".ipynb_checkpoints").mkdir(parents=True)
+    assert rows_of(folder).index.tolist() == ["teacher", "control", "logits"]
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "batch_size", "max_length", "train", "validation", "transfer"])
+def test_a_table_is_not_made_of_runs_with_different_settings_or_reviews(folder, stops, key):
+    keep(folder, "logits", 1, logits(0.86, 2), made_from={key: "a"})
+    keep(folder, "margin", 1, logits(0.86, 2), made_from={key: "b"})
+    stops(lambda: tables.make_tables(folder), "margin, seed 1", f"another {key}")
+
+
+def test_a_student_is_not_shown_beside_another_teacher_than_its_own(folder, stops):
+    teacher = tables.read_run(folder / "runs", "teacher", 42)["scores"]["test"]
+    keep(folder, "logits", 1, logits(0.86, 2), made_from={"teacher": {"test": tables.digest(teacher)}})
+    rows_of(folder)
+    keep(folder, "teacher", 42, logits(0.90, 4), transfer=0, teacher=None)
+    stops(lambda: rows_of(folder), "logits, seed 1, learned from another teacher")
+
+
+def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_teacher_that_it_names(folder):
+    keep(folder, "control", 2, logits(0.70, 5), transfer=0, teacher=None)
+    keep(folder, "logits", 2, logits(0.86, 6))
+    rows = rows_of(folder).set_index("seed", append=True)
+    assert rows.loc[("logits", 1), "gap_closed"].item() == pytest.approx(0.06 / 0.10)
+    assert rows.loc[("logits", 2), "gap_closed"].item() == pytest.approx(0.16 / 0.20)
+    keep(folder, "tuned_teacher", 42, logits(0.95, 7), teacher=None)
+    keep(folder, "zero_shot_teacher", 42, logits(0.75, 8), teacher=None)
+    keep(folder, "zero_shot", 1, logits(0.74, 9), teacher="zero_shot_teacher")
+    black = tables.make_tables(folder)["black_box.csv"].set_index(["run", "seed"])
+    agreement = np.mean(logits(0.74, 9).argmax(1) == logits(0.75, 8).argmax(1))
+    assert black.loc[("zero_shot", 1), "agreement"].item() == pytest.approx(agreement)
+    agreement = np.mean(logits(0.80, 1).argmax(1) == logits(0.95, 7).argmax(1))
+    assert black.loc[("control", 1), "agreement"].item() == pytest.approx(agreement)
 
 
 def test_the_committed_tables_are_what_the_committed_runs_say(tmp_path):
     made_anew = shutil.copytree(tables.TABLES / "runs", tmp_path / "runs").parent
     made = tables.make_tables(made_anew, without_plot=True)
-    assert "white_box.csv" in made
+    by_others = {"levers.csv", "textbrewer.csv"}  # of no committed runs
+    assert "white_box.csv" in made and {file.name for file in tables.TABLES.glob("*.csv")} - by_others == made.keys()
     for file, table in made.items():
         committed = pd.read_csv(tables.TABLES / file)
         pd.testing.assert_frame_equal(pd.read_csv(tmp_path / file), committed, rtol=1e-5, atol=2e-6)
@@ -111,37 +170,37 @@ def test_every_run_has_its_place_in_a_table():
     assert {*few_labels.RUNS, "nb_svm"} == set(tables.FEW_LABELS)
 
 
-def test_a_claim_is_made_against_the_controls_that_have_all_its_seeds(tmp_path):
-    seeds = {"final": (1, 2), "control": (1, 2, 3), "control_longer": (1,), "control_levers": (1, 2)}
-    for name, seed in ((name, seed) for name, all_of in seeds.items() for seed in all_of):
-        keep(tmp_path, name, seed, logits(0.8, seed))
-    runs = tables.read_runs(tmp_path / "runs", tables.WHITE_BOX, "test")
-    right = tables.right_by_run(runs, LABELS, "final", tables.CONTROLS)
-    assert set(right) == {"final", "control", "control_levers"}
-    assert all(of.shape == (2, 200) for of in right.values())
-    assert tables.right_by_run(runs, LABELS, "final", ("control_longer",)) == {}
+def test_the_committed_runs_are_of_the_recipes_that_stand_in_the_code():
+    recipes = distillation.RUNS | {name: run for name, run in black_box.RUNS.items() if name != "control"}
+    runs = tables.read_runs(tables.TABLES / "runs", tuple(recipes), "test", 5000)
+    assert len(runs) > 5
+    for (name, seed), run in runs.items():
+        assert run["made_from"]["run"] == recipes[name] and run["made_from"]["seed"] == seed, name
 
 
 def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
     for seed in (1, 2):
-        keep(folder, "control", seed, logits(0.8, seed), teacher=None)
+        keep(folder, "control", seed, logits(0.8, seed), transfer=0, teacher=None)
         keep(folder, "final", seed, logits(0.85, 10 + seed))
         keep(folder, "tuned", seed, logits(0.9, 20 + seed), teacher="tuned_teacher")
+    keep(folder, "control_longer", 2, logits(0.82, 40), transfer=0, teacher=None)
     part = logits(0.88, 30)
     part[100:] = np.nan
     keep(folder, "tuned_teacher", 42, part, teacher=None)
     claims = tables.make_tables(folder)["claims.csv"]
-    assert claims[["student", "against"]].to_numpy().tolist() == [
-        ["final", "control"],
-        ["tuned", "control"],
-        ["tuned", "tuned_teacher"],
+    assert claims[["student", "against", "seeds"]].to_numpy().tolist() == [
+        ["final", "control", 2],
+        ["final", "control_longer", 1],  # by the seeds that both have
+        ["tuned", "control", 2],
+        ["tuned", "tuned_teacher", 2],
     ]
-    assert claims["lead"][0] == pytest.approx(0.05) and claims["lead"][1] == pytest.approx(0.1)
-    assert claims["gap_closed"][0] == pytest.approx(0.5)
-    assert claims["n_test"].tolist() == [200, 200, 100]
+    assert claims["lead"].tolist()[:3] == pytest.approx([0.05, 0.03, 0.1])
+    assert claims["gap_closed"].tolist()[:2] == pytest.approx([0.5, 0.03 / 0.08])
+    assert claims["gap_closed"].isna().tolist() == [False, False, True, True]
+    assert claims["n_test"].tolist() == [200, 200, 200, 100]
     called = [np.mean(logits(0.9, 20 + seed)[:100].argmax(1) == LABELS[:100]) for seed in (1, 2)]
     behind = np.mean(called) - np.mean(part[:100].argmax(1) == LABELS[:100])
-    assert claims["lead"][2] == pytest.approx(behind, abs=1e-6)
+    assert claims["lead"][3] == pytest.approx(behind, abs=1e-6)
 
 
 def test_few_labels_are_a_row_a_student_and_a_line_a_run(folder):
@@ -161,66 +220,206 @@ def test_few_labels_are_a_row_a_student_and_a_line_a_run(folder):
 
 @pytest.fixture
 def small_proof(tmp_path, tiny):
-    """What distillation.make_run needs, of the tests' tiny student and eight reviews."""
-    table = pd.DataFrame(
-        {"example_id": list("abcdefgh"), "text": ["good", "bad"] * 4, "label": [1, 0] * 4, "split": "train"}
-    )
-    reviews = argparse.Namespace(**dict.fromkeys(("train", "validation", "transfer", "test"), table))
+    """A proof of the tests' tiny student and eight reviews."""
+    table = pd.DataFrame({"example_id": list("abcdefgh"), "text": ["good", "bad"] * 4, "label": [1, 0] * 4})
+    transfer = table.assign(text=["fine", "dull"] * 4, label=-1)
+    reviews = data.Reviews(train=table, validation=table, transfer=transfer, test=table, fingerprints={})
     arguments = ["--student-model", str(tiny / "distilbert"), "--max-length", "16", "--precision", "fp32"]
-    args = distillation.make_parser("", distillation.RUNS).parse_args(arguments)
-    args.tables, args.read_test, args.batch_tokens = tmp_path, False, 256
-    hardware, ids = device.Hardware("cpu", "fp32", "CPU"), distillation.encode_reviews(args, reviews)
-    soft = {split: np.array([[-1.0, 1], [1, -1]] * 4, dtype=np.float32) for split in ("train", "transfer")}
+    args = distillation.make_parser("", distillation.RUNS).parse_args([*arguments, "--learning-rate", "1e-3"])
+    args.tables, args.batch_tokens = tmp_path, 256
+    ids = distillation.encode_reviews(args, reviews)
+    folders = (tmp_path / "models", tmp_path / "runs")
+    return distillation.Proof(args, device.Hardware("cpu", "fp32", "CPU"), reviews, ids, *folders)
 
-    def make(name: str, **changed) -> dict:
-        run = distillation.RUNS[name] | {"epochs": 1} | changed
-        rest = (tmp_path / "models", tmp_path / "runs", reviews, ids, soft, "teacher")
-        distillation.make_run(args, hardware, name, run, 1, *rest)
-        return tables.read_run(tmp_path / "runs", name, 1)
 
-    return make, args, tmp_path
+SOFT = {split: np.array([[-1.0, 1], [1, -1]] * 4, dtype=np.float32) for split in ("train", "transfer")}
+
+
+def make(proof, name: str, soft=SOFT, seed: int = 1, **changed) -> dict:
+    """A run of a proof, as tables.read_run gives it."""
+    run = distillation.RUNS[name] | {"epochs": 8} | changed
+    distillation.make_run(proof, name, run, seed, soft, "teacher")
+    return tables.read_run(proof.runs, name, seed)
+
+
+def weights_of(proof, name: str):
+    return proof.folder / f"{name}-1" / "model" / "model.safetensors"
 
 
 def test_a_finished_run_is_not_trained_again_and_scores_test_when_it_is_asked_to(small_proof):
-    make, args, folder = small_proof
-    first = make("logits")
+    first = make(small_proof, "logits")
     assert set(first["scores"]) == {"validation"} and first["gold"] == 8 and first["transfer"] == 8
-    weights = (folder / "models" / "logits-1" / "model" / "model.safetensors").stat().st_mtime_ns
-    args.read_test = True
-    assert set(make("logits")["scores"]) == {"validation", "test"}
-    assert (folder / "models" / "logits-1" / "model" / "model.safetensors").stat().st_mtime_ns == weights
-    shutil.rmtree(folder / "models")  # what a run says is enough
-    make("logits")
-    assert not (folder / "models" / "logits-1").exists()
+    written = weights_of(small_proof, "logits").stat().st_mtime_ns
+    small_proof.args.read_test = True
+    assert set(make(small_proof, "logits")["scores"]) == {"validation", "test"}
+    assert weights_of(small_proof, "logits").stat().st_mtime_ns == written
+    shutil.rmtree(small_proof.folder)  # what a run says is enough
+    make(small_proof, "logits")
+    assert not (small_proof.folder / "logits-1").exists()
 
 
-def test_a_run_of_another_recipe_is_not_taken_for_this_one(small_proof, capsys):
-    make, _, folder = small_proof
-    make("logits")
-    with pytest.raises(SystemExit):
-        make("logits", alpha=0.5)
-    assert "runs/logits-1.json was made with other settings" in capsys.readouterr().err
-    (folder / "runs" / "logits-1.json").unlink()
-    with pytest.raises(SystemExit):
-        make("logits", alpha=0.5)
-    assert "models/logits-1 was made with other settings" in capsys.readouterr().err
+def test_a_run_of_another_recipe_or_teacher_is_not_taken_for_this_one(small_proof, stops):
+    make(small_proof, "logits")
+    other = SOFT | {"transfer": 2 * SOFT["transfer"]}
+    for changed in ({"alpha": 0.5}, {"soft": other}):
+        stops(lambda: make(small_proof, "logits", **changed), "runs/logits-1.json was made with other settings")  # noqa: B023
+    (small_proof.runs / "logits-1.json").unlink()
+    stops(lambda: make(small_proof, "logits", alpha=0.5), "models/logits-1 was made with other settings")
+
+
+def test_a_run_that_was_killed_before_its_first_file_begins_anew(small_proof):
+    (small_proof.folder / "logits-1").mkdir(parents=True)
+    assert make(small_proof, "logits")["seconds"] is not None
+
+
+def test_a_run_from_another_runs_student_needs_it_and_is_another_when_that_is_made_again(small_proof, stops):
+    stops(lambda: make(small_proof, "gold_last"), "logits, seed 1, is missing")
+    make(small_proof, "logits")
+    shutil.move(small_proof.folder / "logits-1", small_proof.folder / "elsewhere")
+    stops(lambda: make(small_proof, "gold_last"), "logits-1/model/ is missing", "make that run first")
+    shutil.move(small_proof.folder / "elsewhere", small_proof.folder / "logits-1")
+    assert make(small_proof, "gold_last")["transfer"] == 8
+    for path in (small_proof.folder / "logits-1", *small_proof.runs.glob("logits-1.*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make(small_proof, "logits", alpha=0.8)
+    stops(lambda: make(small_proof, "gold_last"), "gold_last-1.json was made with other settings")
+
+
+def test_masked_language_modelling_of_other_settings_is_not_reused(small_proof, stops):
+    distillation.pretrain(small_proof)
+    small_proof.args.learning_rate = 2e-3
+    stops(lambda: distillation.pretrain(small_proof), "mlm was made with other settings")
+
+
+def test_a_student_at_chance_is_no_measure_but_an_old_mistake_is_shown_as_it_falls(small_proof, stops):
+    stops(lambda: make(small_proof, "control", learning_rate=1e-9), "control is no measure")
+    assert not (small_proof.runs / "control-1.json").exists()
+    assert make(small_proof, "label_sorted")["gold"] == 4
+
+
+def trained_with(proof, monkeypatch, name: str, **changed) -> dict:
+    """What a run hands to the product's train_student."""
+    got = {}
+
+    def train_student(args, hardware, target, train, validation, **weights):
+        got.update(weights, args=args, train=train, validation=validation)
+
+    monkeypatch.setattr(distill, "train_student", train_student)
+    base, target = distillation.base_of(proof, distillation.RUNS[name] | changed, 3), proof.folder / "model"
+    distillation.train_run(proof, distillation.RUNS[name] | changed, 3, base, target, SOFT)
+    return got
+
+
+def test_a_run_trains_by_its_recipe_and_seed_on_its_own_reviews(small_proof, monkeypatch):
+    final = trained_with(small_proof, monkeypatch, "final")
+    assert (final["epochs"], final["alpha"], final["feature_weight"], final["teacher_width"]) == (4, 0.9, 0.0, None)
+    assert (final["args"].seed, final["args"].soft_loss, final["args"].learning_rate) == (3, "kl", 1e-3)
+    assert final["train"].labels.tolist() == [1, 0] * 4 + [distill.IGNORED] * 8
+    np.testing.assert_array_equal(final["train"].arrays["teacher_logits"], np.concatenate([*SOFT.values()]))
+    assert len(final["validation"]) == 8 and final["validation"].labels.tolist() == [1, 0] * 4
+
+    control = trained_with(small_proof, monkeypatch, "control")
+    assert (control["epochs"], control["alpha"], control["feature_weight"]) == (6, 0.0, 0.0)
+    assert len(control["train"]) == 8 and not control["train"].arrays
+    assert trained_with(small_proof, monkeypatch, "margin")["args"].soft_loss == "margin"
+
+    argmax = trained_with(small_proof, monkeypatch, "argmax_labels")
+    assert argmax["alpha"] == 0.0 and not argmax["train"].arrays
+    assert argmax["train"].labels.tolist() == [1, 0] * 8  # gold where it is known, else the teacher's
+    swapped = {split: -logits for split, logits in SOFT.items()}
+    monkeypatch.setitem(globals(), "SOFT", swapped)
+    assert trained_with(small_proof, monkeypatch, "argmax_labels")["train"].labels.tolist() == [1, 0] * 4 + [0, 1] * 4
+    own_rate = trained_with(small_proof, monkeypatch, "final", learning_rate=2e-5)
+    assert own_rate["args"].learning_rate == 2e-5
+
+
+def soft_labels_of_02(args, reviews) -> None:
+    """A finished 02 whose files hold the reviews in another order."""
+    folder = Path(args.output_dir, "02_roberta")
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "model.safetensors").write_bytes(b"weights")
+    for split in ("train", "transfer", "validation"):
+        table = getattr(reviews, split).iloc[::-1]
+        scores = {"logit_negative": [2.0, -2.0] * 4, "logit_positive": [-2.0, 2.0] * 4}  # the last review is negative
+        artifacts.write_table(
+            folder / "soft_labels" / f"{split}.parquet", pd.DataFrame({"example_id": table["example_id"], **scores})
+        )
+    settings = {name: getattr(args, name) for name in distillation.SAME}
+    facts = {"labels": ["negative", "positive"]}
+    run = {"step": "02_roberta", "settings": settings, "inputs": {}, "facts": facts}
+    artifacts.write_json(folder / "run.json", run)
+
+
+def test_the_kept_teacher_is_02s_by_example_id_and_another_one_is_refused(small_proof, tmp_path, stops):
+    args, reviews, runs = small_proof.args, small_proof.reviews, small_proof.runs
+    args.output_dir = str(tmp_path / "outputs")
+    keep_teacher = lambda: distillation.keep_teacher(args, small_proof.hardware, runs, reviews, test=False)  # noqa: E731
+    stops(keep_teacher, "run 02_finetune_roberta.py first")
+    soft_labels_of_02(args, reviews)
+    assert keep_teacher()["scores"]["train"].argmax(1).tolist() == [1, 0] * 4
+    shutil.rmtree(tmp_path / "outputs")  # a kept teacher is enough
+    assert set(keep_teacher()["scores"]) == {"train", "transfer", "validation"}
+    soft_labels_of_02(args, reviews)
+    (tmp_path / "outputs" / "02_roberta" / "model" / "model.safetensors").write_bytes(b"others")
+    stops(keep_teacher, "teacher-42.json was made with other settings")
+    shutil.rmtree(tmp_path / "outputs")
+    fewer = dataclasses.replace(reviews, transfer=reviews.transfer[:4])
+    stops(
+        lambda: distillation.keep_teacher(args, small_proof.hardware, runs, fewer, test=False),
+        "teacher-42.json was made with other settings",
+    )
+
+
+def test_few_labels_make_their_students_and_take_the_rest_from_the_other_tables(small_proof, monkeypatch, stops):
+    proof = small_proof
+    args = few_labels.parse_args(["--runs", "student_of_llm", "--read-test", "--student-model", "x"])
+    for name in ("student_model", "max_length", "batch_tokens", "learning_rate"):
+        setattr(args, name, getattr(proof.args, name))
+    args.output_dir = str(proof.folder)
+    monkeypatch.setattr(few_labels, "LABELS", {0: None, 16: (8, 8)})
+    monkeypatch.setattr(distillation, "FINAL", distillation.FINAL | {"epochs": 8})
+    monkeypatch.setattr(data, "load_reviews", lambda *_, **__: proof.reviews)
+    of = {split: data.fingerprint(getattr(proof.reviews, split)) for split in ("train", "transfer")}
+    about = {"gold": 0, "transfer": 0, "teacher": None, "seconds": None, "reviews": of, "weights": "no adapter"}
+    into = proof.runs / "few_labels" / "0"
+    tables.keep(into, "zero_shot_batch_teacher", 42, about, SOFT)
+    few_labels.make_students(args, proof.hardware, 0, proof.runs)
+    made = tables.read_run(into, "student_of_llm", 1)
+    assert made["gold"] == 0 and made["transfer"] == 8 and set(made["scores"]) == {"validation", "test"}
+    assert made["made_from"]["run"]["alpha"] == 1.0
+
+    share = lambda: few_labels.make_students(args, proof.hardware, 16, proof.runs)  # noqa: E731
+    stops(share, "tuned, seed 1, is missing")
+    tables.keep(proof.runs, "tuned_teacher", 42, about, SOFT)
+    at_all = dataclasses.replace(proof, args=args)
+    distillation.make_run(at_all, "tuned", distillation.FINAL, 1, SOFT, "tuned_teacher")
+    share()
+    assert tables.read_run(proof.runs / "few_labels" / "16", "student_of_llm", 1)["gold"] == 8
+    monkeypatch.setattr(distillation, "FINAL", distillation.FINAL | {"epochs": 2})
+    stops(share, "tuned-1 was made with other settings")
+    assert list(tables.make_tables(proof.runs.parent)["few_labels.csv"]["labels"]) == [0, 16]
+
+
+def test_flags_that_a_proof_would_ignore_are_refused(capsys):
+    for flags in (["--epochs", "3"], ["--force"], ["--seeds", "-1"]):
+        with pytest.raises(SystemExit) as left:
+            black_box.parse_args(flags)
+        assert left.value.code == 2, flags
 
 
 def test_the_claim_compares_seed_means_review_by_review():
     rng = np.random.default_rng(0)
-    right = {
-        name: rng.random((3, 4000)) < p for name, p in (("control", 0.85), ("control_levers", 0.86), ("final", 0.9))
-    }
-    right["teacher"] = rng.random((1, 4000)) < 0.92
-    row = tables.claim(right, "final", ["control", "control_levers"], "teacher")
-    lead = right["final"].mean(0) - right["control_levers"].mean(0)
+    control, final = rng.random((3, 4000)) < 0.85, rng.random((3, 4000)) < 0.9
+    teacher = rng.random((1, 4000)) < 0.92
+    row = tables.claim(final, control, teacher)
+    lead = final.mean(0) - control.mean(0)
     normal = 1.959964 * lead.std() / np.sqrt(4000)  # the bootstrap's interval of a mean, in the limit
-    assert row["against"] == "control_levers" and row["seeds"] == 3
-    assert row["lead"] == pytest.approx(right["final"].mean() - right["control_levers"].mean())
+    assert row["seeds"] == 3 and row["lead"] == pytest.approx(final.mean() - control.mean())
     assert row["ci_low"] == pytest.approx(lead.mean() - normal, abs=0.0005)
     assert row["ci_high"] == pytest.approx(lead.mean() + normal, abs=0.0005)
-    first, last = right["control"].mean(), right["teacher"].mean()
-    assert row["gap_closed"] == pytest.approx((right["final"].mean() - first) / (last - first))
+    gap = (final.mean() - control.mean()) / (teacher.mean() - control.mean())
+    assert row["gap_closed"] == pytest.approx(gap)
+    assert tables.claim(final, control, control[:1])["gap_closed"] is None  # no teacher that leads, no gap
 
 
 def test_the_surest_part_of_the_transfer_set_is_that_of_the_largest_log_odds():
