@@ -68,6 +68,7 @@ def test_feature_loss_by_hand():
 def test_the_last_layer_meets_the_last_layer():
     assert distill.mapped_layers(6, 24) == [4, 8, 12, 16, 20, 24]
     assert distill.mapped_layers(6, 12) == [2, 4, 6, 8, 10, 12]
+    assert distill.mapped_layers(6, 16) == [3, 5, 8, 11, 13, 16]  # rounded, not cut: 2.67, 5.33, 8, 10.67, 13.33, 16
     assert distill.mapped_layers(2, 5)[-1] == 5 and distill.mapped_layers(3, 3) == [1, 2, 3]
 
 
@@ -142,6 +143,46 @@ def test_each_term_is_logged_with_the_norm_of_its_own_gradient(trainer):
     assert alone._terms["ce_grad"][-1].item() == pytest.approx(norm, rel=1e-4)
 
 
+def test_the_students_features_are_the_pooled_states_of_its_layers_after_the_embeddings(trainer):
+    student = trainer.model.eval()
+    batch = training.Collator(0)([trainer.train_dataset[row] for row in range(4)])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    student.training = True  # alone: no dropout
+    features, states = student(**inputs)["features"], student.model(**inputs, output_hidden_states=True).hidden_states
+    for layer in (0, 1):
+        first = states[layer + 1][:, 0] @ student.projections[layer].weight.T
+        torch.testing.assert_close(features[:, layer, 0], first)
+
+
+def test_a_student_is_trained_as_it_is_asked_to(tiny, args, tmp_path, monkeypatch):
+    made = {}
+
+    def train(trainer, hardware):
+        made["trainer"] = trainer
+
+    monkeypatch.setattr(training, "train", train)
+    args.temperature, args.soft_loss, args.seed = 3.0, "margin", 7
+    train_set, validation = datasets(tiny, teacher_width=24)
+    weights = {"epochs": 5, "alpha": 0.6, "feature_weight": 0.3, "teacher_width": 24}
+    distill.train_student(args, CPU, tmp_path / "model", train_set, validation, **weights)
+    trainer = made["trainer"]
+    assert (trainer.alpha, trainer.feature_weight, trainer.temperature, trainer.soft_loss) == (0.6, 0.3, 3.0, "margin")
+    assert (trainer.args.num_train_epochs, trainer.args.seed) == (5, 7)
+    device.seed_everything(7)
+    again = distill.Student(models.load_classifier(args.student_model), 24)
+    saved = models.load_classifier(str(tmp_path / "model"))  # not trained: the new head is the seed's
+    torch.testing.assert_close(saved.classifier.weight, again.model.classifier.weight)
+
+
+def test_margin_is_weighted_by_alpha(trainer):
+    trainer.soft_loss, batch = "margin", training.Collator(0)([trainer.train_dataset[row] for row in range(12)])
+    loss, output = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    margin = distill.margin_loss(output["logits"], batch["teacher_logits"])
+    ce = distill.hard_label_loss(output["logits"], batch["labels"], 0.5)
+    features = distill.feature_loss(output["features"], batch["teacher_features"].float())
+    assert loss.item() == pytest.approx((0.7 * margin + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
+
+
 def test_margin_loss_by_hand():
     student, teacher = tensor([[0.0, 1.0], [2.0, 0.0]]), tensor([[-1.0, 2.0], [1.0, 0.0]])
     assert distill.margin_loss(student, teacher).item() == pytest.approx(((1 - 3) ** 2 + (-2 + 1) ** 2) / 2)
@@ -207,11 +248,17 @@ def test_constant_and_swapped_teachers_are_refused(stops):
     stops(lambda: distill.refuse_bad_teacher(right[:, ::-1], labels, "train"), "label order is swapped")
     stops(lambda: distill.refuse_bad_teacher(np.where(right == 1, np.nan, 0), labels, "train"), "not all finite")
     distill.refuse_bad_teacher(right, labels, "train")
+    worse, chance = right.copy(), right.copy()
+    worse[:61], chance[:55] = worse[:61, ::-1], chance[:55, ::-1]  # right for 39 and for 45 of 100
+    stops(lambda: distill.refuse_bad_teacher(worse, labels, "train"), "0.390, below chance")
+    distill.refuse_bad_teacher(chance, labels, "train")
 
 
 def test_a_transfer_set_of_one_class_is_refused(stops):
     one_class = np.tile([2.0, 1.0], (100, 1))
     stops(lambda: distill.refuse_one_class(one_class), "100% of the transfer set negative", "--dataset")
     stops(lambda: distill.refuse_one_class(one_class[:, ::-1]), "positive")
-    one_class[:5] = [1.0, 2.0]
+    one_class[:1] = [1.0, 2.0]
+    stops(lambda: distill.refuse_one_class(one_class), "99% of the transfer set negative")
+    one_class[:3] = [1.0, 2.0]
     distill.refuse_one_class(one_class)

@@ -315,6 +315,108 @@ def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(flags, script, t
     assert table.loc["teacher, 4-bit zero-shot", "calibration"] == "batch"
 
 
+def trained_by(script, number: str, flags: list[str], monkeypatch, *logits: np.ndarray) -> list[dict]:
+    """What 04a or 04b hands to train_student, call by call; `logits` are what the calls return."""
+    from common import distill
+
+    calls, answers = [], iter(logits)
+
+    def train_student(args, hardware, target, train, validation, **weights):
+        calls.append({"target": target.name, "train": train, "validation": validation, "args": args} | weights)
+        return next(answers)
+
+    monkeypatch.setattr(distill, "train_student", train_student)
+    script(number).main(flags)
+    return calls
+
+
+def right_of_validation(module, flags: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that are right for every validation review, and logits of one class alone."""
+    reviews = module.data.load_reviews(module.parse_args(flags), reads=("train",))
+    right = 4.0 * np.eye(2)[reviews.validation["label"]] - 2
+    return right, np.tile([2.0, -2.0], (len(right), 1))
+
+
+def test_04a_trains_the_student_with_its_teacher_and_a_control_without_for_as_many_steps(
+    outputs, flags, script, monkeypatch, tmp_path
+):
+    shutil.copytree(outputs / "02_roberta", tmp_path / "02_roberta")
+    command = [*flags["04a"], "--output-dir", str(tmp_path), "--alpha", "0.7", "--feature-weight", "0.2"]
+    right, _ = right_of_validation(script("04a"), command)
+    student, control = trained_by(script, "04a", command, monkeypatch, right, right)
+    assert (student["target"], student["alpha"], student["feature_weight"]) == ("model", 0.7, 0.2)
+    assert (
+        student["teacher_width"] == json.loads((tmp_path / "02_roberta/run.json").read_text())["facts"]["teacher_width"]
+    )
+    assert (student["train"].labels == -100).sum() == 60 and len(student["train"]) == 160
+    saved = [pd.read_parquet(tmp_path / f"02_roberta/soft_labels/{split}.parquet") for split in ("train", "transfer")]
+    logits = pd.concat(saved)[["logit_negative", "logit_positive"]].to_numpy()
+    np.testing.assert_array_equal(student["train"].arrays["teacher_logits"], logits)
+    assert (control["target"], control["alpha"], control.get("feature_weight", 0)) == ("control", 0.0, 0)
+    assert len(control["train"]) == 100 and not control["train"].arrays and set(control["train"].labels) == {0, 1}
+    assert control["epochs"] * 100 == student["epochs"] * 160 == 4 * 160
+    assert len(student["validation"]) == len(control["validation"]) == 40
+
+
+def test_04b_trains_the_student_on_the_calibrated_log_odds(outputs, flags, script, monkeypatch, tmp_path):
+    for step in ("03_mistral", "04b_student_from_mistral/soft_labels"):
+        shutil.copytree(outputs / step, tmp_path / step)
+    command = [*flags["04b"], "--output-dir", str(tmp_path), "--alpha", "0.7"]
+    right, _ = right_of_validation(script("04b"), command)
+    (student,) = trained_by(script, "04b", command, monkeypatch, right)
+    assert (student["alpha"], student["epochs"], student.get("feature_weight", 0)) == (0.7, 4, 0)
+    folder = tmp_path / "04b_student_from_mistral" / "soft_labels"
+    odds = {}
+    for split in ("train", "transfer"):
+        table = pd.read_parquet(folder / f"{split}.parquet")
+        odds[split] = (table["log_p_positive"] - table["log_p_negative"]).to_numpy()
+    taught = student["train"].arrays["teacher_logits"]
+    expected = np.concatenate([*odds.values()]) - odds["transfer"].mean()
+    np.testing.assert_allclose(taught[:, 1] - taught[:, 0], expected, atol=1e-4)
+    assert (student["train"].labels == -100).sum() == 50
+
+
+@pytest.mark.parametrize("who", ["student", "control"])
+def test_a_student_or_control_that_collapsed_ends_04a_with_the_cause(
+    outputs, flags, script, monkeypatch, stops, tmp_path, who
+):
+    shutil.copytree(outputs / "02_roberta", tmp_path / "02_roberta")
+    command = [*flags["04a"], "--output-dir", str(tmp_path)]
+    right, collapsed = right_of_validation(script("04a"), command)
+    answers = (collapsed, right) if who == "student" else (right, collapsed)
+    stops(
+        lambda: trained_by(script, "04a", command, monkeypatch, *answers), "every validation review negative", "--force"
+    )
+    assert not (tmp_path / "04a_student_from_roberta" / "run.json").exists()
+
+
+def swap(table: pd.DataFrame) -> pd.DataFrame:
+    """The soft labels in the other order of the labels."""
+    return table.assign(logit_negative=table["logit_positive"], logit_positive=table["logit_negative"])
+
+
+@pytest.mark.parametrize(
+    ("split", "spoil", "words"),
+    [
+        ("train", swap, "label order"),
+        ("train", lambda table: table.assign(logit_negative=1.0, logit_positive=2.0), "constant"),
+        ("transfer", lambda table: table.assign(logit_negative=1.0, logit_positive=2.0), "100% of the transfer set"),
+        ("transfer", lambda table: table.assign(logit_negative=np.nan), "not all finite"),
+        ("transfer", lambda table: table.assign(example_id=table.example_id.iloc[0]), "twice"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_ends_04a_with_the_cause(
+    outputs, flags, script, stops, tmp_path, split, spoil, words
+):
+    shutil.copytree(outputs / "02_roberta", tmp_path / "02_roberta")
+    file = tmp_path / "02_roberta" / "soft_labels" / f"{split}.parquet"
+    spoil(pd.read_parquet(file)).to_parquet(file, index=False)
+    run = json.loads((tmp_path / "02_roberta" / "run.json").read_text())
+    run["files"][f"soft_labels/{split}.parquet"] = file.stat().st_size
+    (tmp_path / "02_roberta" / "run.json").write_text(json.dumps(run))
+    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), words)
+
+
 def test_another_prompt_than_03s_is_refused_beside_its_adapter(outputs, flags, script, stops):
     wrongs = (["--prompt", "{review} Good or bad?"], ["--label-words", "bad", "good"], ["--prompt-length", "64"])
     for wrong in (*wrongs, ["--mistral-model", "another/model"]):
