@@ -39,6 +39,17 @@ def by_run(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_claim(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a claim: the lead in accuracy with its 95% interval, and the part of the gap that it closes."""
+    shown = table[["student", "against", "seeds"]].copy()
+    for name in ("student_accuracy", "against_accuracy"):
+        shown[name.replace("_", " ")] = table[name].map("{:.4f}".format)
+    intervals = zip(table["lead"], table["ci_low"], table["ci_high"], strict=True)
+    shown["lead"] = [f"{lead:+.4f} [{low:+.4f}, {high:+.4f}]" for lead, low, high in intervals]
+    shown["gap closed"] = ["" if pd.isna(gap) else f"{gap:.0%}" for gap in table["gap_closed"]]
+    return shown.assign(n=table["n_test"])
+
+
 def by_labels(table: pd.DataFrame) -> pd.DataFrame:
     """One row a run, one column a number of labels: the mean accuracy of its seeds."""
     wide = table.pivot_table(index="run", columns="labels", values="accuracy", sort=False).sort_index(axis=1)
@@ -50,7 +61,9 @@ def as_markdown(table: pd.DataFrame) -> str:
     benchmark = script("05")
     if "Model" in table:
         return benchmark.as_markdown(table).strip()
-    if "labels" in table:
+    if "lead" in table:
+        table = by_claim(table)
+    elif "labels" in table:
         table = by_labels(table)
     elif "run" in table:
         table = by_run(table)

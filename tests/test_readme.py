@@ -42,6 +42,15 @@ def test_runs_are_shown_by_the_mean_of_their_seeds_and_one_seed_by_its_interval(
     assert cells[3][:5] == ["final", "0.9050 (0.9000 to 0.9100)", "2", "60%", "0.04, <0.001"]
 
 
+def test_a_claim_is_shown_by_its_lead_with_the_interval():
+    row = {"student": "final", "against": "control", "seeds": 2, "n_test": 500, "student_accuracy": 0.9}
+    row |= {"against_accuracy": 0.88, "lead": 0.02, "ci_low": -0.001, "ci_high": 0.041, "gap_closed": 0.5}
+    lines = readme.as_markdown(pd.DataFrame([row, row | {"gap_closed": np.nan}])).splitlines()
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    assert cells[2] == ["final", "control", "2", "0.9000", "0.8800", "+0.0200 [-0.0010, +0.0410]", "50%", "500"]
+    assert cells[3][6] == ""
+
+
 def test_few_labels_are_shown_with_a_column_a_number_of_labels():
     table = pd.DataFrame({"labels": [0, 50, 50], "run": ["llm", "control", "control"], "accuracy": [0.8, 0.7, 0.72]})
     cells = [line.replace(" ", "")[1:-1].split("|") for line in readme.as_markdown(table).splitlines()]

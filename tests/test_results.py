@@ -249,6 +249,7 @@ def weights_of(proof, name: str):
 def test_a_finished_run_is_not_trained_again_and_scores_test_when_it_is_asked_to(small_proof):
     first = make(small_proof, "logits")
     assert set(first["scores"]) == {"validation"} and first["gold"] == 8 and first["transfer"] == 8
+    assert first["made_from"]["teacher"] == {split: tables.digest(logits) for split, logits in SOFT.items()}
     written = weights_of(small_proof, "logits").stat().st_mtime_ns
     small_proof.args.read_test = True
     assert set(make(small_proof, "logits")["scores"]) == {"validation", "test"}
