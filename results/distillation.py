@@ -58,6 +58,7 @@ RUNS = {
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
     "gold_last": CONTROL | {"base": "logits", "epochs": 1, "learning_rate": 2e-5},
     "final": FINAL,
+    "one_pass": STUDENT | {"epochs": 1},  # over all unlabelled reviews about as many steps as final over 8,000
     "confident": STUDENT | {"transfer": 0.75},
     "control_levers": CONTROL | {"base": "mlm"},
     "after_mlm": STUDENT | {"base": "mlm"},

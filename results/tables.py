@@ -32,7 +32,7 @@ TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 CONTROLS = ("control", "control_longer", "control_levers")
 WHITE_BOX = ("teacher", *CONTROLS, "argmax_labels", "logits", "features", "logits_features", "margin")
-WHITE_BOX += ("no_transfer_set", "gold_last", "confident", "after_mlm", "final", "label_sorted")
+WHITE_BOX += ("no_transfer_set", "gold_last", "confident", "after_mlm", "final", "one_pass", "label_sorted")
 LLM_TEACHERS = ("zero_shot", "zero_shot_batch", "tuned", "other_prompt", "whole_prompt")
 BLACK_BOX = (*(f"{name}_teacher" for name in LLM_TEACHERS), "control", *LLM_TEACHERS, "tuned_label_sorted")
 FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
@@ -200,6 +200,7 @@ def claims(white: Runs, black: Runs, labels: np.ndarray) -> pd.DataFrame:
     rows = []
     for runs, student, controls, name in (
         (white, "final", CONTROLS, "teacher"),
+        (white, "one_pass", CONTROLS, "teacher"),
         (black, "tuned", ("control",), "tuned_teacher"),
     ):
         teacher = teacher_of(runs, name)

@@ -148,13 +148,16 @@ def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_tea
     assert black.loc[("control", 1), "agreement"].item() == pytest.approx(agreement)
 
 
-def test_the_committed_tables_are_what_the_committed_runs_say(tmp_path):
-    made_anew = shutil.copytree(tables.TABLES / "runs", tmp_path / "runs").parent
+@pytest.mark.parametrize(
+    "folder", [runs.parent for runs in tables.TABLES.rglob("runs")], ids=lambda folder: folder.name
+)
+def test_the_committed_tables_are_what_the_committed_runs_say(folder, tmp_path):
+    made_anew = shutil.copytree(folder / "runs", tmp_path / "runs").parent
     made = tables.make_tables(made_anew, without_plot=True)
     by_others = {"levers.csv", "textbrewer.csv"}  # of no committed runs
-    assert "white_box.csv" in made and {file.name for file in tables.TABLES.glob("*.csv")} - by_others == made.keys()
+    assert "white_box.csv" in made and {file.name for file in folder.glob("*.csv")} - by_others == made.keys()
     for file, table in made.items():
-        committed = pd.read_csv(tables.TABLES / file)
+        committed = pd.read_csv(folder / file)
         pd.testing.assert_frame_equal(pd.read_csv(tmp_path / file), committed, rtol=1e-5, atol=2e-6)
         assert len(table) == len(committed) > 0
 

@@ -3,13 +3,13 @@
 # Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 20 core hours. From the top folder:
 #
 #     make results DATASET=path/to/imdb                       # everything in results/, this included
-#     bash results/distillation/run.sh path/to/imdb [part]    # one part: white_box black_box few_labels textbrewer
+#     bash results/distillation/run.sh path/to/imdb [part]    # white_box black_box all_unlabelled few_labels textbrewer
 #
 # An interrupted part continues where it stopped, on another machine too: finished runs are those in runs/. To make them
 # all again, delete that folder first.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
-parts=${2:-white_box black_box few_labels textbrewer}
+parts=${2:-white_box black_box all_unlabelled few_labels textbrewer}
 output=outputs/distillation
 bf16=(--precision bf16)
 common=(--dataset "$dataset" "${bf16[@]}")
@@ -25,8 +25,8 @@ kept() { # what a run or a teacher says is enough: its model is not made again
     for run; do [ -e "results/distillation/runs/$run.json" ] || return 1; done
 }
 
-teacher() { # 02 of all labels, which white_box, few_labels and textbrewer read
-    python 02_finetune_roberta.py "${common[@]}" --output-dir $output "${subset[@]}" --max-transfer-samples 8000 \
+teacher() { # 02 of all labels, which white_box, few_labels and textbrewer read: its folder, its unlabelled reviews
+    python 02_finetune_roberta.py "${common[@]}" --output-dir "$1" "${subset[@]}" --max-transfer-samples "$2" \
         "${encoder[@]}" --epochs 2
 }
 
@@ -35,7 +35,7 @@ tuned_llm() { # 03 of all labels, which black_box and few_labels read
 }
 
 white_box() {
-    kept teacher-42 features-1 logits_features-1 no_transfer_set-1 || teacher
+    kept teacher-42 features-1 logits_features-1 no_transfer_set-1 || teacher $output 8000
     local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
     "${run[@]}" --runs control final --seeds 1 2 3
     "${run[@]}" --runs logits argmax_labels label_sorted features logits_features no_transfer_set --seeds 1
@@ -47,6 +47,16 @@ black_box() {
     local run=(python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
     "${run[@]}" --runs control tuned --seeds 1 2 3
     "${run[@]}" --seeds 1
+}
+
+all_unlabelled() { # tables of their own: the same but for --max-transfer-samples, so the controls are the same ones
+    local tables=results/distillation/all_unlabelled
+    mkdir -p $tables/runs
+    cp -n results/distillation/runs/control-* $tables/runs/
+    kept ../all_unlabelled/runs/teacher-42 || teacher ${output}_all all
+    python results/distillation.py "${common[@]}" --output-dir ${output}_all "${student[@]}" --read-test --tables $tables \
+        --max-transfer-samples all --runs control one_pass --seeds 1 2 3
+    python results/tables.py --tables $tables
 }
 
 baseline() { # 01 reads no precision
@@ -62,7 +72,7 @@ teachers_of() { # labels, those of them for validation and for training, epochs 
 }
 
 few_labels() {
-    kept few_labels/3000/teacher-42 || teacher
+    kept few_labels/3000/teacher-42 || teacher $output 8000
     kept few_labels/0/zero_shot_batch_teacher-42 || tuned_llm
     kept few_labels/3000/nb_svm-42 || baseline --output-dir $output "${subset[@]}"
     teachers_of 50 16 34 20 10
@@ -71,7 +81,7 @@ few_labels() {
 }
 
 textbrewer() { # on an otherwise quiet machine: this one is timed
-    teacher
+    teacher $output 8000
     python results/side_by_side.py "${common[@]}" --output-dir $output "${student[@]}"
 }
 
