@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The README's tables of results, made from the CSVs that the runs wrote: no figure there is typed by hand.
+"""The tables of results in the READMEs, made from the CSVs that the runs wrote: no figure there is typed by hand.
 
-    python results/readme.py            # rewrite the tables in README.md
+    python results/readme.py            # rewrite the tables in README.md and results/distillation/README.md
     python results/readme.py --check    # exit code 1 when they differ (the tests ask so)
 
 A table stands between `<!-- FILE -->`, which names its CSV, and `<!-- end -->`.
@@ -17,6 +17,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from results.true_size import ROOT, script
 
+FILES = (ROOT / "README.md", ROOT / "results" / "distillation" / "README.md")
 TABLE = re.compile(r"<!-- (?P<file>results/\S+\.csv) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -57,7 +58,7 @@ def by_labels(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """The README's form of a CSV, by what its columns are."""
+    """A README's form of a CSV, by what its columns are."""
     benchmark = script("05")
     if "Model" in table:
         return benchmark.as_markdown(table).strip()
@@ -71,7 +72,7 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def with_tables(text: str) -> str:
-    """The README's text with each marked table made anew from its CSV."""
+    """A README's text with each marked table made anew from its CSV."""
 
     def table(found: re.Match) -> str:
         return f"<!-- {found['file']} -->\n{as_markdown(pd.read_csv(ROOT / found['file']))}\n<!-- end -->"
@@ -81,15 +82,15 @@ def with_tables(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; tell whether README.md is up to date")
-    check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    made = with_tables(text)
-    if check:
-        return int(made != text)
-    readme.write_text(made, encoding="utf-8")
-    return 0
+    parser.add_argument("--check", action="store_true", help="write nothing; tell whether the tables are up to date")
+    check, differ = parser.parse_args().check, False
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        made = with_tables(text)
+        differ |= made != text
+        if not check:
+            file.write_text(made, encoding="utf-8")
+    return int(check and differ)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
@@ -15,7 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_are_those_of_the_csvs():
-    assert len(re.findall(r"<!-- results/\S+\.csv -->", README)) >= 2
+    texts = [file.read_text(encoding="utf-8") for file in readme.FILES]
+    assert all(len(re.findall(r"<!-- results/\S+\.csv -->", text)) >= 2 for text in texts)
     checked = subprocess.run([sys.executable, "results/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr or "run python results/readme.py"
 
@@ -28,6 +30,18 @@ def test_every_file_and_flag_that_it_names_is_there(script):
         flags |= {f"--{flag.replace('_', '-')}" for flag in vars(script(number).parse_args([]))}
     known = flags | {"--help", "--no-adapter", "--nnodes", "--plan"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_figure_changed_by_hand_is_noticed_in_either_readme(number, tmp_path, monkeypatch):
+    files = [tmp_path / str(which) for which in range(len(readme.FILES))]
+    for file, of in zip(files, readme.FILES, strict=True):
+        file.write_text(of.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(readme, "FILES", files)
+    monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
+    assert readme.main() == 0
+    files[number].write_text(re.sub(r"\| 0\.\d", "| 0.x", files[number].read_text(encoding="utf-8"), count=1))
+    assert readme.main() == 1
 
 
 def test_runs_are_shown_by_the_mean_of_their_seeds_and_one_seed_by_its_interval():
