@@ -5,8 +5,8 @@ At each number of labels (those of validation counted) three students: the contr
 student of the encoder and the student of the LLM that were fine-tuned on the same labels, both with the transfer set.
 Without any label the LLM teaches as it is, calibrated on the transfer set. With fewer than 500 no student reads
 validation, which would be too few to choose by: the last epoch is kept. The teachers are made by 02 and 03 with the
-same subsets, in a folder by number of labels; those of all labels are the ones of distillation.py and black_box.py, and
-so is the LLM's student. 01's NB-SVM on the same labels stands beside them: is a neural model needed at all?
+same subsets, in a folder by number of labels; those of all labels and of none are the ones of distillation.py and
+black_box.py, and so is the LLM's student of all labels. 01's NB-SVM on the same labels stands beside them: is a neural model needed at all?
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
     python results/few_labels.py $common --read-test
@@ -83,7 +83,8 @@ def make_students(args, hardware, labels: int, runs: Path) -> None:
             share(proof, run, runs, ELSEWHERE[name], name, seed)
         elif labels or name == "student_of_llm":
             print(f"{labels} labels: {name}, seed {seed}", flush=True)
-            distillation.make_run(proof, name, run, seed, read_teacher(here, hardware, name, labels, reviews, into))
+            kept_in = into if labels else runs  # the LLM as it is has been kept with the runs of black_box.py
+            distillation.make_run(proof, name, run, seed, read_teacher(here, hardware, name, labels, reviews, kept_in))
 
 
 def share(proof: distillation.Proof, run: dict, runs: Path, of: str, name: str, seed: int) -> None:

@@ -385,10 +385,9 @@ def test_few_labels_make_their_students_and_take_the_rest_from_the_other_tables(
     monkeypatch.setattr(data, "load_reviews", lambda *_, **__: proof.reviews)
     of = {split: data.fingerprint(getattr(proof.reviews, split)) for split in ("train", "transfer")}
     about = {"gold": 0, "transfer": 0, "teacher": None, "seconds": None, "reviews": of, "weights": "no adapter"}
-    into = proof.runs / "few_labels" / "0"
-    tables.keep(into, "zero_shot_batch_teacher", 42, about, SOFT)
+    tables.keep(proof.runs, "zero_shot_batch_teacher", 42, about, SOFT)
     few_labels.make_students(args, proof.hardware, 0, proof.runs)
-    made = tables.read_run(into, "student_of_llm", 1)
+    made = tables.read_run(proof.runs / "few_labels" / "0", "student_of_llm", 1)
     assert made["gold"] == 0 and made["transfer"] == 8 and set(made["scores"]) == {"validation", "test"}
     assert made["made_from"]["run"]["alpha"] == 1.0
 

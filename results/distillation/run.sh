@@ -73,7 +73,7 @@ teachers_of() { # labels, those of them for validation and for training, epochs 
 
 few_labels() {
     kept few_labels/3000/teacher-42 || teacher $output 8000
-    kept few_labels/0/zero_shot_batch_teacher-42 || tuned_llm
+    kept zero_shot_batch_teacher-42 || tuned_llm
     kept few_labels/3000/nb_svm-42 || baseline --output-dir $output "${subset[@]}"
     teachers_of 50 16 34 20 10
     teachers_of 500 100 400 5 2
