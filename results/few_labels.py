@@ -6,7 +6,8 @@ student of the encoder and the student of the LLM that were fine-tuned on the sa
 Without any label the LLM teaches as it is, calibrated on the transfer set. With fewer than 500 no student reads
 validation, which would be too few to choose by: the last epoch is kept. The teachers are made by 02 and 03 with the
 same subsets, in a folder by number of labels; those of all labels and of none are the ones of distillation.py and
-black_box.py, and so is the LLM's student of all labels. 01's NB-SVM on the same labels stands beside them: is a neural model needed at all?
+black_box.py, and so is the LLM's student of all labels. 01's NB-SVM on the same labels stands beside them: is a neural
+model needed at all?
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
     python results/few_labels.py $common --read-test
