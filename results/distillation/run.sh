@@ -80,9 +80,9 @@ few_labels() {
     python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
 }
 
-textbrewer() { # on an otherwise quiet machine: this one is timed
-    teacher $output 8000
-    python results/side_by_side.py "${common[@]}" --output-dir $output "${student[@]}"
+textbrewer() { # on an otherwise quiet machine: this one is timed, with a teacher of its own, as runs/ may hold another's
+    teacher ${output}_textbrewer 100
+    python results/side_by_side.py "${common[@]}" --output-dir ${output}_textbrewer "${student[@]}"
 }
 
 for part in $parts; do "$part"; done
