@@ -3,13 +3,13 @@
 # Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 20 core hours. From the top folder:
 #
 #     make results DATASET=path/to/imdb                       # everything in results/, this included
-#     bash results/distillation/run.sh path/to/imdb [part]    # white_box black_box all_unlabelled few_labels textbrewer
+#     bash results/distillation/run.sh path/to/imdb [part]    # white_box black_box few_labels textbrewer
 #
 # An interrupted part continues where it stopped, on another machine too: finished runs are those in runs/. To make them
 # all again, delete that folder first.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
-parts=${2:-white_box black_box all_unlabelled few_labels textbrewer}
+parts=${2:-white_box black_box few_labels textbrewer}
 output=outputs/distillation
 bf16=(--precision bf16)
 common=(--dataset "$dataset" "${bf16[@]}")
@@ -47,16 +47,6 @@ black_box() {
     local run=(python results/black_box.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
     "${run[@]}" --runs control tuned --seeds 1 2 3
     "${run[@]}" --seeds 1
-}
-
-all_unlabelled() { # tables of their own: the same but for --max-transfer-samples, so the controls are the same ones
-    local tables=results/distillation/all_unlabelled
-    mkdir -p $tables/runs
-    cp -n results/distillation/runs/control-* $tables/runs/
-    kept ../all_unlabelled/runs/teacher-42 || teacher ${output}_all all
-    python results/distillation.py "${common[@]}" --output-dir ${output}_all "${student[@]}" --read-test --tables $tables \
-        --max-transfer-samples all --runs control one_pass --seeds 1 2 3
-    python results/tables.py --tables $tables
 }
 
 baseline() { # 01 reads no precision
