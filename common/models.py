@@ -228,6 +228,33 @@ def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torc
     ).logits[:, -1]
 
 
+@contextmanager
+def exact_logits(model: "PreTrainedModel | PeftModel", token_ids: list[int]) -> Iterator[None]:
+    """While it lasts, the head's logits of these tokens are products in float32, and all its logits are float32.
+
+    bf16 leaves steps of 1/8 at logits from 16 to 32, the logits of label words: of 2,000 reviews 149 had log-odds of
+    exactly 0, which are no call.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    head = model.get_output_embeddings()
+
+    def replace(_module, inputs, logits):
+        bias = None if getattr(head, "bias", None) is None else head.bias[token_ids].float()
+        with torch.autocast(logits.device.type, enabled=False):
+            exact = F.linear(inputs[0].float(), head.weight[token_ids].float(), bias)
+        logits = logits.float()
+        logits[..., token_ids] = exact
+        return logits
+
+    hook = head.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def weights_digest(folder: Path) -> str:
     """SHA-256 of a folder's safetensors files: which weights these are."""
     digest = hashlib.sha256()

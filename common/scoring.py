@@ -101,7 +101,7 @@ def score_llm(
     import torch
 
     order, log_p = [], []
-    with torch.inference_mode(), hardware.autocast():
+    with torch.inference_mode(), hardware.autocast(), models.exact_logits(model, label_ids):
         for rows, input_ids, mask in padded_batches(ids, pad_id, hardware, batch_tokens, left=True):
             order.append(rows)
             log_p.append(label_log_probabilities(models.last_logits(model, input_ids, mask), label_ids))

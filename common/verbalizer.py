@@ -86,8 +86,9 @@ def label_mass(log_probabilities: np.ndarray) -> float:
 
 
 def batch_calibration(unlabelled_log_odds: np.ndarray) -> float:
-    """The bias that batch calibration subtracts (Zhou et al. 2023; for two words, the mean log-odds over reviews).
+    """The bias that batch calibration subtracts: the mean log-odds over reviews.
 
+    After Zhou et al. 2023, who take the mean of the probabilities instead, log(mean p(positive) / mean p(negative)).
     It needs no labels, and assumes that the two classes are equally frequent among these reviews.
     """
     return float(np.mean(unlabelled_log_odds))

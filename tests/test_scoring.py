@@ -59,6 +59,26 @@ def test_a_batch_of_prompts_equals_each_unpadded_prompt_alone_in_order(tiny):
         assert together[row] == pytest.approx(alone, abs=1e-3)
 
 
+def test_in_bf16_log_odds_are_not_rounded_to_the_steps_of_large_logits(tiny):
+    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), models.load_llm(str(tiny / "mistral"), CPU)
+    bf16, head = device.Hardware("cpu", "bf16", "test"), model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach() * 40)
+    ids = verbalizer.encode_prompts(tokenizer, [f"It is {n} of 10." for n in range(40)], PROMPT, 128)
+    labels = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS)
+    states = []
+    spy = head.register_forward_pre_hook(lambda _, given: states.append(given[0][:, -1]))
+    made = verbalizer.log_odds(scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, bf16, 4000))
+    spy.remove()
+    with torch.inference_mode():
+        both = head.weight[labels].double()
+        by_length = states[0].double() @ (both[1] - both[0])
+        rounded = (states[0].bfloat16() @ both.bfloat16().T).float()
+    rounded = (rounded[:, 1] - rounded[:, 0]).numpy()
+    exact = by_length.numpy()[np.argsort(np.argsort([-len(one) for one in ids], kind="stable"), kind="stable")]
+    assert np.abs(made - exact).max() < 0.1 * np.abs(rounded - by_length.numpy()).max()
+    assert not head._forward_hooks
+
+
 def test_the_head_reads_one_block_of_memory(tiny):
     """Of a slice PyTorch copies the head's weights once a prompt, when they are frozen."""
     model = models.load_llm(str(tiny / "mistral"), CPU).requires_grad_(False)
