@@ -59,6 +59,20 @@ def adapter_of(args, who: str, folder: Path) -> Path | None:
     )
 
 
+def whole_prompt_loss(model, inputs: dict, label_ids: list[int]):
+    """Cross-entropy over all tokens of left-padded prompts, each followed by its label word."""
+    import torch
+    import torch.nn.functional as F
+
+    words = torch.tensor(label_ids, device=inputs["labels"].device)[inputs["labels"]].unsqueeze(1)
+    ids = torch.cat([inputs["input_ids"], words], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(words)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    counted = (mask[:, 1:] * mask[:, :-1]).bool()
+    return F.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
+
+
 def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews, adapter: Path) -> None:
     """Train an adapter as 03's was, but for the loss: over all tokens of the prompt, the label word being one."""
     of_03 = artifacts.read_run(args, "03_mistral")
@@ -66,20 +80,11 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
     distillation.begin(adapter.parent, about)
     if adapter.exists():
         return
-    import torch
-    import torch.nn.functional as F
-
     from common import training
 
     class WholePrompt(training.ReviewTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            words = torch.tensor(label_ids)[inputs["labels"]].unsqueeze(1)
-            ids = torch.cat([inputs["input_ids"], words], dim=1)
-            mask = torch.cat([inputs["attention_mask"], torch.ones_like(words)], dim=1)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-            counted = (mask[:, 1:] * mask[:, :-1]).bool()
-            return F.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
+            return whole_prompt_loss(model, inputs, label_ids)
 
     trained = argparse.Namespace(**of_03["settings"])
     base = settings.locate(args, trained.mistral_model)
@@ -102,16 +107,20 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
     memory.free()
 
 
+def asked_by(args, who: str) -> dict:
+    """Which LLM a teacher is, and by what prompt, label words and length it is asked: as 03's, but for one mistake."""
+    facts = artifacts.read_run(args, "03_mistral")["facts"]
+    asked = {name: facts[name] for name in ("base", "prompt", "label_words", "max_length")}
+    return asked | ({"prompt": OTHER_PROMPT} if who == "other_prompt" else {})
+
+
 def score_llm(
     args, hardware: device.Hardware, who: str, reviews: data.Reviews, folder: Path, splits: dict[str, pd.DataFrame]
 ) -> None:
     """Raw label log-probabilities of the named splits by one LLM, on disk; another LLM's or sample's are deleted."""
-    adapter, asked = adapter_of(args, who, folder), artifacts.read_run(args, "03_mistral")["facts"]
+    adapter, origin = adapter_of(args, who, folder), asked_by(args, who)
     if who == "whole_prompt":
         tune_on_whole_prompts(args, hardware, reviews, adapter)
-    origin = {name: asked[name] for name in ("base", "prompt", "label_words", "max_length")}
-    if who == "other_prompt":
-        origin["prompt"] = OTHER_PROMPT
     origin["weights"] = models.weights_digest(adapter) if adapter else "no adapter"
     for split, table in splits.items():
         scoring.delete_unless_made_from(folder / who, split, origin | {"texts": data.fingerprint(table)})
@@ -159,7 +168,8 @@ def keep_teacher(
     weights = "no adapter" if adapter is None else models.weights_digest(adapter) if adapter.exists() else None
     kept = tables.read_run(runs, f"{name}_teacher", args.seed)
     if kept:
-        distillation.refuse_other_teacher(kept, of, weights, runs / f"{name}_teacher-{args.seed}.json")
+        asked = asked_by(args, who) if Path(args.output_dir, "03_mistral", "run.json").exists() else None
+        distillation.refuse_other_teacher(kept, of, weights, runs / f"{name}_teacher-{args.seed}.json", asked)
         if of.keys() <= kept["reviews"].keys():
             return kept
     artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints, distillation.SAME)
@@ -171,6 +181,7 @@ def keep_teacher(
         scores["test"] = every
     about = {"gold": len(reviews.train) if adapter else 0, "transfer": 0, "teacher": None, "seconds": None}
     about |= {"reviews": of, "weights": models.weights_digest(adapter) if adapter else "no adapter"}
+    about["asked"] = asked_by(args, who)
     tables.keep(runs, f"{name}_teacher", args.seed, about, scores)
     return tables.read_run(runs, f"{name}_teacher", args.seed)
 

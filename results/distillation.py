@@ -58,7 +58,6 @@ RUNS = {
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
     "gold_last": CONTROL | {"base": "logits", "epochs": 1, "learning_rate": 2e-5},
     "final": FINAL,
-    "one_pass": STUDENT | {"epochs": 1},  # over all unlabelled reviews about as many steps as final over 8,000
     "confident": STUDENT | {"transfer": 0.75},
     "control_levers": CONTROL | {"base": "mlm"},
     "after_mlm": STUDENT | {"base": "mlm"},
@@ -92,10 +91,13 @@ def make_parser(description: str, runs: dict[str, dict]) -> argparse.ArgumentPar
 
 
 def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags of a proof whose runs have their own epochs and are made again by deleting them."""
+    """Parse the flags of a proof: its runs have their own epochs, one process, and are made again by deleting them."""
     args = settings.parse(parser, step, argv)
-    if args.epochs is not None or args.force:
+    if args.epochs != parser.get_default("epochs") or args.force:
         parser.error("--epochs is the runs' own; to make a run again, delete its two files in runs/ and its folder")
+    if args.num_processes not in (None, 1):
+        parser.error("the runs are of one process on one GPU: leave out --num-processes")
+    del args.num_processes  # or a second GPU would halve the batch of the one process that there is
     return args
 
 
@@ -149,11 +151,17 @@ def keep_teacher(args, hardware, runs: Path, reviews: data.Reviews, test: bool) 
     return tables.read_run(runs, "teacher", args.seed)
 
 
-def refuse_other_teacher(kept: dict, of: dict[str, str], weights: str | None, file: Path) -> None:
-    """Stop when a kept teacher has read other reviews, or has other weights than the one at hand (None: none is)."""
+def refuse_other_teacher(
+    kept: dict, of: dict[str, str], weights: str | None, file: Path, asked: dict | None = None
+) -> None:
+    """Stop when a kept teacher has read other reviews, or is another than the one at hand (None: none is).
+
+    `asked`, of an LLM: which one, by what prompt, label words and length.
+    """
     now = {split: of[split] for split in of.keys() & kept["reviews"].keys()}
-    now["weights"] = weights or kept["weights"]
-    refuse_other(now, {name: (kept["reviews"] | {"weights": kept["weights"]})[name] for name in now}, file)
+    now |= {"weights": weights or kept["weights"], "asked": asked or kept.get("asked")}
+    then = kept["reviews"] | {"weights": kept["weights"], "asked": kept.get("asked")}
+    refuse_other(now, {name: then[name] for name in now}, file)
 
 
 def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> np.ndarray:
@@ -362,8 +370,10 @@ def make_run(
     splits = splits_to_keep(args, reviews)
     artifacts.lock(here)
     of_this, kept = made_from(proof, run, seed, soft), tables.read_run(proof.runs, name, seed)
-    if kept and splits.keys() <= kept["scores"].keys():
-        return refuse_other(of_this, kept["made_from"], proof.runs / f"{name}-{seed}.json")
+    if kept:
+        refuse_other(of_this, kept["made_from"], proof.runs / f"{name}-{seed}.json")
+        if splits.keys() <= kept["scores"].keys():
+            return
     continued = begin(here, of_this)
     if not ((here / "seconds.json").exists() and (here / "model").exists()):
         print(f"{name}, seed {seed}", flush=True)

@@ -94,6 +94,10 @@ def share(proof: distillation.Proof, run: dict, runs: Path, of: str, name: str, 
     if found is None:
         settings.stop(f"{of}, seed {seed}, is missing: run results/black_box.py first")
     teacher = tables.read_run(runs, found["teacher"], proof.args.seed)
+    if teacher is None:
+        settings.stop(f"{found['teacher']}, from which {of} learned, is missing: run results/black_box.py first")
+    if proof.args.read_test and "test" not in found["scores"]:
+        settings.stop(f"{of}, seed {seed}, has not read test: run results/black_box.py --read-test first")
     soft = {split: teacher["scores"][split] for split in ("train", "transfer")}
     distillation.refuse_other(distillation.made_from(proof, run, seed, soft), found["made_from"], runs / f"{of}-{seed}")
     about = {key: value for key, value in found.items() if key not in ("run", "seed", "scores")}
@@ -103,13 +107,15 @@ def share(proof: distillation.Proof, run: dict, runs: Path, of: str, name: str, 
 def keep_nb_svm(args, labels: int, runs: Path) -> None:
     """What 01's NB-SVM says that was fitted to these labels."""
     here, into = at(args, labels), runs / "few_labels" / str(labels)
-    if tables.read_run(into, "nb_svm", args.seed):
-        return
-    folder = artifacts.require(here, "01_baseline", "nb_svm")
     reviews = data.load_reviews(here, reads=("train", "test"))
+    of = {split: data.fingerprint(getattr(reviews, split)) for split in ("train", "validation", "test")}
+    kept = tables.read_run(into, "nb_svm", args.seed)
+    if kept:
+        return distillation.refuse_other(of, kept.get("reviews"), into / f"nb_svm-{args.seed}.json")
+    folder = artifacts.require(here, "01_baseline", "nb_svm")
     artifacts.refuse_conflict(here, artifacts.read_run(here, "01_baseline"), reviews.fingerprints, distillation.SAME)
     logits = baseline.load_baseline(folder).logits(reviews.test["text"])
-    about = {"gold": here.max_train_samples, "transfer": 0, "teacher": None, "seconds": None}
+    about = {"gold": len(reviews.train), "transfer": 0, "teacher": None, "seconds": None, "reviews": of}
     tables.keep(into, "nb_svm", args.seed, about, {"test": logits})
 
 

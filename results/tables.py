@@ -32,15 +32,15 @@ TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 CONTROLS = ("control", "control_longer", "control_levers")
 WHITE_BOX = ("teacher", *CONTROLS, "argmax_labels", "logits", "features", "logits_features", "margin")
-WHITE_BOX += ("no_transfer_set", "gold_last", "confident", "after_mlm", "final", "one_pass", "label_sorted")
+WHITE_BOX += ("no_transfer_set", "gold_last", "confident", "after_mlm", "final", "label_sorted")
 LLM_TEACHERS = ("zero_shot", "zero_shot_batch", "tuned", "other_prompt", "whole_prompt")
 BLACK_BOX = (*(f"{name}_teacher" for name in LLM_TEACHERS), "control", *LLM_TEACHERS, "tuned_label_sorted")
 FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
 # Mistakes, and teachers of which nothing is promised: their students are reported as they fall, at chance too.
 MAY_COLLAPSE = ("label_sorted", "tuned_label_sorted", "zero_shot", "zero_shot_batch", "other_prompt", "whole_prompt")
 # What all runs of a table share, where they have it; a run's own recipe may override the learning rate.
-SHARED = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
-SHARED += ["train", "validation", "transfer"]
+SETTINGS = tuple("student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split())
+REVIEWS = ("train", "validation", "transfer")
 Runs = dict[tuple[str, int], dict]  # by name and seed: the JSON of a run, and "scores": (n, 2) logits by split
 
 
@@ -65,12 +65,22 @@ def keep_labels(runs: Path, splits: dict[str, pd.DataFrame]) -> None:
     for split, of in now.items():
         if known.get(split, of) != of:
             settings.stop(f"{runs}/ holds runs of other {split} reviews: pass another --tables, or delete it")
-    if now.keys() <= known.keys():
+    before = read_labels(runs) if known else {}
+    if now.keys() <= before.keys():
         return
     labels = {split: table["label"].to_numpy(np.int8) for split, table in splits.items()}
     with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(handle, **(dict(np.load(file)) if known else {}) | labels)
+        np.savez_compressed(handle, **before | labels)
     artifacts.write_json(record, known | now)
+
+
+def read_labels(runs: Path) -> dict[str, np.ndarray]:
+    """The gold labels of the reviews of these runs, by split."""
+    file = runs / "labels.npz"
+    try:
+        return dict(np.load(file))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as problem:
+        settings.stop(f"{file} is missing or damaged ({problem}): delete reviews.json and it, the next run writes both")
 
 
 def read_run(runs: Path, name: str, seed: int) -> dict | None:
@@ -81,7 +91,8 @@ def read_run(runs: Path, name: str, seed: int) -> dict | None:
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
         log_odds = {split: odds.astype(np.float32) for split, odds in np.load(file.with_suffix(".npz")).items()}
-        lacking = {"run", "seed", "gold", "transfer", "teacher", "seconds"} - run.keys()
+        lacking = {"gold", "transfer", "teacher", "seconds"} - run.keys()
+        lacking |= set() if (run.get("run"), run.get("seed")) == (name, seed) else {f"{name}, seed {seed}"}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as problem:
         lacking = problem
     if lacking:
@@ -106,12 +117,15 @@ def read_runs(runs: Path, names: tuple[str, ...], split: str, n: int) -> Runs:
     return found
 
 
-def refuse_mixed(runs: Runs) -> None:
-    """Stop when a table's runs differ in settings or reviews, or learned from another teacher than the kept one."""
-    first: dict[str, object] = {}
+def refuse_mixed(runs: Runs, shared: tuple[str, ...] = (*SETTINGS, *REVIEWS), first: dict | None = None) -> dict:
+    """Stop when a table's runs differ in settings or reviews, or learned from another teacher than the kept one.
+
+    Returns what they share; `first`: what those of another part of the table do.
+    """
+    first = dict(first or {})
     for (name, seed), run in runs.items():
         about = run.get("made_from") or run.get("reviews", {})
-        for key in SHARED:
+        for key in shared:
             if key in about and first.setdefault(key, about[key]) != about[key]:
                 settings.stop(
                     f"{name}, seed {seed}, has another {key} ({about[key]}) than the runs beside it: delete it"
@@ -120,6 +134,7 @@ def refuse_mixed(runs: Runs) -> None:
         learned_from = about.get("teacher", {}) if kept else {}
         if any(digest(kept["scores"][split]) != of for split, of in learned_from.items()):
             settings.stop(f"{name}, seed {seed}, learned from another {run['teacher']} than the kept one: delete it")
+    return first
 
 
 def digest(scores: np.ndarray) -> str:
@@ -200,7 +215,6 @@ def claims(white: Runs, black: Runs, labels: np.ndarray) -> pd.DataFrame:
     rows = []
     for runs, student, controls, name in (
         (white, "final", CONTROLS, "teacher"),
-        (white, "one_pass", CONTROLS, "teacher"),
         (black, "tuned", ("control",), "tuned_teacher"),
     ):
         teacher = teacher_of(runs, name)
@@ -234,10 +248,11 @@ def table_of_validation(runs: Runs, labels: np.ndarray) -> pd.DataFrame:
 def table_of_few_labels(runs: Path, labels: np.ndarray) -> pd.DataFrame:
     """One row a student and number of gold labels."""
     rows = []
-    folders = [folder for folder in (runs / "few_labels").glob("*/") if folder.name.isdigit()]
+    shared, folders = {}, [folder for folder in (runs / "few_labels").glob("*/") if folder.name.isdigit()]
     for folder in sorted(folders, key=lambda folder: int(folder.name)):
         found = read_runs(folder, FEW_LABELS, "test", len(labels))
         refuse_mixed(found)
+        shared = refuse_mixed(found, (*SETTINGS, "transfer"), shared)
         for (name, seed), run in found.items():
             quality = metrics.describe(labels, run["scores"]["test"])
             scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high")}
@@ -273,11 +288,13 @@ def make_tables(folder: Path, without_plot: bool = False) -> dict[str, pd.DataFr
     runs, made = folder / "runs", {}
     if not (runs / "labels.npz").exists():
         settings.stop(f"{runs}/ holds no runs (no labels.npz): make some with results/distillation.py")
-    labels = dict(np.load(runs / "labels.npz"))
+    labels = read_labels(runs)
     if "validation" in labels:
-        names = tuple(dict.fromkeys(WHITE_BOX + BLACK_BOX))
-        found = read_runs(runs, names, "validation", len(labels["validation"]))
-        made["validation.csv"] = table_of_validation(found, labels["validation"])
+        n = len(labels["validation"])
+        white, black = (read_runs(runs, names, "validation", n) for names in (WHITE_BOX, BLACK_BOX))
+        for of in (white, black):  # the transfer sets of the two may differ
+            refuse_mixed(of)
+        made["validation.csv"] = table_of_validation(white | black, labels["validation"])
     if "test" in labels:
         white, black = (read_runs(runs, names, "test", len(labels["test"])) for names in (WHITE_BOX, BLACK_BOX))
         made["white_box.csv"] = table_of_runs(white, labels["test"], "teacher")

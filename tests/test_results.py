@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from statsmodels.stats.contingency_tables import mcnemar
-from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
-from common import artifacts, data, device, distill, metrics, models
+from common import artifacts, data, device, distill, metrics, models, scoring, verbalizer
 
 sys.path.insert(0, str(ROOT))
 from results import black_box, distillation, few_labels, side_by_side, tables
 
+CPU = device.Hardware("cpu", "fp32", "CPU")
 LABELS = np.arange(200) % 2
 REVIEWS = pd.DataFrame({"example_id": map(str, range(200)), "text": "a film", "label": LABELS})
 
@@ -44,6 +46,9 @@ def folder(tmp_path):
     keep(tmp_path, "logits", 1, logits(0.86, 2))
     keep(tmp_path, "teacher", 42, logits(0.90, 3), transfer=0, teacher=None)
     return tmp_path
+
+
+SOME = logits(0.8, 0)
 
 
 def rows_of(folder) -> pd.DataFrame:
@@ -188,7 +193,7 @@ def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
         keep(folder, "tuned", seed, logits(0.9, 20 + seed), teacher="tuned_teacher")
     keep(folder, "control_longer", 2, logits(0.82, 40), transfer=0, teacher=None)
     part = logits(0.88, 30)
-    part[100:] = np.nan
+    part[LABELS == 0] = np.nan  # what it has not read must not count as a call of "negative", which would be right
     keep(folder, "tuned_teacher", 42, part, teacher=None)
     claims = tables.make_tables(folder)["claims.csv"]
     assert claims[["student", "against", "seeds"]].to_numpy().tolist() == [
@@ -201,8 +206,9 @@ def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
     assert claims["gap_closed"].tolist()[:2] == pytest.approx([0.5, 0.03 / 0.08])
     assert claims["gap_closed"].isna().tolist() == [False, False, True, True]
     assert claims["n_test"].tolist() == [200, 200, 200, 100]
-    called = [np.mean(logits(0.9, 20 + seed)[:100].argmax(1) == LABELS[:100]) for seed in (1, 2)]
-    behind = np.mean(called) - np.mean(part[:100].argmax(1) == LABELS[:100])
+    read = LABELS == 1
+    called = [np.mean(logits(0.9, 20 + seed)[read].argmax(1) == 1) for seed in (1, 2)]
+    behind = np.mean(called) - np.mean(part[read].argmax(1) == 1)
     assert claims["lead"][3] == pytest.approx(behind, abs=1e-6)
 
 
@@ -221,6 +227,31 @@ def test_few_labels_are_a_row_a_student_and_a_line_a_run(folder):
     assert (made["accuracy"] == 0.8).all() and (folder / "few_labels.png").stat().st_size > 1000
 
 
+def test_no_table_is_made_of_runs_with_different_settings(folder, stops):
+    few, about = folder / "runs" / "few_labels", {"gold": 1, "transfer": 0, "teacher": None, "seconds": None}
+    for labels, student in ((50, "small"), (500, "large")):
+        tables.keep(few / str(labels), "control", 1, about | {"made_from": {"student_model": student}}, {"test": SOME})
+    stops(lambda: tables.make_tables(folder), "control, seed 1, has another student_model (large)")
+    shutil.rmtree(few)
+    for name, train in (("control", "a"), ("nb_svm", "b")):
+        tables.keep(few / "50", name, 1, about | {"made_from": {"train": train}}, {"test": SOME})
+    stops(lambda: tables.make_tables(folder), "has another train")
+    shutil.rmtree(few)
+    for name, length in (("control", 128), ("final", 512)):
+        tables.keep(folder / "runs", name, 1, about | {"made_from": {"max_length": length}}, {"validation": SOME})
+    stops(lambda: tables.make_tables(folder), "final, seed 1, has another max_length (512)")
+
+
+def test_a_run_under_another_ones_name_and_damaged_labels_are_told(folder, stops):
+    for end in ("json", "npz"):
+        shutil.copy(folder / "runs" / f"control-1.{end}", folder / "runs" / f"final-1.{end}")
+    stops(lambda: tables.make_tables(folder), "final-1.json", "delete both")
+    labels = folder / "runs" / "labels.npz"
+    labels.write_bytes(labels.read_bytes()[:100])
+    stops(lambda: tables.make_tables(folder), "labels.npz is missing or damaged", "the next run writes both")
+    stops(lambda: tables.keep_labels(folder / "runs", {"test": REVIEWS}), "labels.npz is missing or damaged")
+
+
 @pytest.fixture
 def small_proof(tmp_path, tiny):
     """A proof of the tests' tiny student and eight reviews."""
@@ -232,7 +263,7 @@ def small_proof(tmp_path, tiny):
     args.tables, args.batch_tokens = tmp_path, 256
     ids = distillation.encode_reviews(args, reviews)
     folders = (tmp_path / "models", tmp_path / "runs")
-    return distillation.Proof(args, device.Hardware("cpu", "fp32", "CPU"), reviews, ids, *folders)
+    return distillation.Proof(args, CPU, reviews, ids, *folders)
 
 
 SOFT = {split: np.array([[-1.0, 1], [1, -1]] * 4, dtype=np.float32) for split in ("train", "transfer")}
@@ -267,6 +298,10 @@ def test_a_run_of_another_recipe_or_teacher_is_not_taken_for_this_one(small_proo
     other = SOFT | {"transfer": 2 * SOFT["transfer"]}
     for changed in ({"alpha": 0.5}, {"soft": other}):
         stops(lambda: make(small_proof, "logits", **changed), "runs/logits-1.json was made with other settings")  # noqa: B023
+    small_proof.args.read_test = True  # test is still to be read: no reason to train another student in its place
+    shutil.rmtree(small_proof.folder)
+    stops(lambda: make(small_proof, "logits", alpha=0.5), "runs/logits-1.json was made with other settings")
+    make(small_proof, "logits")
     (small_proof.runs / "logits-1.json").unlink()
     stops(lambda: make(small_proof, "logits", alpha=0.5), "models/logits-1 was made with other settings")
 
@@ -374,6 +409,102 @@ def test_the_kept_teacher_is_02s_by_example_id_and_another_one_is_refused(small_
     )
 
 
+def test_hidden_states_are_read_by_example_id(small_proof, tmp_path):
+    args, reviews = small_proof.args, small_proof.reviews
+    args.output_dir = str(tmp_path / "outputs")
+    soft_labels_of_02(args, reviews)
+    distillation.keep_teacher(args, small_proof.hardware, small_proof.runs, reviews, test=False)
+    for split in ("train", "transfer"):  # the files hold the last review first
+        numbers = np.arange(8, dtype=np.float16)[::-1].reshape(8, 1, 1, 1)
+        np.save(Path(args.output_dir, "02_roberta", "soft_labels", f"{split}_features.npy"), numbers)
+    found = distillation.read_features(args, small_proof.runs, reviews)
+    for features, rows in found.values():
+        assert features[rows].ravel().tolist() == list(range(8))
+
+
+@pytest.fixture
+def llm_proof(small_proof, tiny, tmp_path):
+    """A proof of eight different reviews whose 03 has asked the tests' tiny LLM; of test it reads four."""
+    args, of_reviews = small_proof.args, small_proof.reviews
+    args.output_dir, args.llm_test_samples = str(tmp_path / "outputs"), 4
+    splits = {}
+    for split in ("train", "transfer", "test"):
+        texts = [f"A {word} {split} number {row}." for row, word in enumerate(["good", "dull"] * 4)]
+        splits[split] = getattr(of_reviews, split).assign(text=texts)
+    settings = {name: getattr(args, name) for name in distillation.SAME}
+    facts = {"labels": ["negative", "positive"], "base": str(tiny / "mistral"), "max_length": 96}
+    facts |= {"prompt": verbalizer.PROMPT, "label_words": list(verbalizer.LABEL_WORDS)}
+    run = {"step": "03_mistral", "settings": settings, "inputs": {}, "facts": facts}
+    artifacts.write_json(Path(args.output_dir, "03_mistral", "run.json"), run)
+    return dataclasses.replace(small_proof, reviews=dataclasses.replace(of_reviews, **splits))
+
+
+def log_odds_of(proof, split: str, prompt: str) -> np.ndarray:
+    """What the tiny LLM says of a split, by the product's functions."""
+    name = artifacts.read_run(proof.args, "03_mistral")["facts"]["base"]
+    tokenizer, llm = models.load_tokenizer(name), models.load_llm(name, proof.hardware)
+    ids = verbalizer.encode_prompts(tokenizer, getattr(proof.reviews, split)["text"].tolist(), prompt, 96)
+    words = verbalizer.label_token_ids(tokenizer, prompt, verbalizer.LABEL_WORDS)
+    log_p = scoring.score_llm(llm, ids, words, tokenizer.pad_token_id, proof.hardware, 256)
+    return verbalizer.log_odds(log_p)
+
+
+def kept_log_odds(proof, name: str, split: str) -> np.ndarray:
+    args, reviews, scored = proof.args, proof.reviews, Path(proof.args.output_dir, "black_box")
+    kept = black_box.keep_teacher(args, proof.hardware, name, reviews, scored, proof.runs, test=True)
+    return kept["scores"][split][:, 1] - kept["scores"][split][:, 0]
+
+
+def test_the_llm_is_asked_and_calibrated_as_by_04b(llm_proof, stops):
+    expected = {split: log_odds_of(llm_proof, split, verbalizer.PROMPT) for split in ("train", "transfer", "test")}
+    close = {"atol": 0.01, "rtol": 0.001}  # kept in half precision
+    for name, bias in (("zero_shot", 0.0), ("zero_shot_batch", expected["transfer"].mean())):
+        for split in ("train", "transfer"):
+            np.testing.assert_allclose(kept_log_odds(llm_proof, name, split), expected[split] - bias, **close)
+        of_test = kept_log_odds(llm_proof, name, "test")
+        read = np.isfinite(of_test)
+        assert read.sum() == 4
+        np.testing.assert_allclose(of_test[read], (expected["test"] - bias)[read], **close)
+    assert np.ptp(expected["test"]) > 0.1 and abs(expected["transfer"].mean()) > 0.1  # or nothing was tested
+
+    file = Path(llm_proof.args.output_dir, "03_mistral", "run.json")
+    run = artifacts.read_json(file)
+    artifacts.write_json(file, run | {"facts": run["facts"] | {"max_length": 90}})
+    stops(lambda: kept_log_odds(llm_proof, "zero_shot", "train"), "zero_shot_teacher-42.json was made with other")
+
+
+def test_the_mistake_of_another_prompt_is_made(llm_proof, monkeypatch):
+    monkeypatch.setattr(black_box, "adapter_of", lambda *_: None)
+    odds = kept_log_odds(llm_proof, "other_prompt", "transfer")
+    other, usual = (log_odds_of(llm_proof, "transfer", one) for one in (black_box.OTHER_PROMPT, verbalizer.PROMPT))
+    np.testing.assert_allclose(odds, other - other.mean(), atol=0.01)
+    assert np.abs(odds - (usual - usual.mean())).max() > 0.05
+
+
+def test_the_mistaken_loss_is_transformers_own_over_prompts_and_label_words(tiny):
+    llm = AutoModelForCausalLM.from_pretrained(tiny / "mistral").eval()
+    prompts, words = [np.array([5, 6, 7, 8]), np.array([9, 10])], [11, 12]
+    ids, mask = models.pad(prompts, 0, left=True)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([1, 0])}
+    together = black_box.whole_prompt_loss(llm, inputs, words)
+    rows = [torch.tensor([[5, 6, 7, 8, 12]]), torch.tensor([[9, 10, 11]])]
+    alone = [llm(input_ids=row, labels=row).loss * (row.shape[1] - 1) for row in rows]
+    assert together.item() == pytest.approx((sum(alone) / 6).item(), rel=1e-5)
+
+
+def test_nb_svm_of_other_labels_is_not_taken_for_this_one(small_proof, tmp_path, monkeypatch, stops):
+    args = few_labels.parse_args(["--student-model", "x", "--output-dir", str(tmp_path)])
+    monkeypatch.setattr(data, "load_reviews", lambda *_, **__: small_proof.reviews)
+    stops(lambda: few_labels.keep_nb_svm(args, 50, small_proof.runs), "run 01_baseline.py first")
+    of = {split: data.fingerprint(small_proof.reviews.train) for split in ("train", "validation", "test")}
+    about = {"gold": 8, "transfer": 0, "teacher": None, "seconds": None, "reviews": of}
+    tables.keep(small_proof.runs / "few_labels" / "50", "nb_svm", 42, about, {"test": SOFT["train"]})
+    few_labels.keep_nb_svm(args, 50, small_proof.runs)
+    about["reviews"] = of | {"train": "others"}
+    tables.keep(small_proof.runs / "few_labels" / "50", "nb_svm", 42, about, {"test": SOFT["train"]})
+    stops(lambda: few_labels.keep_nb_svm(args, 50, small_proof.runs), "nb_svm-42.json was made with other")
+
+
 def test_few_labels_make_their_students_and_take_the_rest_from_the_other_tables(small_proof, monkeypatch, stops):
     proof = small_proof
     args = few_labels.parse_args(["--runs", "student_of_llm", "--read-test", "--student-model", "x"])
@@ -404,10 +535,14 @@ def test_few_labels_make_their_students_and_take_the_rest_from_the_other_tables(
 
 
 def test_flags_that_a_proof_would_ignore_are_refused(capsys):
-    for flags in (["--epochs", "3"], ["--force"], ["--seeds", "-1"]):
-        with pytest.raises(SystemExit) as left:
-            black_box.parse_args(flags)
-        assert left.value.code == 2, flags
+    for script in (black_box, few_labels, side_by_side):
+        for flags in (["--epochs", "3"], ["--force"], ["--seeds", "-1"], ["--num-processes", "2"]):
+            with pytest.raises(SystemExit) as left:
+                script.parse_args(flags)
+            assert left.value.code == 2, flags
+        assert "num_processes" not in script.parse_args([])  # detect() then takes one GPU, whatever is in sight
+    with pytest.raises(SystemExit):
+        side_by_side.parse_args(["--seeds", "1", "2"])
 
 
 def test_the_claim_compares_seed_means_review_by_review():
@@ -450,6 +585,26 @@ def test_both_tools_see_the_same_padded_batch():
     assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch["attention_mask"].sum(1).tolist() == [3, 5]
     assert side_by_side.collator(0, None)(rows)["input_ids"].shape == (2, 5)
+
+
+@pytest.mark.parametrize("order", ["grouped", "given order"])
+def test_side_by_side_our_student_reads_each_reviews_own_scores(tiny, tmp_path, monkeypatch, order):
+    train = REVIEWS[:12].assign(text=["good " * (row + 1) for row in range(12)])
+    numbers = np.arange(12, dtype=np.float32)
+    scores = pd.DataFrame({"example_id": train["example_id"], "logit_negative": -numbers, "logit_positive": numbers})
+    artifacts.write_table(tmp_path / "train.parquet", scores)
+    np.save(tmp_path / "train_features.npy", np.tile(numbers[:, None, None, None], (1, 6, 2, 8)).astype(np.float16))
+    args = side_by_side.parse_args(["--student-model", str(tiny / "distilbert"), "--max-length", "64"])
+    seen = []
+    monkeypatch.setattr(distill.DistillationTrainer, "train", lambda self: seen.append(self))
+    side_by_side.train_ours(args, CPU, tmp_path, tmp_path / "student", train, order, None)
+    dataset, tokenizer = seen[0].train_dataset, models.load_tokenizer(str(tiny / "distilbert"))
+    of_text = {tuple(one): row for row, one in enumerate(models.encode(tokenizer, train["text"].tolist(), 64))}
+    rows = [of_text[tuple(one)] for one in dataset.ids]
+    assert dataset.arrays["teacher_logits"][:, 1].tolist() == rows
+    assert dataset.labels.tolist() == train["label"].to_numpy()[rows].tolist()
+    assert [dataset[row]["teacher_features"][0, 0, 0] for row in range(12)] == rows
+    assert (rows == sorted(rows)) == (order == "grouped")
 
 
 def test_the_scoring_pass_counts_into_our_time_once_however_many_epochs_follow():
