@@ -38,7 +38,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")
     add("--feature-weight", type=settings.non_negative, default=0.1, help="weight of the hidden-state term; 0: without")
     add("--control", action=argparse.BooleanOptionalAction, default=True, help="also train the student with no teacher")
-    return settings.parse(parser, STEP, argv)
+    args = settings.parse(parser, STEP, argv)
+    if args.alpha == 0 and args.feature_weight == 0:
+        parser.error("--alpha 0 with --feature-weight 0 leaves the teacher out, as the control does: raise one of them")
+    return args
 
 
 def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -> dict:

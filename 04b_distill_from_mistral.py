@@ -54,7 +54,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="likewise")
     add("--prompt-length", type=settings.positive_int, default=512, help="likewise: tokens with the review")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
-    return settings.parse(parser, STEP, argv)
+    args = settings.parse(parser, STEP, argv)
+    if args.alpha == 0:
+        parser.error("--alpha 0 leaves the teacher out, as 04a's control does: raise it")
+    return args
 
 
 def find_llm(args: argparse.Namespace) -> dict:
@@ -185,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     if llm["adapter"]:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
-    models.check_length(llm["max_length"], settings.locate(args, llm["base"]))
+    models.check_length(llm["max_length"], settings.locate(args, llm["base"]), "--prompt-length")
     check_prompt(settings.locate(args, llm["base"]), llm)
     adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
     models.check_length(args.max_length, settings.locate(args, args.student_model))

@@ -140,16 +140,16 @@ def _avoid_gqa_kernel() -> None:
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
-def check_length(max_length: int, name: str) -> None:
-    """Stop when --max-length is more than a model's positions can hold, or too little for a review."""
+def check_length(max_length: int, name: str, flag: str = "--max-length") -> None:
+    """Stop when the length that `flag` asks for is more than a model's positions hold, or too little for a review."""
     config = load_config(name)
     # RoBERTa's and MPNet's positions begin after the padding id.
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
     longest = getattr(config, "max_position_embeddings", max_length + offset) - offset
     if max_length > longest:
-        stop(f"--max-length {max_length} is more than the {longest} positions of {name}")
+        stop(f"{flag} {max_length} is more than the {longest} positions of {name}")
     if max_length < MIN_LENGTH:
-        stop(f"--max-length {max_length} leaves nothing of a review: pass at least {MIN_LENGTH}")
+        stop(f"{flag} {max_length} leaves nothing of a review: pass at least {MIN_LENGTH}")
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:

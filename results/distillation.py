@@ -394,6 +394,7 @@ def make_run(
 
 def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
     """The student's token ids of every split that it trains on or is chosen by."""
+    models.check_length(args.max_length, args.student_model)
     tokenizer = models.load_tokenizer(args.student_model)
     return {
         split: models.encode(tokenizer, getattr(reviews, split)["text"].tolist(), args.max_length)

@@ -250,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     hardware = device.detect(args)
     reviews = data.load_reviews(args, reads=("train", "transfer", "test"))
     teacher = artifacts.require(args, "02_roberta", "model")
+    for name in (str(teacher), args.student_model):
+        models.check_length(args.max_length, name)
     folder = Path(args.output_dir, "side_by_side")
     if any(RUNS[name][0] == "textbrewer" for name in args.runs) and importlib.util.find_spec("textbrewer") is None:
         settings.stop(

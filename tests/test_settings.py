@@ -72,3 +72,13 @@ def test_the_next_command_carries_what_the_scripts_must_share(script):
     own = ["--preset", "demo", "--dataset", "my reviews", "--output-dir", "elsewhere", "--max-test-samples", "5"]
     words = "python 02.py --preset demo --dataset 'my reviews' --output-dir elsewhere"
     assert settings.next_command(parse(own), "02.py") == words
+
+
+@pytest.mark.parametrize(
+    ("number", "flags"), [("04a", ["--alpha", "0", "--feature-weight", "0"]), ("04b", ["--alpha", "0"])]
+)
+def test_a_student_without_a_teacher_is_called_the_control(number, flags, script, capsys):
+    with pytest.raises(SystemExit) as left:
+        script(number).parse_args(flags)
+    assert left.value.code == 2 and "control" in capsys.readouterr().err
+    assert script("04a").parse_args(["--alpha", "0"]).feature_weight > 0  # hidden states alone are a teacher's too
