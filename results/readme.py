@@ -53,6 +53,7 @@ def by_claim(table: pd.DataFrame) -> pd.DataFrame:
 
 def by_labels(table: pd.DataFrame) -> pd.DataFrame:
     """One row a run, one column a number of labels: the mean accuracy of its seeds."""
+    table = table.sort_values("labels", ascending=False, kind="stable")  # all runs have the most labels: their order
     wide = table.pivot_table(index="run", columns="labels", values="accuracy", sort=False).sort_index(axis=1)
     return wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None).reset_index()
 

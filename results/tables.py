@@ -278,7 +278,7 @@ def plot_few_labels(table: pd.DataFrame, file: Path) -> None:
     axes.set_xticks(range(len(counts)), [f"{labels:,}" for labels in counts])
     axes.set(xlabel="gold labels, validation included", ylabel="test accuracy (95% interval)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")  # where lines that rise with the labels leave room
     with artifacts.whole(file) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 

@@ -68,4 +68,4 @@ def test_a_claim_is_shown_by_its_lead_with_the_interval():
 def test_few_labels_are_shown_with_a_column_a_number_of_labels():
     table = pd.DataFrame({"labels": [0, 50, 50], "run": ["llm", "control", "control"], "accuracy": [0.8, 0.7, 0.72]})
     cells = [line.replace(" ", "")[1:-1].split("|") for line in readme.as_markdown(table).splitlines()]
-    assert cells[0] == ["run", "0", "50"] and cells[2:] == [["llm", "0.8000", ""], ["control", "", "0.7100"]]
+    assert cells[0] == ["run", "0", "50"] and cells[2:] == [["control", "", "0.7100"], ["llm", "0.8000", ""]]
