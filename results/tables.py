@@ -39,8 +39,8 @@ FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
 # Mistakes, and teachers of which nothing is promised: their students are reported as they fall, at chance too.
 MAY_COLLAPSE = ("label_sorted", "tuned_label_sorted", "zero_shot", "zero_shot_batch", "other_prompt", "whole_prompt")
 # What all runs of a table share, where they have it; a run's own recipe may override the learning rate.
-SETTINGS = tuple("student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split())
-REVIEWS = ("train", "validation", "transfer")
+SHARED = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
+SHARED += ["train", "validation", "transfer"]
 Runs = dict[tuple[str, int], dict]  # by name and seed: the JSON of a run, and "scores": (n, 2) logits by split
 
 
@@ -117,7 +117,7 @@ def read_runs(runs: Path, names: tuple[str, ...], split: str, n: int) -> Runs:
     return found
 
 
-def refuse_mixed(runs: Runs, shared: tuple[str, ...] = (*SETTINGS, *REVIEWS), first: dict | None = None) -> dict:
+def refuse_mixed(runs: Runs, first: dict[str, object] | None = None) -> dict[str, object]:
     """Stop when a table's runs differ in settings or reviews, or learned from another teacher than the kept one.
 
     Returns what they share; `first`: what those of another part of the table do.
@@ -125,7 +125,7 @@ def refuse_mixed(runs: Runs, shared: tuple[str, ...] = (*SETTINGS, *REVIEWS), fi
     first = dict(first or {})
     for (name, seed), run in runs.items():
         about = run.get("made_from") or run.get("reviews", {})
-        for key in shared:
+        for key in SHARED:
             if key in about and first.setdefault(key, about[key]) != about[key]:
                 settings.stop(
                     f"{name}, seed {seed}, has another {key} ({about[key]}) than the runs beside it: delete it"
@@ -251,8 +251,8 @@ def table_of_few_labels(runs: Path, labels: np.ndarray) -> pd.DataFrame:
     shared, folders = {}, [folder for folder in (runs / "few_labels").glob("*/") if folder.name.isdigit()]
     for folder in sorted(folders, key=lambda folder: int(folder.name)):
         found = read_runs(folder, FEW_LABELS, "test", len(labels))
-        refuse_mixed(found)
-        shared = refuse_mixed(found, (*SETTINGS, "transfer"), shared)
+        of_folder = refuse_mixed(found, shared)
+        shared = {key: value for key, value in of_folder.items() if key not in ("train", "validation")}
         for (name, seed), run in found.items():
             quality = metrics.describe(labels, run["scores"]["test"])
             scores = {key: quality[key] for key in ("accuracy", "ci_low", "ci_high")}
