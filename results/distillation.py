@@ -32,8 +32,8 @@ TRAINING = "student_model max_length learning_rate batch_size weight_decay warmu
 SAME = ("seed", "validation_samples", "max_train_samples")  # a teacher has learned from the same labels, no more
 # What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first; `labels`:
 # the teacher's "logits", its "argmax", or none; `gold`: "all" gold reviews, "none", or the negative ones first of a
-# label-sorted file, cut (the old mistake); `base`: the student as downloaded, after masked-language modelling ("mlm"),
-# or as another run of the same seed left it.
+# label-sorted file, cut (the old mistake); `base`: as "downloaded" or after masked-language modelling,
+# "mlm".
 GOLD_EPOCHS, TRANSFER_EPOCHS, FINAL_EPOCHS, MLM_EPOCHS = 6, 2, 4, 2
 STUDENT = {
     "transfer": 1.0,
@@ -56,11 +56,9 @@ RUNS = {
     "margin": STUDENT | {"soft_loss": "margin"},
     "argmax_labels": STUDENT | {"labels": "argmax", "alpha": 0.0},
     "no_transfer_set": ALONE | {"feature_weight": 0.1},
-    "gold_last": CONTROL | {"base": "logits", "epochs": 1, "learning_rate": 2e-5},
     "final": FINAL,
     "confident": STUDENT | {"transfer": 0.75},
     "control_levers": CONTROL | {"base": "mlm"},
-    "after_mlm": STUDENT | {"base": "mlm"},
     "label_sorted": ALONE | {"gold": "label-sorted", "epochs": TRANSFER_EPOCHS},
 }
 
@@ -253,17 +251,12 @@ def pretrain(proof: Proof) -> None:
     training.save(model, tokenizer, folder / "model", folder / "checkpoints")
 
 
-def base_of(proof: Proof, run: dict, seed: int) -> str:
+def base_of(proof: Proof, run: dict) -> str:
     """The folder or name of the weights that a run's student starts from."""
     if run["base"] == "downloaded":
         return proof.args.student_model
-    if run["base"] == "mlm":
-        pretrain(proof)
-        return str(proof.folder / "mlm" / "model")
-    base = proof.folder / f"{run['base']}-{seed}" / "model"
-    if not base.exists():
-        settings.stop(f"{base}/ is missing: delete {proof.runs}/{run['base']}-{seed}.* and make that run first")
-    return str(base)
+    pretrain(proof)
+    return str(proof.folder / "mlm" / "model")
 
 
 def chosen_rows(run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -300,7 +293,6 @@ def train_run(proof: Proof, run: dict, seed: int, base: str, target: Path, soft:
     if ids["validation"]:
         validation = training.ReviewDataset(ids["validation"], proof.reviews.validation["label"].to_numpy())
     own = {"seed": seed, "soft_loss": run.get("soft_loss", "kl"), "student_model": base}
-    own["learning_rate"] = run.get("learning_rate", proof.args.learning_rate)
     distill.train_student(
         argparse.Namespace(**vars(proof.args) | own),
         proof.hardware,
@@ -317,7 +309,7 @@ def train_run(proof: Proof, run: dict, seed: int, base: str, target: Path, soft:
 def made_from(proof: Proof, run: dict, seed: int, soft: dict[str, np.ndarray]) -> dict:
     """What decides a run's student: its recipe, the settings, the reviews and the teacher's logits.
 
-    `transfer_reviews` counts the unlabelled ones that it reads, or that the run read from which it starts.
+    `transfer_reviews` counts the unlabelled ones that it reads, or that its masked-language modelling has read.
     """
     reviews = proof.reviews
     about = {"run": run, "seed": seed} | {name: getattr(proof.args, name) for name in (*TRAINING, "temperature")}
@@ -325,11 +317,6 @@ def made_from(proof: Proof, run: dict, seed: int, soft: dict[str, np.ndarray]) -
     splits = ["train", "validation"] + (["transfer"] if share else [])
     about |= {split: data.fingerprint(getattr(reviews, split)) for split in splits}
     about["transfer_reviews"] = round(share * len(reviews.transfer))
-    if run["base"] not in ("downloaded", "mlm"):
-        before = tables.read_run(proof.runs, run["base"], seed)
-        if before is None:
-            settings.stop(f"{run['base']}, seed {seed}, is missing: put it before the run that starts from it")
-        about |= {"transfer_reviews": before["transfer"], "base": before["made_from"]}
     if run["labels"] != "none":
         about["teacher"] = {split: tables.digest(logits) for split, logits in soft.items()}
     return about
@@ -377,7 +364,7 @@ def make_run(
     continued = begin(here, of_this)
     if not ((here / "seconds.json").exists() and (here / "model").exists()):
         print(f"{name}, seed {seed}", flush=True)
-        base = base_of(proof, run, seed)
+        base = base_of(proof, run)
         started = time.time()
         train_run(proof, run, seed, base, here / "model", soft)
         # An interrupted training's seconds are not known: the time of its first part is gone.

@@ -32,13 +32,13 @@ TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 CONTROLS = ("control", "control_longer", "control_levers")
 WHITE_BOX = ("teacher", *CONTROLS, "argmax_labels", "logits", "features", "logits_features", "margin")
-WHITE_BOX += ("no_transfer_set", "gold_last", "confident", "after_mlm", "final", "label_sorted")
+WHITE_BOX += ("no_transfer_set", "confident", "final", "label_sorted")
 LLM_TEACHERS = ("zero_shot", "zero_shot_batch", "tuned", "other_prompt", "whole_prompt")
 BLACK_BOX = (*(f"{name}_teacher" for name in LLM_TEACHERS), "control", *LLM_TEACHERS, "tuned_label_sorted")
 FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
 # Mistakes, and teachers of which nothing is promised: their students are reported as they fall, at chance too.
 MAY_COLLAPSE = ("label_sorted", "tuned_label_sorted", "zero_shot", "zero_shot_batch", "other_prompt", "whole_prompt")
-# What all runs of a table share, where they have it; a run's own recipe may override the learning rate.
+# What all runs of a table share, where they have it.
 SHARED = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
 SHARED += ["train", "validation", "transfer"]
 Runs = dict[tuple[str, int], dict]  # by name and seed: the JSON of a run, and "scores": (n, 2) logits by split

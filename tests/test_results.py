@@ -311,19 +311,6 @@ def test_a_run_that_was_killed_before_its_first_file_begins_anew(small_proof):
     assert make(small_proof, "logits")["seconds"] is not None
 
 
-def test_a_run_from_another_runs_student_needs_it_and_is_another_when_that_is_made_again(small_proof, stops):
-    stops(lambda: make(small_proof, "gold_last"), "logits, seed 1, is missing")
-    make(small_proof, "logits")
-    shutil.move(small_proof.folder / "logits-1", small_proof.folder / "elsewhere")
-    stops(lambda: make(small_proof, "gold_last"), "logits-1/model/ is missing", "make that run first")
-    shutil.move(small_proof.folder / "elsewhere", small_proof.folder / "logits-1")
-    assert make(small_proof, "gold_last")["transfer"] == 8
-    for path in (small_proof.folder / "logits-1", *small_proof.runs.glob("logits-1.*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    make(small_proof, "logits", alpha=0.8)
-    stops(lambda: make(small_proof, "gold_last"), "gold_last-1.json was made with other settings")
-
-
 def test_masked_language_modelling_of_other_settings_is_not_reused(small_proof, stops):
     distillation.pretrain(small_proof)
     small_proof.args.learning_rate = 2e-3
@@ -331,7 +318,8 @@ def test_masked_language_modelling_of_other_settings_is_not_reused(small_proof, 
 
 
 def test_a_student_at_chance_is_no_measure_but_an_old_mistake_is_shown_as_it_falls(small_proof, stops):
-    stops(lambda: make(small_proof, "control", learning_rate=1e-9), "control is no measure")
+    small_proof.args.learning_rate = 1e-9
+    stops(lambda: make(small_proof, "control"), "control is no measure")
     assert not (small_proof.runs / "control-1.json").exists()
     assert make(small_proof, "label_sorted")["gold"] == 4
 
@@ -344,7 +332,7 @@ def trained_with(proof, monkeypatch, name: str, **changed) -> dict:
         got.update(weights, args=args, train=train, validation=validation)
 
     monkeypatch.setattr(distill, "train_student", train_student)
-    base, target = distillation.base_of(proof, distillation.RUNS[name] | changed, 3), proof.folder / "model"
+    base, target = distillation.base_of(proof, distillation.RUNS[name] | changed), proof.folder / "model"
     distillation.train_run(proof, distillation.RUNS[name] | changed, 3, base, target, SOFT)
     return got
 
@@ -368,8 +356,6 @@ def test_a_run_trains_by_its_recipe_and_seed_on_its_own_reviews(small_proof, mon
     swapped = {split: -logits for split, logits in SOFT.items()}
     monkeypatch.setitem(globals(), "SOFT", swapped)
     assert trained_with(small_proof, monkeypatch, "argmax_labels")["train"].labels.tolist() == [1, 0] * 4 + [0, 1] * 4
-    own_rate = trained_with(small_proof, monkeypatch, "final", learning_rate=2e-5)
-    assert own_rate["args"].learning_rate == 2e-5
 
 
 def soft_labels_of_02(args, reviews) -> None:

@@ -39,7 +39,7 @@ white_box() {
     local run=(python results/distillation.py "${common[@]}" --output-dir $output "${student[@]}" --read-test)
     "${run[@]}" --runs control final --seeds 1 2 3
     "${run[@]}" --runs logits argmax_labels label_sorted features logits_features no_transfer_set --seeds 1
-    "${run[@]}" --runs control_levers control_longer confident margin gold_last --seeds 1 # the levers
+    "${run[@]}" --runs control_levers control_longer confident margin --seeds 1 # the levers
 }
 
 black_box() {
