@@ -272,14 +272,19 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: 
         "settings": dict(sorted(vars(args).items())),
         "facts": facts,
         "seed": args.seed,
-        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
+        **made_with(),
         "wall_time_s": round(time.time() - _process_started, 1),
         "peak_memory_mb": round(peak_memory_mb),
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)},
     }
     write_json(folder / "run.json", run)
     print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
+
+
+def made_with() -> dict:
+    """The versions and the commit that write a file now."""
+    versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
+    return {"versions": versions, "git_commit": _git_commit()}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -38,6 +38,7 @@ RUNS["tuned_label_sorted"] = distillation.RUNS["label_sorted"]  # a slice of a l
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = distillation.make_parser(__doc__, RUNS)
+    distillation.add_read_test(parser)
     parser.set_defaults(max_transfer_samples=4000)
     parser.add_argument("--llm-test-samples", type=settings.positive_int, default=2000, help="test reviews it reads")
     return distillation.parse(parser, "black_box", argv)

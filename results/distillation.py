@@ -84,8 +84,12 @@ def make_parser(description: str, runs: dict[str, dict]) -> argparse.ArgumentPar
         help="of training; the subsets are --seed's",
     )
     add("--tables", type=Path, default=tables.TABLES, help="whose folder runs/ keeps what each run says")
-    add("--read-test", action="store_true", help="the recipe is frozen: the runs score the test reviews too")
     return parser
+
+
+def add_read_test(parser: argparse.ArgumentParser) -> None:
+    """The flag by which a frozen recipe's runs read test."""
+    parser.add_argument("--read-test", action="store_true", help="the recipe is frozen: score the test reviews too")
 
 
 def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) -> argparse.Namespace:
@@ -224,6 +228,7 @@ def pretrain(proof: Proof) -> None:
     """The student after in-domain masked-language modelling on train and transfer reviews (Gururangan et al. 2020)."""
     args, folder = proof.args, proof.folder / "mlm"
     about = {name: getattr(args, name) for name in ("seed", *TRAINING)}
+    about |= {"precision": proof.hardware.precision, "epochs": MLM_EPOCHS}
     begin(folder, about | {split: data.fingerprint(getattr(proof.reviews, split)) for split in ("train", "transfer")})
     if (folder / "model").exists():
         return
@@ -312,7 +317,9 @@ def made_from(proof: Proof, run: dict, seed: int, soft: dict[str, np.ndarray]) -
     `transfer_reviews` counts the unlabelled ones that it reads, or that its masked-language modelling has read.
     """
     reviews = proof.reviews
-    about = {"run": run, "seed": seed} | {name: getattr(proof.args, name) for name in (*TRAINING, "temperature")}
+    about = {"run": run, "seed": seed, "precision": proof.hardware.precision}
+    about |= {name: getattr(proof.args, name) for name in (*TRAINING, "temperature")}
+    about |= {"mlm_epochs": MLM_EPOCHS} if run["base"] == "mlm" else {}
     share = 1.0 if run["base"] == "mlm" else run["transfer"]
     splits = ["train", "validation"] + (["transfer"] if share else [])
     about |= {split: data.fingerprint(getattr(reviews, split)) for split in splits}
@@ -330,7 +337,11 @@ def splits_to_keep(args, reviews: data.Reviews) -> dict[str, pd.DataFrame]:
 def refuse_other(now: dict, then: dict, path: Path) -> None:
     """Stop when what lies at `path` was made from something else."""
     if then != now:
-        settings.stop(f"{path} was made with other settings, reviews or teacher: delete it to make it again")
+        differing = ", ".join(sorted(key for key in now | then if now.get(key) != then.get(key)))
+        settings.stop(
+            f"{path} was made with other settings, reviews or teacher ({differing}): pass the same ones, or delete it, "
+            "and the runs that learned from it, to make them again"
+        )
 
 
 def begin(folder: Path, of_this: dict) -> bool:
@@ -376,6 +387,7 @@ def make_run(
     rows = chosen_rows(run | {"transfer": 0}, reviews.train["label"].to_numpy(), None)
     about = {"gold": len(rows.get("train", [])), "transfer": of_this["transfer_reviews"], "teacher": teacher}
     about |= artifacts.read_json(here / "seconds.json") | {"made_from": of_this}
+    about |= {"device": proof.hardware.name, **artifacts.made_with()}
     tables.keep(proof.runs, name, seed, about, scores)
 
 
@@ -390,7 +402,9 @@ def encode_reviews(args, reviews: data.Reviews) -> dict[str, list[np.ndarray]]:
 
 
 def main() -> None:
-    args = parse(make_parser(__doc__, RUNS), "distillation", None)
+    parser = make_parser(__doc__, RUNS)
+    add_read_test(parser)
+    args = parse(parser, "distillation", None)
     hardware = device.detect(args)
     reviews, runs = data.load_reviews(args, reads=("train", "transfer", "test")), args.tables / "runs"
     tables.keep_labels(runs, splits_to_keep(args, reviews))

@@ -19,6 +19,8 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, baseline, data, device, settings
 from results import black_box, distillation, tables
@@ -31,9 +33,16 @@ ELSEWHERE = {"student_of_llm": "tuned"}  # of all labels: the run of black_box.p
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = distillation.make_parser(__doc__, dict.fromkeys(RUNS, {}))
+    distillation.add_read_test(parser)
     parser.set_defaults(max_transfer_samples=4000, seeds=[1])
     parser.add_argument("--labels", nargs="+", type=int, choices=list(LABELS), default=list(LABELS))
-    return distillation.parse(parser, "few_labels", argv)
+    args = distillation.parse(parser, "few_labels", argv)
+    subsets = ("max_train_samples", "validation_samples")
+    if any(getattr(args, name) != parser.get_default(name) for name in subsets):
+        parser.error(
+            "--labels says how many reviews train and validate: leave out --max-train- and --validation-samples"
+        )
+    return args
 
 
 def at(args, labels: int) -> argparse.Namespace:
@@ -54,16 +63,19 @@ def recipe(name: str, labels: int, gold: int, transfer: int, batch: int) -> dict
     return distillation.CONTROL | {"epochs": round(steps / math.ceil(gold / batch))}
 
 
-def read_teacher(args, hardware, name: str, labels: int, reviews: data.Reviews, runs: Path) -> dict:
-    """What a student of `name` learns from, by split."""
+def read_teacher(
+    args, hardware, name: str, labels: int, reviews: data.Reviews, runs: Path
+) -> tuple[str | None, dict[str, np.ndarray]]:
+    """The teacher of a student, and what it says by split; None and nothing of the control."""
     if name == "control":
-        return {}
+        return None, {}
     if name == "student_of_encoder":
-        kept = distillation.keep_teacher(args, hardware, runs, reviews, test=False)
+        teacher, kept = "teacher", distillation.keep_teacher(args, hardware, runs, reviews, test=False)
     else:
         who, scored = "tuned" if labels else "zero_shot_batch", Path(args.output_dir, "black_box")
         kept = black_box.keep_teacher(args, hardware, who, reviews, scored, runs, test=False)
-    return {split: kept["scores"][split] for split in ("train", "transfer")}
+        teacher = f"{who}_teacher"
+    return teacher, {split: kept["scores"][split] for split in ("train", "transfer")}
 
 
 def make_students(args, hardware, labels: int, runs: Path) -> None:
@@ -85,7 +97,8 @@ def make_students(args, hardware, labels: int, runs: Path) -> None:
         elif labels or name == "student_of_llm":
             print(f"{labels} labels: {name}, seed {seed}", flush=True)
             kept_in = into if labels else runs  # the LLM as it is has been kept with the runs of black_box.py
-            distillation.make_run(proof, name, run, seed, read_teacher(here, hardware, name, labels, reviews, kept_in))
+            teacher, soft = read_teacher(here, hardware, name, labels, reviews, kept_in)
+            distillation.make_run(proof, name, run, seed, soft, teacher)
 
 
 def share(proof: distillation.Proof, run: dict, runs: Path, of: str, name: str, seed: int) -> None:
@@ -111,7 +124,7 @@ def keep_nb_svm(args, labels: int, runs: Path) -> None:
     of = {split: data.fingerprint(getattr(reviews, split)) for split in ("train", "validation", "test")}
     kept = tables.read_run(into, "nb_svm", args.seed)
     if kept:
-        return distillation.refuse_other(of, kept.get("reviews"), into / f"nb_svm-{args.seed}.json")
+        return distillation.refuse_other(of, kept.get("reviews", {}), into / f"nb_svm-{args.seed}.json")
     folder = artifacts.require(here, "01_baseline", "nb_svm")
     artifacts.refuse_conflict(here, artifacts.read_run(here, "01_baseline"), reviews.fingerprints, distillation.SAME)
     logits = baseline.load_baseline(folder).logits(reviews.test["text"])

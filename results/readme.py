@@ -41,14 +41,25 @@ def by_run(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_claim(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim: the lead in accuracy with its 95% interval, and the part of the gap that it closes."""
-    shown = table[["student", "against", "seeds"]].copy()
+    """One row a claim: the lead in accuracy, and the part of the gap that it closes, with their 95% intervals."""
+    shown = table[["student", "against"]].copy()
+    shown["seeds"] = [f"{ours}, {theirs}" for ours, theirs in zip(table["seeds"], table["against_seeds"], strict=True)]
     for name in ("student_accuracy", "against_accuracy"):
         shown[name.replace("_", " ")] = table[name].map("{:.4f}".format)
-    intervals = zip(table["lead"], table["ci_low"], table["ci_high"], strict=True)
-    shown["lead"] = [f"{lead:+.4f} [{low:+.4f}, {high:+.4f}]" for lead, low, high in intervals]
-    shown["gap closed"] = ["" if pd.isna(gap) else f"{gap:.0%}" for gap in table["gap_closed"]]
+    shown["lead"] = table["lead"].map("{:+.4f}".format)
+    for name, ends in (("over reviews", "ci"), ("over seeds too", "seeds")):
+        both = zip(table[f"{ends}_low"], table[f"{ends}_high"], strict=True)
+        shown[name] = [f"[{low:+.4f}, {high:+.4f}]" for low, high in both]
+    gaps = table[["gap_closed", "gap_low", "gap_high"]].itertuples(index=False)
+    shown["gap closed"] = [percent(*gap) for gap in gaps]
     return shown.assign(n=table["n_test"])
+
+
+def percent(share: float, low: float, high: float) -> str:
+    """A share and its interval, where they are known."""
+    if pd.isna(share):
+        return ""
+    return f"{share:.0%}" if pd.isna(low) else f"{share:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def by_labels(table: pd.DataFrame) -> pd.DataFrame:

@@ -40,7 +40,9 @@ FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
 MAY_COLLAPSE = ("label_sorted", "tuned_label_sorted", "zero_shot", "zero_shot_batch", "other_prompt", "whole_prompt")
 # What all runs of a table share, where they have it.
 SHARED = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
-SHARED += ["train", "validation", "transfer"]
+SHARED += ["precision", "train", "validation", "transfer"]
+MADE = ("validation.csv", "white_box.csv", "black_box.csv", "claims.csv", "few_labels.csv")
+RESAMPLES = 9999  # of a bootstrap
 Runs = dict[tuple[str, int], dict]  # by name and seed: the JSON of a run, and "scores": (n, 2) logits by split
 
 
@@ -100,10 +102,10 @@ def read_run(runs: Path, name: str, seed: int) -> dict | None:
     return run | {"scores": {split: np.stack([-odds / 2, odds / 2], axis=1) for split, odds in log_odds.items()}}
 
 
-def read_runs(runs: Path, names: tuple[str, ...], split: str, n: int) -> Runs:
+def read_runs(runs: Path, names: tuple[str, ...], split: str, n: int | None = None) -> Runs:
     """The finished runs of these names that have scored a split, in the order of the names, by seed within a name.
 
-    Stops when one has not scored its `n` reviews.
+    Stops when one has not scored its `n` reviews, if that is given.
     """
     found = {}
     for name in names:
@@ -112,7 +114,7 @@ def read_runs(runs: Path, names: tuple[str, ...], split: str, n: int) -> Runs:
             run = read_run(runs, name, seed)
             if split in run["scores"]:
                 found[name, seed] = run
-                if len(run["scores"][split]) != n:
+                if n is not None and len(run["scores"][split]) != n:
                     settings.stop(f"{runs}/{name}-{seed}.npz has not all {n} {split} reviews: delete it and its .json")
     return found
 
@@ -189,50 +191,62 @@ def table_of_runs(runs: Runs, labels: np.ndarray, of_controls: str) -> pd.DataFr
 def claim(student: np.ndarray, against: np.ndarray, teacher: np.ndarray | None = None) -> dict:
     """How far a student leads another model by seed-mean accuracy, and how much of the gap to `teacher` it closes.
 
-    Each is (seeds, n) booleans: whether each test review was called right. The interval is a bootstrap over the reviews
-    (Efron 1979), paired: of each review's share of right seeds, the student's less the other's. It is that of these
-    trained models on other reviews; what other seeds would change is not in it.
+    Each is (seeds, n) booleans: whether each test review was called right. The intervals are of a bootstrap (Efron
+    1979), percentile, 9,999 times: `ci` over the reviews, the same for all models, so of these trained models on other
+    reviews; `seeds` and `gap` over each model's seeds as well. Where a model has one seed its chance is in neither.
     """
-    from scipy.stats import bootstrap
-
-    lead = student.mean(axis=0) - against.mean(axis=0)
-    interval = bootstrap((lead,), np.mean, n_resamples=9999, batch=100, method="percentile", rng=0).confidence_interval
-    row = {"seeds": len(student), "n_test": len(lead), "student_accuracy": student.mean()}
-    row |= {"against_accuracy": against.mean(), "lead": lead.mean(), "ci_low": interval.low, "ci_high": interval.high}
+    rng, n = np.random.default_rng(0), student.shape[1]
+    models = np.concatenate([student, against, *([] if teacher is None else [teacher])]).astype(np.float64)
+    drawn = np.stack([models @ np.bincount(rng.integers(n, size=n), minlength=n) / n for _ in range(RESAMPLES)])
+    of_student, of_against, of_teacher = np.split(drawn, np.cumsum([len(student), len(against)]), axis=1)
+    row = {"seeds": len(student), "against_seeds": len(against), "n_test": n}
+    row |= {"student_accuracy": student.mean(), "against_accuracy": against.mean()}
+    row["lead"] = student.mean() - against.mean()
+    row |= interval("ci", of_student.mean(axis=1) - of_against.mean(axis=1))
+    of_student, of_against = (  # seeds drawn anew for each resample
+        np.take_along_axis(of, rng.integers(of.shape[1], size=of.shape), axis=1).mean(axis=1)
+        for of in (of_student, of_against)
+    )
+    row |= interval("seeds", of_student - of_against)
     gap = None if teacher is None else gap_closed(student.mean(), against.mean(), teacher.mean())
-    return row | {"gap_closed": gap}
+    row |= {"gap_closed": gap, "gap_low": None, "gap_high": None}
+    if gap is not None and (of_teacher[:, 0] > of_against).all():  # else the ratio has no bounds
+        row |= interval("gap", (of_student - of_against) / (of_teacher[:, 0] - of_against))
+    return row
 
 
-def right(runs: Runs, name: str, seeds: list[int], labels: np.ndarray) -> np.ndarray:
+def interval(name: str, resampled: np.ndarray) -> dict[str, float]:
+    """The middle 95% of a bootstrap's resamples."""
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return {f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def right(runs: Runs, name: str, labels: np.ndarray) -> np.ndarray:
     """(seeds, n) booleans: whether each seed of a run called each test review right."""
-    return np.stack([runs[name, seed]["scores"]["test"].argmax(axis=1) == labels for seed in seeds])
+    return np.stack([run["scores"]["test"].argmax(axis=1) == labels for (of, _), run in runs.items() if of == name])
 
 
-def claims(white: Runs, black: Runs, labels: np.ndarray) -> pd.DataFrame:
-    """What the mission claims, a row each: the white-box student leads every control, by the seeds that both have, and
-    closes a part of the gap; the black-box student leads the control, and is not far behind its teacher, on the reviews
-    that this one read."""
+def claims(white: Runs, black: Runs, nb_svm: Runs, labels: np.ndarray) -> pd.DataFrame:
+    """What the mission claims, a row each: the white-box student leads every control and closes a part of the gap; the
+    black-box student leads the control, and is not far behind its teacher, on the reviews that this one read. NB-SVM,
+    of as many labels, stands beside both."""
     rows = []
     for runs, student, controls, name in (
         (white, "final", CONTROLS, "teacher"),
         (black, "tuned", ("control",), "tuned_teacher"),
     ):
-        teacher = teacher_of(runs, name)
-        seeds_of = {one: [seed for of, seed in runs if of == one] for one in (student, *controls)}
-        for control in controls:
-            seeds = [seed for seed in seeds_of[student] if seed in seeds_of[control]]
-            if seeds and teacher:
-                pair = (right(runs, one, seeds, labels) for one in (student, control))
-                of_teacher = (teacher["scores"]["test"].argmax(axis=1) == labels)[None]
-                whole = np.isfinite(teacher["scores"]["test"]).all()
-                row = claim(*pair, of_teacher if whole else None)
-                rows.append({"student": student, "against": control} | row)
-    teacher, seeds = teacher_of(black, "tuned_teacher"), [seed for name, seed in black if name == "tuned"]
-    if teacher and seeds:
+        teacher, there = teacher_of(runs, name), {of for of, _ in runs}
+        if student not in there or teacher is None:
+            continue
         read = np.isfinite(teacher["scores"]["test"][:, 0])
-        of_teacher = teacher["scores"]["test"].argmax(axis=1) == labels
-        row = claim(right(black, "tuned", seeds, labels)[:, read], of_teacher[None, read])
-        rows.append({"student": "tuned", "against": "tuned_teacher"} | row)
+        of_student, of_teacher = right(runs, student, labels), right(runs, name, labels)
+        for control in (one for one in controls if one in there):
+            row = claim(of_student, right(runs, control, labels), of_teacher if read.all() else None)
+            rows.append({"student": student, "against": control} | row)
+        if nb_svm:
+            rows.append({"student": student, "against": "nb_svm"} | claim(of_student, right(nb_svm, "nb_svm", labels)))
+        if student == "tuned":
+            rows.append({"student": student, "against": name} | claim(of_student[:, read], of_teacher[:, read]))
     return pd.DataFrame(rows)
 
 
@@ -245,13 +259,25 @@ def table_of_validation(runs: Runs, labels: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def few_labels_folders(runs: Path) -> list[Path]:
+    """The folders of runs/few_labels, one a number of labels, that with most of them last."""
+    folders = (folder for folder in (runs / "few_labels").glob("*/") if folder.name.isdigit())
+    return sorted(folders, key=lambda folder: int(folder.name))
+
+
+def teachers_of(found: Runs, folder: Path, runs: Path) -> Runs:
+    """The teachers that runs with few labels name: kept beside them, those of all labels and of none in `runs`."""
+    names = tuple(sorted({run["teacher"] for run in found.values() if run["teacher"]}))
+    return read_runs(runs, names, "transfer") | read_runs(folder, names, "transfer")
+
+
 def table_of_few_labels(runs: Path, labels: np.ndarray) -> pd.DataFrame:
     """One row a student and number of gold labels."""
     rows = []
-    shared, folders = {}, [folder for folder in (runs / "few_labels").glob("*/") if folder.name.isdigit()]
-    for folder in sorted(folders, key=lambda folder: int(folder.name)):
+    shared = {}
+    for folder in few_labels_folders(runs):
         found = read_runs(folder, FEW_LABELS, "test", len(labels))
-        of_folder = refuse_mixed(found, shared)
+        of_folder = refuse_mixed(found | teachers_of(found, folder, runs), shared)
         shared = {key: value for key, value in of_folder.items() if key not in ("train", "validation")}
         for (name, seed), run in found.items():
             quality = metrics.describe(labels, run["scores"]["test"])
@@ -284,7 +310,7 @@ def plot_few_labels(table: pd.DataFrame, file: Path) -> None:
 
 
 def make_tables(folder: Path, without_plot: bool = False) -> dict[str, pd.DataFrame]:
-    """Write every table of folder/runs beside it; a table without a run is not written. By file name, what is there."""
+    """Every table of folder/runs by its file's name, written beside it; one that has no run any more is deleted."""
     runs, made = folder / "runs", {}
     if not (runs / "labels.npz").exists():
         settings.stop(f"{runs}/ holds no runs (no labels.npz): make some with results/distillation.py")
@@ -299,13 +325,21 @@ def make_tables(folder: Path, without_plot: bool = False) -> dict[str, pd.DataFr
         white, black = (read_runs(runs, names, "test", len(labels["test"])) for names in (WHITE_BOX, BLACK_BOX))
         made["white_box.csv"] = table_of_runs(white, labels["test"], "teacher")
         made["black_box.csv"] = table_of_runs(black, labels["test"], "tuned_teacher")
-        made["claims.csv"] = claims(white, black, labels["test"])
+        most = few_labels_folders(runs)[-1:]
+        nb_svm = read_runs(most[0], ("nb_svm",), "test", len(labels["test"])) if most else {}
+        made["claims.csv"] = claims(white, black, nb_svm, labels["test"])
         made["few_labels.csv"] = table_of_few_labels(runs, labels["test"])
     made = {file: table.round(6) for file, table in made.items() if len(table)}
-    for file, table in made.items():
-        artifacts.write_table(folder / file, table)
-    if "few_labels.csv" in made and not without_plot:
-        plot_few_labels(made["few_labels.csv"], folder / "few_labels.png")
+    for file in MADE:
+        if file in made:
+            artifacts.write_table(folder / file, made[file])
+        else:
+            (folder / file).unlink(missing_ok=True)
+    plot = folder / "few_labels.png"
+    if "few_labels.csv" not in made:
+        plot.unlink(missing_ok=True)
+    elif not without_plot:
+        plot_few_labels(made["few_labels.csv"], plot)
     return made
 
 

@@ -157,6 +157,15 @@ def test_04a_refuses_a_student_whose_layers_02_did_not_save(outputs, flags, scri
     stops(lambda: module.student_to_teacher_layers(args, facts), "--student-layers")
 
 
+def test_04a_takes_its_own_layers_from_among_those_that_02_saved(outputs, flags, script):
+    module = script("04a")
+    args = module.parse_args(flags["04a"])
+    reviews = module.data.load_reviews(args, reads=("train", "transfer"))
+    facts = {"feature_layers": [2, 4, 6, 8, 10, 12], "teacher_layers": 12}
+    teacher = module.read_teacher(args, reviews, facts)
+    assert teacher["teacher_features"].layers == [2, 5]  # of a student of two layers: 6 and 12
+
+
 @pytest.mark.parametrize(("number", "missing"), [("04a", "02_finetune_roberta.py"), ("04b", "03_finetune_mistral.py")])
 def test_without_its_input_a_script_names_the_one_to_run(number, missing, flags, script, stops, tmp_path):
     stops(lambda: script(number).main([*flags[number], "--output-dir", str(tmp_path)]), f"run {missing} first")

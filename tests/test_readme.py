@@ -57,12 +57,15 @@ def test_runs_are_shown_by_the_mean_of_their_seeds_and_one_seed_by_its_interval(
 
 
 def test_a_claim_is_shown_by_its_lead_with_the_interval():
-    row = {"student": "final", "against": "control", "seeds": 2, "n_test": 500, "student_accuracy": 0.9}
-    row |= {"against_accuracy": 0.88, "lead": 0.02, "ci_low": -0.001, "ci_high": 0.041, "gap_closed": 0.5}
-    lines = readme.as_markdown(pd.DataFrame([row, row | {"gap_closed": np.nan}])).splitlines()
+    row = {"student": "final", "against": "control", "seeds": 2, "against_seeds": 1, "n_test": 500}
+    row |= {"student_accuracy": 0.9, "against_accuracy": 0.88, "lead": 0.02, "ci_low": -0.001, "ci_high": 0.041}
+    row |= {"seeds_low": -0.01, "seeds_high": 0.05, "gap_closed": 0.5, "gap_low": 0.1, "gap_high": 0.9}
+    unbounded = row | {"gap_low": np.nan, "gap_high": np.nan}
+    lines = readme.as_markdown(pd.DataFrame([row, unbounded, unbounded | {"gap_closed": np.nan}])).splitlines()
     cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
-    assert cells[2] == ["final", "control", "2", "0.9000", "0.8800", "+0.0200 [-0.0010, +0.0410]", "50%", "500"]
-    assert cells[3][6] == ""
+    intervals = ["[-0.0010, +0.0410]", "[-0.0100, +0.0500]"]
+    assert cells[2] == ["final", "control", "2, 1", "0.9000", "0.8800", "+0.0200", *intervals, "50% [10%, 90%]", "500"]
+    assert [row[8] for row in cells[3:]] == ["50%", ""]
 
 
 def test_few_labels_are_shown_with_a_column_a_number_of_labels():
