@@ -7,8 +7,9 @@ scores as in 04b. Three more runs repeat, one at a time, the mistakes by which e
 --output-dir is made by 03_finetune_mistral.py with the same subsets.
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
+    common="$common --tables outputs/results/tables"
     python results/black_box.py $common --runs tuned --seeds 1
-    python results/tables.py
+    python results/tables.py --tables outputs/results/tables
 """
 
 import argparse
@@ -44,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return distillation.parse(parser, "black_box", argv)
 
 
-def teacher_of(run: str) -> str:
+def teacher_name(run: str) -> str:
     """The teacher of a run's student."""
     return run if run in TEACHERS else "tuned"
 
@@ -170,7 +171,7 @@ def keep_teacher(
     kept = tables.read_run(runs, f"{name}_teacher", args.seed)
     if kept:
         asked = asked_by(args, who) if Path(args.output_dir, "03_mistral", "run.json").exists() else None
-        distillation.refuse_other_teacher(kept, of, weights, runs / f"{name}_teacher-{args.seed}.json", asked)
+        distillation.refuse_other_teacher(kept, of, weights, asked)
         if of.keys() <= kept["reviews"].keys():
             return kept
     artifacts.refuse_conflict(args, artifacts.read_run(args, "03_mistral"), reviews.fingerprints, distillation.SAME)
@@ -198,8 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.runs:
             soft, teacher = {}, None
             if name != "control":
-                teacher = f"{teacher_of(name)}_teacher"
-                kept = keep_teacher(args, hardware, teacher_of(name), reviews, scored, runs, args.read_test)
+                teacher = f"{teacher_name(name)}_teacher"
+                kept = keep_teacher(args, hardware, teacher_name(name), reviews, scored, runs, args.read_test)
                 soft = {split: kept["scores"][split] for split in ("train", "transfer")}
             distillation.make_run(proof, name, RUNS[name], seed, soft, teacher)
 

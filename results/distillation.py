@@ -7,8 +7,9 @@ by --read-test. An interrupted part continues where it stopped: finished runs ar
 folder under --output-dir, made by 02_finetune_roberta.py with the same subsets.
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
+    common="$common --tables outputs/results/tables"
     python results/distillation.py $common --runs control logits --seeds 1
-    python results/tables.py
+    python results/tables.py --tables outputs/results/tables
 
 `results/distillation/run.sh` holds the commands of all tables.
 """
@@ -138,7 +139,7 @@ def keep_teacher(args, hardware, runs: Path, reviews: data.Reviews, test: bool) 
     weights = models.weights_digest(model) if model.exists() else None
     kept = tables.read_run(runs, "teacher", args.seed)
     if kept:
-        refuse_other_teacher(kept, of, weights, runs / f"teacher-{args.seed}.json")
+        refuse_other_teacher(kept, of, weights)
         if of.keys() <= kept["reviews"].keys():
             return kept
     artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints, SAME)
@@ -153,9 +154,7 @@ def keep_teacher(args, hardware, runs: Path, reviews: data.Reviews, test: bool) 
     return tables.read_run(runs, "teacher", args.seed)
 
 
-def refuse_other_teacher(
-    kept: dict, of: dict[str, str], weights: str | None, file: Path, asked: dict | None = None
-) -> None:
+def refuse_other_teacher(kept: dict, of: dict[str, str], weights: str | None, asked: dict | None = None) -> None:
     """Stop when a kept teacher has read other reviews, or is another than the one at hand (None: none is).
 
     `asked`, of an LLM: which one, by what prompt, label words and length.
@@ -163,7 +162,8 @@ def refuse_other_teacher(
     now = {split: of[split] for split in of.keys() & kept["reviews"].keys()}
     now |= {"weights": weights or kept["weights"], "asked": asked or kept.get("asked")}
     then = kept["reviews"] | {"weights": kept["weights"], "asked": kept.get("asked")}
-    refuse_other(now, {name: then[name] for name in now}, file)
+    remedy = "delete it and its .npz, and every run that learned from it"
+    refuse_other(now, {name: then[name] for name in now}, kept["file"], remedy)
 
 
 def read_soft_labels(folder: Path, split: str, table: pd.DataFrame) -> np.ndarray:
@@ -334,13 +334,13 @@ def splits_to_keep(args, reviews: data.Reviews) -> dict[str, pd.DataFrame]:
     return {"validation": reviews.validation} | ({"test": reviews.test} if args.read_test else {})
 
 
-def refuse_other(now: dict, then: dict, path: Path) -> None:
-    """Stop when what lies at `path` was made from something else."""
+def refuse_other(now: dict, then: dict, path: Path, remedy: str = "delete it") -> None:
+    """Stop when what lies at `path` was made from something else; `remedy` is how to have it made again."""
     if then != now:
         differing = ", ".join(sorted(key for key in now | then if now.get(key) != then.get(key)))
         settings.stop(
-            f"{path} was made with other settings, reviews or teacher ({differing}): pass the same ones, or delete it, "
-            "and the runs that learned from it, to make them again"
+            f"{path} was made with other settings, reviews or teacher ({differing}): pass the same ones, another "
+            f"--tables and --output-dir, or {remedy}"
         )
 
 
@@ -369,7 +369,7 @@ def make_run(
     artifacts.lock(here)
     of_this, kept = made_from(proof, run, seed, soft), tables.read_run(proof.runs, name, seed)
     if kept:
-        refuse_other(of_this, kept["made_from"], proof.runs / f"{name}-{seed}.json")
+        refuse_other(of_this, kept["made_from"], kept["file"], f"delete it, its .npz and {here}/")
         if splits.keys() <= kept["scores"].keys():
             return
     continued = begin(here, of_this)

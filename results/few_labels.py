@@ -10,8 +10,9 @@ black_box.py, and so is the LLM's student of all labels. 01's NB-SVM on the same
 model needed at all?
 
     common="--dataset path/to/imdb --output-dir outputs/results --student-model results/weights/minilm-l6"
+    common="$common --tables outputs/results/tables"
     python results/few_labels.py $common --read-test
-    python results/tables.py
+    python results/tables.py --tables outputs/results/tables
 """
 
 import argparse
@@ -112,8 +113,8 @@ def share(proof: distillation.Proof, run: dict, runs: Path, of: str, name: str, 
     if proof.args.read_test and "test" not in found["scores"]:
         settings.stop(f"{of}, seed {seed}, has not read test: run results/black_box.py --read-test first")
     soft = {split: teacher["scores"][split] for split in ("train", "transfer")}
-    distillation.refuse_other(distillation.made_from(proof, run, seed, soft), found["made_from"], runs / f"{of}-{seed}")
-    about = {key: value for key, value in found.items() if key not in ("run", "seed", "scores")}
+    distillation.refuse_other(distillation.made_from(proof, run, seed, soft), found["made_from"], found["file"])
+    about = {key: value for key, value in found.items() if key not in ("run", "seed", "scores", "file")}
     tables.keep(proof.runs, name, seed, about, found["scores"])
 
 
@@ -124,7 +125,7 @@ def keep_nb_svm(args, labels: int, runs: Path) -> None:
     of = {split: data.fingerprint(getattr(reviews, split)) for split in ("train", "validation", "test")}
     kept = tables.read_run(into, "nb_svm", args.seed)
     if kept:
-        return distillation.refuse_other(of, kept.get("reviews", {}), into / f"nb_svm-{args.seed}.json")
+        return distillation.refuse_other(of, kept.get("reviews", {}), kept["file"], "delete it and its .npz")
     folder = artifacts.require(here, "01_baseline", "nb_svm")
     artifacts.refuse_conflict(here, artifacts.read_run(here, "01_baseline"), reviews.fingerprints, distillation.SAME)
     logits = baseline.load_baseline(folder).logits(reviews.test["text"])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import settings
 from results.true_size import ROOT, script
 
 FILES = (ROOT / "README.md", ROOT / "results" / "distillation" / "README.md")
@@ -87,6 +88,8 @@ def with_tables(text: str) -> str:
     """A README's text with each marked table made anew from its CSV."""
 
     def table(found: re.Match) -> str:
+        if not (ROOT / found["file"]).exists():
+            settings.stop(f"{found['file']} is missing: make it by the run.sh or the script of its folder")
         return f"<!-- {found['file']} -->\n{as_markdown(pd.read_csv(ROOT / found['file']))}\n<!-- end -->"
 
     return TABLE.sub(table, text)

@@ -86,7 +86,7 @@ def read_labels(runs: Path) -> dict[str, np.ndarray]:
 
 
 def read_run(runs: Path, name: str, seed: int) -> dict | None:
-    """The JSON of a finished run with its "scores", (n, 2) logits by split; None when there is none."""
+    """The JSON of a finished run with its "scores", (n, 2) logits by split, and its "file"; None when there is none."""
     file = runs / f"{name}-{seed}.json"
     if not file.exists():
         return None
@@ -99,7 +99,8 @@ def read_run(runs: Path, name: str, seed: int) -> dict | None:
         lacking = problem
     if lacking:
         settings.stop(f"{file} or its .npz is damaged ({lacking}): delete both, and the run is made again")
-    return run | {"scores": {split: np.stack([-odds / 2, odds / 2], axis=1) for split, odds in log_odds.items()}}
+    scores = {split: np.stack([-odds / 2, odds / 2], axis=1) for split, odds in log_odds.items()}
+    return run | {"scores": scores, "file": file}
 
 
 def read_runs(runs: Path, names: tuple[str, ...], split: str, n: int | None = None) -> Runs:
@@ -125,17 +126,15 @@ def refuse_mixed(runs: Runs, first: dict[str, object] | None = None) -> dict[str
     Returns what they share; `first`: what those of another part of the table do.
     """
     first = dict(first or {})
-    for (name, seed), run in runs.items():
+    for run in runs.values():
         about = run.get("made_from") or run.get("reviews", {})
         for key in SHARED:
             if key in about and first.setdefault(key, about[key]) != about[key]:
-                settings.stop(
-                    f"{name}, seed {seed}, has another {key} ({about[key]}) than the runs beside it: delete it"
-                )
-        kept = teacher_of(runs, run["teacher"])
+                settings.stop(f"{run['file']} has another {key} ({about[key]}) than the runs beside it: delete it")
+        kept = kept_teacher(runs, run["teacher"])
         learned_from = about.get("teacher", {}) if kept else {}
         if any(digest(kept["scores"][split]) != of for split, of in learned_from.items()):
-            settings.stop(f"{name}, seed {seed}, learned from another {run['teacher']} than the kept one: delete it")
+            settings.stop(f"{run['file']} learned from another {run['teacher']} than the kept one: delete it")
     return first
 
 
@@ -144,7 +143,7 @@ def digest(scores: np.ndarray) -> str:
     return hashlib.sha256(scores.tobytes()).hexdigest()
 
 
-def teacher_of(runs: Runs, name: str | None) -> dict | None:
+def kept_teacher(runs: Runs, name: str | None) -> dict | None:
     """The run of a teacher of this name; there is one, of the seed of the subsets."""
     return next((run for (of, _), run in runs.items() if of == name), None)
 
@@ -183,7 +182,7 @@ def table_of_runs(runs: Runs, labels: np.ndarray, of_controls: str) -> pd.DataFr
     for (name, seed), run in runs.items():
         is_teacher = name.endswith("teacher")
         control = runs.get(("control", seed)) if name != "control" and not is_teacher else None
-        teacher = None if is_teacher else teacher_of(runs, run["teacher"] or of_controls)
+        teacher = None if is_teacher else kept_teacher(runs, run["teacher"] or of_controls)
         rows.append(compare(run, labels, *(one and one["scores"]["test"] for one in (teacher, control))))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seconds": "Int64"})
 
@@ -193,7 +192,8 @@ def claim(student: np.ndarray, against: np.ndarray, teacher: np.ndarray | None =
 
     Each is (seeds, n) booleans: whether each test review was called right. The intervals are of a bootstrap (Efron
     1979), percentile, 9,999 times: `ci` over the reviews, the same for all models, so of these trained models on other
-    reviews; `seeds` and `gap` over each model's seeds as well. Where a model has one seed its chance is in neither.
+    reviews; `seeds` and `gap` over each model's seeds as well. Few seeds make these too narrow, by a third or more in
+    what they add where there are three, and of one seed nothing is added.
     """
     rng, n = np.random.default_rng(0), student.shape[1]
     models = np.concatenate([student, against, *([] if teacher is None else [teacher])]).astype(np.float64)
@@ -228,14 +228,14 @@ def right(runs: Runs, name: str, labels: np.ndarray) -> np.ndarray:
 
 def claims(white: Runs, black: Runs, nb_svm: Runs, labels: np.ndarray) -> pd.DataFrame:
     """What the mission claims, a row each: the white-box student leads every control and closes a part of the gap; the
-    black-box student leads the control, and is not far behind its teacher, on the reviews that this one read. NB-SVM,
-    of as many labels, stands beside both."""
+    black-box student leads the control, and is not far behind its teacher, on the reviews that this one read. NB-SVM of
+    the same labels stands beside both."""
     rows = []
     for runs, student, controls, name in (
         (white, "final", CONTROLS, "teacher"),
         (black, "tuned", ("control",), "tuned_teacher"),
     ):
-        teacher, there = teacher_of(runs, name), {of for of, _ in runs}
+        teacher, there = kept_teacher(runs, name), {of for of, _ in runs}
         if student not in there or teacher is None:
             continue
         read = np.isfinite(teacher["scores"]["test"][:, 0])
@@ -265,10 +265,23 @@ def few_labels_folders(runs: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name))
 
 
-def teachers_of(found: Runs, folder: Path, runs: Path) -> Runs:
-    """The teachers that runs with few labels name: kept beside them, those of all labels and of none in `runs`."""
+def few_labels_teachers(found: Runs, folder: Path, runs: Path) -> Runs:
+    """The teachers that runs with few labels name: kept beside them, or in `runs` if those had the same labels."""
     names = tuple(sorted({run["teacher"] for run in found.values() if run["teacher"]}))
-    return read_runs(runs, names, "transfer") | read_runs(folder, names, "transfer")
+    labels = {run["made_from"].get("train") for run in found.values() if "made_from" in run}
+    of_all = read_runs(runs, names, "transfer")
+    same = {key: run for key, run in of_all.items() if run.get("reviews", {}).get("train") in labels}
+    return same | read_runs(folder, names, "transfer")
+
+
+def nb_svm_beside(runs: Path, shared: dict[str, object], n: int) -> Runs:
+    """The NB-SVM of the labels that the runs of the other tables share; empty where there is none."""
+    found = {}
+    for folder in few_labels_folders(runs):
+        for key, run in read_runs(folder, ("nb_svm",), "test", n).items():
+            if all(run.get("reviews", {}).get(split) == shared.get(split) for split in ("train", "validation")):
+                found[key] = run
+    return found
 
 
 def table_of_few_labels(runs: Path, labels: np.ndarray) -> pd.DataFrame:
@@ -277,7 +290,7 @@ def table_of_few_labels(runs: Path, labels: np.ndarray) -> pd.DataFrame:
     shared = {}
     for folder in few_labels_folders(runs):
         found = read_runs(folder, FEW_LABELS, "test", len(labels))
-        of_folder = refuse_mixed(found | teachers_of(found, folder, runs), shared)
+        of_folder = refuse_mixed(found | few_labels_teachers(found, folder, runs), shared)
         shared = {key: value for key, value in of_folder.items() if key not in ("train", "validation")}
         for (name, seed), run in found.items():
             quality = metrics.describe(labels, run["scores"]["test"])
@@ -325,8 +338,7 @@ def make_tables(folder: Path, without_plot: bool = False) -> dict[str, pd.DataFr
         white, black = (read_runs(runs, names, "test", len(labels["test"])) for names in (WHITE_BOX, BLACK_BOX))
         made["white_box.csv"] = table_of_runs(white, labels["test"], "teacher")
         made["black_box.csv"] = table_of_runs(black, labels["test"], "tuned_teacher")
-        most = few_labels_folders(runs)[-1:]
-        nb_svm = read_runs(most[0], ("nb_svm",), "test", len(labels["test"])) if most else {}
+        nb_svm = nb_svm_beside(runs, refuse_mixed(white), len(labels["test"]))
         made["claims.csv"] = claims(white, black, nb_svm, labels["test"])
         made["few_labels.csv"] = table_of_few_labels(runs, labels["test"])
     made = {file: table.round(6) for file, table in made.items() if len(table)}

@@ -128,7 +128,7 @@ def test_files_that_are_no_runs_are_left_alone(folder):
 def test_a_table_is_not_made_of_runs_with_different_settings_or_reviews(folder, stops, key):
     keep(folder, "logits", 1, logits(0.86, 2), made_from={key: "a"})
     keep(folder, "margin", 1, logits(0.86, 2), made_from={key: "b"})
-    stops(lambda: tables.make_tables(folder), "margin, seed 1", f"another {key}")
+    stops(lambda: tables.make_tables(folder), "margin-1.json", f"another {key}")
 
 
 def test_a_student_is_not_shown_beside_another_teacher_than_its_own(folder, stops):
@@ -136,7 +136,7 @@ def test_a_student_is_not_shown_beside_another_teacher_than_its_own(folder, stop
     keep(folder, "logits", 1, logits(0.86, 2), made_from={"teacher": {"test": tables.digest(teacher)}})
     rows_of(folder)
     keep(folder, "teacher", 42, logits(0.90, 4), transfer=0, teacher=None)
-    stops(lambda: rows_of(folder), "logits, seed 1, learned from another teacher")
+    stops(lambda: rows_of(folder), "logits-1.json learned from another teacher")
 
 
 def test_a_student_of_few_labels_is_not_shown_when_its_teacher_is_another_one_by_now(folder, stops):
@@ -152,11 +152,14 @@ def test_a_student_of_few_labels_is_not_shown_when_its_teacher_is_another_one_by
             tables.keep(few, name, 1, about | {"teacher": teacher, "made_from": {"teacher": of}}, {"test": SOME})
 
     keep_students()
+    for name in ("teacher", "tuned_teacher"):  # of all labels: none of these students learned from them
+        of_all = {"teacher": None, "reviews": {"train": "all"}}
+        tables.keep(folder / "runs", name, 42, about | of_all, teachers | {"test": SOME, "validation": SOME})
     assert len(tables.make_tables(folder)["few_labels.csv"]) == 2
     for name, student in (("teacher", "student_of_encoder"), ("tuned_teacher", "student_of_llm")):
         negated = {split: -scores for split, scores in teachers.items()}
         tables.keep(few, name, 42, about | {"teacher": None, "reviews": {}}, negated)
-        stops(lambda: tables.make_tables(folder), f"{student}, seed 1, learned from another {name}")  # noqa: B023
+        stops(lambda: tables.make_tables(folder), f"50/{student}-1.json learned from another {name}")  # noqa: B023
         keep_students()
 
 
@@ -230,13 +233,13 @@ def test_the_committed_runs_are_of_the_recipes_that_stand_in_the_code():
 def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
     for seed in (1, 2):
         keep(folder, "control", seed, logits(0.8, seed), transfer=0, teacher=None)
-        keep(folder, "final", seed, logits(0.85, 10 + seed))
+        keep(folder, "final", seed, logits(0.85, 10 + seed), made_from={"train": "all", "validation": "v"})
         keep(folder, "tuned", seed, logits(0.9, 20 + seed), teacher="tuned_teacher")
     keep(folder, "control_longer", 2, logits(0.82, 40), transfer=0, teacher=None)
     about = {"gold": 2000, "transfer": 0, "teacher": None, "seconds": None}
-    for labels, accuracy in ((500, 0.7), (3000, 0.86)):
-        few = folder / "runs" / "few_labels" / str(labels)
-        tables.keep(few, "nb_svm", 42, about, {"test": logits(accuracy, 50)})
+    for labels, train, accuracy in ((500, "some", 0.7), (3000, "all", 0.86), (4000, "more", 0.9)):
+        few, of = folder / "runs" / "few_labels" / str(labels), {"train": train, "validation": "v"}
+        tables.keep(few, "nb_svm", 42, about | {"reviews": of}, {"test": logits(accuracy, 50)})
     part = logits(0.88, 30)
     part[LABELS == 0] = np.nan  # what it has not read must not count as a call of "negative", which would be right
     keep(folder, "tuned_teacher", 42, part, teacher=None)
@@ -244,7 +247,7 @@ def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
     assert claims[["student", "against", "seeds", "against_seeds"]].to_numpy().tolist() == [
         ["final", "control", 2, 2],
         ["final", "control_longer", 2, 1],
-        ["final", "nb_svm", 2, 1],  # that of the most labels
+        ["final", "nb_svm", 2, 1],  # that of the same labels
         ["tuned", "control", 2, 2],
         ["tuned", "nb_svm", 2, 1],
         ["tuned", "tuned_teacher", 2, 1],
@@ -278,7 +281,7 @@ def test_no_table_is_made_of_runs_with_different_settings(folder, stops):
     few, about = folder / "runs" / "few_labels", {"gold": 1, "transfer": 0, "teacher": None, "seconds": None}
     for labels, student in ((50, "small"), (500, "large")):
         tables.keep(few / str(labels), "control", 1, about | {"made_from": {"student_model": student}}, {"test": SOME})
-    stops(lambda: tables.make_tables(folder), "control, seed 1, has another student_model (large)")
+    stops(lambda: tables.make_tables(folder), "500/control-1.json has another student_model (large)")
     shutil.rmtree(few)
     for name, train in (("control", "a"), ("nb_svm", "b")):
         tables.keep(few / "50", name, 1, about | {"made_from": {"train": train}}, {"test": SOME})
@@ -286,7 +289,7 @@ def test_no_table_is_made_of_runs_with_different_settings(folder, stops):
     shutil.rmtree(few)
     for name, length in (("control", 128), ("final", 512)):
         tables.keep(folder / "runs", name, 1, about | {"made_from": {"max_length": length}}, {"validation": SOME})
-    stops(lambda: tables.make_tables(folder), "final, seed 1, has another max_length (512)")
+    stops(lambda: tables.make_tables(folder), "final-1.json has another max_length (512)")
 
 
 def test_a_run_under_another_ones_name_and_damaged_labels_are_told(folder, stops):
@@ -606,7 +609,7 @@ def test_few_labels_make_their_students_and_take_the_rest_from_the_other_tables(
     share()
     assert tables.read_run(proof.runs / "few_labels" / "16", "student_of_llm", 1)["gold"] == 8
     monkeypatch.setattr(distillation, "FINAL", distillation.FINAL | {"epochs": 2})
-    stops(share, "tuned-1 was made with other settings")
+    stops(share, "tuned-1.json was made with other settings")
     assert list(tables.make_tables(proof.runs.parent)["few_labels.csv"]["labels"]) == [0, 16]
 
 

@@ -5,8 +5,8 @@
 #     make results DATASET=path/to/imdb                       # everything in results/, this included
 #     bash results/distillation/run.sh path/to/imdb [part]    # white_box black_box few_labels textbrewer
 #
-# An interrupted part continues where it stopped, on another machine too: finished runs are those in runs/. To make them
-# all again, delete that folder first.
+# An interrupted part continues where it stopped, on another machine of the same precision too: finished runs are those in
+# runs/. To make them all again, or in another precision, delete that folder first.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
 parts=${2:-white_box black_box few_labels textbrewer}
@@ -53,7 +53,7 @@ baseline() { # 01 reads no precision
     python 01_baseline.py --dataset "$dataset" "$@" --max-test-samples 5000
 }
 
-teachers_of() { # labels, those of them for validation and for training, epochs of 02 and of 03: enough for so few
+few_labels_teachers() { # labels, those of them for validation and for training, epochs of 02 and of 03: enough for so few
     local few=(--output-dir "$output/few_labels/$1" --validation-samples "$2" --max-train-samples "$3")
     kept few_labels/$1/{nb_svm-42,student_of_encoder-1,student_of_llm-1} && return
     baseline "${few[@]}"
@@ -65,8 +65,8 @@ few_labels() {
     kept few_labels/3000/teacher-42 || teacher $output 8000
     kept zero_shot_batch_teacher-42 || tuned_llm
     kept few_labels/3000/nb_svm-42 || baseline --output-dir $output "${subset[@]}"
-    teachers_of 50 16 34 20 10
-    teachers_of 500 100 400 5 2
+    few_labels_teachers 50 16 34 20 10
+    few_labels_teachers 500 100 400 5 2
     python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
 }
 
