@@ -96,7 +96,6 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
     ids = verbalizer.encode_prompts(tokenizer, texts, trained.prompt, trained.max_length)
     device.seed_everything(trained.seed)
     model = script("03").with_lora(trained, models.load_llm(base, hardware))
-    model.accepts_loss_kwargs = False
     checkpoints = adapter.with_name("checkpoints")
     trainer = WholePrompt(
         model=model,
@@ -104,6 +103,7 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
         train_dataset=training.ReviewDataset(ids, reviews.train["label"]),
         data_collator=training.Collator(tokenizer.pad_token_id, left=True),
     )
+    trainer.model_accepts_loss_kwargs = False  # as in 03: the loss is a mean over its micro-batch, Trainer must divide
     training.train(trainer, hardware)
     training.save(model, tokenizer, adapter, checkpoints)
     memory.free()
