@@ -16,7 +16,7 @@ from scipy.stats import bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
-from common import artifacts, data, device, distill, metrics, models, scoring, verbalizer
+from common import artifacts, data, device, distill, metrics, models, scoring, training, verbalizer
 
 sys.path.insert(0, str(ROOT))
 from results import black_box, distillation, few_labels, side_by_side, tables
@@ -569,6 +569,27 @@ def test_the_mistaken_loss_is_transformers_own_over_prompts_and_label_words(tiny
     rows = [torch.tensor([[5, 6, 7, 8, 12]]), torch.tensor([[9, 10, 11]])]
     alone = [llm(input_ids=row, labels=row).loss * (row.shape[1] - 1) for row in rows]
     assert together.item() == pytest.approx((sum(alone) / 6).item(), rel=1e-5)
+
+
+def test_the_mistaken_adapter_is_trained_on_the_mean_of_its_micro_batches(llm_proof, script, monkeypatch):
+    file = Path(llm_proof.args.output_dir, "03_mistral", "run.json")
+    run, flags = artifacts.read_json(file), ["--batch-size", "8", "--micro-batch-size", "4", "--epochs", "1"]
+    own = {"mistral_model": run["facts"]["base"], "lora_dropout": 0.0, "gradient_checkpointing": False}
+    asked = {name: run["facts"][name] for name in ("prompt", "label_words", "max_length")}
+    trained = vars(script("03").parse_args(flags)) | own | asked
+    artifacts.write_json(file, run | {"settings": trained | run["settings"]})
+    seen, train = [], training.train
+    monkeypatch.setattr(training, "train", lambda trainer, hardware: (seen.append(trainer), train(trainer, hardware)))
+    adapter = llm_proof.folder / "adapter"
+    black_box.tune_on_whole_prompts(llm_proof.args, CPU, llm_proof.reviews, adapter)
+    assert (adapter / "adapter_model.safetensors").exists() and seen[0].args.gradient_accumulation_steps == 2
+    rows = training.Collator(seen[0].data_collator.pad_id, left=True)([seen[0].train_dataset[row] for row in range(8)])
+    tokenizer = models.load_tokenizer(run["facts"]["base"])
+    words = verbalizer.label_token_ids(tokenizer, verbalizer.PROMPT, verbalizer.LABEL_WORDS)
+    at_first = black_box.whole_prompt_loss(models.load_llm(run["facts"]["base"], CPU), rows, words).item()
+    assert seen[0].state.log_history[0]["loss"] == pytest.approx(
+        at_first, rel=0.05
+    )  # the only step: LoRA was nothing yet
 
 
 def test_nb_svm_of_other_labels_is_not_taken_for_this_one(small_proof, tmp_path, monkeypatch, stops):
