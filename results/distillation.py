@@ -33,8 +33,8 @@ TRAINING = "student_model max_length learning_rate batch_size weight_decay warmu
 SAME = ("seed", "validation_samples", "max_train_samples")  # a teacher has learned from the same labels, no more
 # What a run is. `transfer`: share of the unlabelled reviews beside the gold ones, the teacher's surest first; `labels`:
 # the teacher's "logits", its "argmax", or none; `gold`: "all" gold reviews, "none", or the negative ones first of a
-# label-sorted file, cut (the old mistake); `base`: as "downloaded" or after masked-language modelling,
-# "mlm".
+# label-sorted file, cut (the old mistake); `base`: the student's weights, as "downloaded" or after masked-language
+# modelling, "mlm".
 GOLD_EPOCHS, TRANSFER_EPOCHS, FINAL_EPOCHS, MLM_EPOCHS = 6, 2, 4, 2
 STUDENT = {
     "transfer": 1.0,

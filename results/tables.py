@@ -277,7 +277,7 @@ def few_labels_teachers(found: Runs, folder: Path, runs: Path) -> Runs:
 def nb_svm_beside(runs: Path, shared: dict[str, object], n: int) -> Runs:
     """The NB-SVM of the labels that the runs of the other tables share; empty where there is none."""
     found = {}
-    for folder in few_labels_folders(runs):
+    for folder in (runs, *few_labels_folders(runs)):
         for key, run in read_runs(folder, ("nb_svm",), "test", n).items():
             if all(run.get("reviews", {}).get(split) == shared.get(split) for split in ("train", "validation")):
                 found[key] = run
@@ -337,7 +337,8 @@ def make_tables(folder: Path, without_plot: bool = False) -> dict[str, pd.DataFr
     if "test" in labels:
         white, black = (read_runs(runs, names, "test", len(labels["test"])) for names in (WHITE_BOX, BLACK_BOX))
         made["white_box.csv"] = table_of_runs(white, labels["test"], "teacher")
-        made["black_box.csv"] = table_of_runs(black, labels["test"], "tuned_teacher")
+        if {name for name, _ in black} - {"control"}:  # which is of both tables
+            made["black_box.csv"] = table_of_runs(black, labels["test"], "tuned_teacher")
         nb_svm = nb_svm_beside(runs, refuse_mixed(white), len(labels["test"]))
         made["claims.csv"] = claims(white, black, nb_svm, labels["test"])
         made["few_labels.csv"] = table_of_few_labels(runs, labels["test"])

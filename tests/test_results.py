@@ -170,6 +170,7 @@ def test_a_table_whose_runs_are_gone_is_deleted(folder):
         file.unlink()
     tables.make_tables(folder)
     assert not (folder / "claims.csv").exists() and (folder / "white_box.csv").exists()
+    assert not (folder / "black_box.csv").exists()  # the control alone is none
 
 
 def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_teacher_that_it_names(folder):
@@ -221,6 +222,14 @@ def test_the_committed_runs_are_of_the_recipes_that_stand_in_the_code():
         assert run["made_from"]["run"] == recipes[name] and run["made_from"]["seed"] == seed, name
         epochs = distillation.MLM_EPOCHS if recipes[name]["base"] == "mlm" else None
         assert run["made_from"].get("mlm_epochs") == epochs, name
+    more = tables.read_runs(tables.TABLES / "more_unlabelled" / "runs", ("teacher", "control", "final"), "test", 5000)
+    teacher = tables.read_run(tables.TABLES / "runs", "teacher", 42)
+    assert more["teacher", 42]["weights"] == teacher["weights"]
+    for (name, seed), run in more.items():  # the same control and recipe, beside more reviews of the same teacher
+        if name == "control":
+            assert run["made_from"] == runs[name, seed]["made_from"]
+        if name == "final":
+            assert run["made_from"]["run"] == recipes[name] and run["transfer"] == 32000
     for labels, sizes in few_labels.LABELS.items():
         found = tables.read_runs(tables.TABLES / "runs" / "few_labels" / str(labels), few_labels.RUNS, "test", 5000)
         assert len(found) == (3 if labels else 1)

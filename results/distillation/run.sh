@@ -3,13 +3,13 @@
 # Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 20 core hours. From the top folder:
 #
 #     make results DATASET=path/to/imdb                       # everything in results/, this included
-#     bash results/distillation/run.sh path/to/imdb [part]    # white_box black_box few_labels textbrewer
+#     bash results/distillation/run.sh path/to/imdb [part]    # white_box black_box few_labels more_unlabelled textbrewer
 #
 # An interrupted part continues where it stopped, on another machine of the same precision too: finished runs are those in
 # runs/. To make them all again, or in another precision, delete that folder first.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
-parts=${2:-white_box black_box few_labels textbrewer}
+parts=${2:-white_box black_box few_labels more_unlabelled textbrewer}
 output=outputs/distillation
 bf16=(--precision bf16)
 common=(--dataset "$dataset" "${bf16[@]}")
@@ -68,6 +68,16 @@ few_labels() {
     few_labels_teachers 50 16 34 20 10
     few_labels_teachers 500 100 400 5 2
     python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
+}
+
+more_unlabelled() { # the recipe of white_box once more, with four times the unlabelled reviews; what reads none is copied
+    local more=results/distillation/more_unlabelled
+    [ -e $more/runs/teacher-42.json ] || teacher ${output}_more 32000
+    mkdir -p $more/runs
+    cp results/distillation/runs/{control-[123],few_labels/3000/nb_svm-42}.* $more/runs/
+    python results/distillation.py "${common[@]}" --output-dir ${output}_more --max-transfer-samples 32000 "${student[@]}" \
+        --tables $more --read-test --runs control final --seeds 1 2 3
+    python results/tables.py --tables $more
 }
 
 textbrewer() { # on an otherwise quiet machine: this one is timed, with a teacher of its own, as runs/ may hold another's
