@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of results/distillation, on real IMDB reviews with the stand-ins of results/real_weights.py.
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 20 core hours. From the top folder:
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 27 core hours. From the top folder:
 #
 #     make results DATASET=path/to/imdb                       # everything in results/, this included
 #     bash results/distillation/run.sh path/to/imdb [part]    # white_box black_box few_labels more_unlabelled textbrewer
