@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # The runs of results/distillation, on real IMDB reviews with the stand-ins of results/real_weights.py.
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 27 core hours. From the top folder:
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 27 core hours. From the top folder,
+# `make results DATASET=path/to/imdb` does everything in results/, this included; or, in the environment of `make install`:
 #
-#     make results DATASET=path/to/imdb                       # everything in results/, this included
+#     pip install -r results/requirements.txt
+#     python results/real_weights.py --output-dir results/weights
 #     bash results/distillation/run.sh path/to/imdb [part]    # white_box black_box few_labels more_unlabelled textbrewer
+#     python results/readme.py
 #
 # An interrupted part continues where it stopped, on another machine of the same precision too: finished runs are those in
-# runs/. To make them all again, or in another precision, delete that folder first.
+# runs/ and more_unlabelled/runs/. To make them all again, or in another precision, delete both folders first. textbrewer is
+# timed anew each time, and replaces its CSV.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
 parts=${2:-white_box black_box few_labels more_unlabelled textbrewer}
@@ -72,7 +76,14 @@ few_labels() {
 
 more_unlabelled() { # the recipe of white_box once more, with four times the unlabelled reviews; what reads none is copied
     local more=results/distillation/more_unlabelled
-    [ -e $more/runs/teacher-42.json ] || teacher ${output}_more 32000
+    kept teacher-42 control-{1,2,3} few_labels/3000/nb_svm-42 ||
+        { echo "error: more_unlabelled stands beside runs of white_box and few_labels: make these first" >&2; return 2; }
+    if [ ! -e $more/runs/teacher-42.json ]; then
+        teacher ${output}_more 32000
+    elif ! cmp -s <(grep weights results/distillation/runs/teacher-42.json) <(grep weights $more/runs/teacher-42.json); then
+        echo "error: $more/runs is of another teacher than the runs beside it: delete that folder" >&2
+        return 2
+    fi
     mkdir -p $more/runs
     cp results/distillation/runs/{control-[123],few_labels/3000/nb_svm-42}.* $more/runs/
     python results/distillation.py "${common[@]}" --output-dir ${output}_more --max-transfer-samples 32000 "${student[@]}" \
