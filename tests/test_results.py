@@ -596,9 +596,8 @@ def test_the_mistaken_adapter_is_trained_on_the_mean_of_its_micro_batches(llm_pr
     tokenizer = models.load_tokenizer(run["facts"]["base"])
     words = verbalizer.label_token_ids(tokenizer, verbalizer.PROMPT, verbalizer.LABEL_WORDS)
     at_first = black_box.whole_prompt_loss(models.load_llm(run["facts"]["base"], CPU), rows, words).item()
-    assert seen[0].state.log_history[0]["loss"] == pytest.approx(
-        at_first, rel=0.05
-    )  # the only step: LoRA was nothing yet
+    logged = seen[0].state.log_history[0]["loss"]  # of the only step: LoRA was nothing yet
+    assert logged == pytest.approx(at_first, rel=0.05)
 
 
 def test_nb_svm_of_other_labels_is_not_taken_for_this_one(small_proof, tmp_path, monkeypatch, stops):
