@@ -44,6 +44,7 @@ white_box() {
     "${run[@]}" --runs control final --seeds 1 2 3
     "${run[@]}" --runs logits argmax_labels label_sorted features logits_features no_transfer_set --seeds 1
     "${run[@]}" --runs control_levers control_longer confident margin --seeds 1 # the levers
+    "${run[@]}" --runs final_longer --seeds 1 # beside more_unlabelled: as many steps, without more reviews
 }
 
 black_box() {
