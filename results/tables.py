@@ -31,6 +31,7 @@ from common import artifacts, data, metrics, settings
 TABLES = Path(__file__).parent / "distillation"
 COLUMNS = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds".split()
 CONTROLS = ("control", "control_longer", "control_levers")
+BESIDE = ("final_longer", "nb_svm")  # what a claim stands beside though it has read other unlabelled reviews, or none
 WHITE_BOX = ("teacher", *CONTROLS, "argmax_labels", "logits", "features", "logits_features", "margin")
 WHITE_BOX += ("no_transfer_set", "confident", "final", "final_longer", "label_sorted")
 LLM_TEACHERS = ("zero_shot", "zero_shot_batch", "tuned", "other_prompt", "whole_prompt")
@@ -226,25 +227,24 @@ def right(runs: Runs, name: str, labels: np.ndarray) -> np.ndarray:
     return np.stack([run["scores"]["test"].argmax(axis=1) == labels for (of, _), run in runs.items() if of == name])
 
 
-def claims(white: Runs, black: Runs, nb_svm: Runs, labels: np.ndarray) -> pd.DataFrame:
+def claims(white: Runs, black: Runs, others: Runs, labels: np.ndarray) -> pd.DataFrame:
     """What the mission claims, a row each: the white-box student leads every control and closes a part of the gap; the
     black-box student leads the control, and is not far behind its teacher, on the reviews that this one read. NB-SVM of
-    the same labels stands beside both."""
+    the same labels stands beside both, a longer schedule beside the first: they are in `others` or among the runs."""
     rows = []
-    for runs, student, controls, name in (
-        (white, "final", CONTROLS, "teacher"),
-        (black, "tuned", ("control",), "tuned_teacher"),
+    for runs, student, against, name in (
+        (others | white, "final", (*CONTROLS, *BESIDE), "teacher"),
+        (others | black, "tuned", ("control", "nb_svm"), "tuned_teacher"),
     ):
         teacher, there = kept_teacher(runs, name), {of for of, _ in runs}
         if student not in there or teacher is None:
             continue
         read = np.isfinite(teacher["scores"]["test"][:, 0])
         of_student, of_teacher = right(runs, student, labels), right(runs, name, labels)
-        for control in (one for one in controls if one in there):
-            row = claim(of_student, right(runs, control, labels), of_teacher if read.all() else None)
-            rows.append({"student": student, "against": control} | row)
-        if nb_svm:
-            rows.append({"student": student, "against": "nb_svm"} | claim(of_student, right(nb_svm, "nb_svm", labels)))
+        for other in (one for one in against if one in there):
+            gap_to = of_teacher if other in CONTROLS and read.all() else None
+            row = claim(of_student, right(runs, other, labels), gap_to)
+            rows.append({"student": student, "against": other} | row)
         if student == "tuned":
             rows.append({"student": student, "against": name} | claim(of_student[:, read], of_teacher[:, read]))
     return pd.DataFrame(rows)
@@ -274,13 +274,15 @@ def few_labels_teachers(found: Runs, folder: Path, runs: Path) -> Runs:
     return same | read_runs(folder, names, "transfer")
 
 
-def nb_svm_beside(runs: Path, shared: dict[str, object], n: int) -> Runs:
-    """The NB-SVM of the labels that the runs of the other tables share; empty where there is none."""
+def runs_beside(runs: Path, shared: dict[str, object], n: int) -> Runs:
+    """The runs of BESIDE that had the labels, and the settings, which the runs of the other tables share."""
     found = {}
-    for folder in (runs, *few_labels_folders(runs)):
-        for key, run in read_runs(folder, ("nb_svm",), "test", n).items():
-            if all(run.get("reviews", {}).get(split) == shared.get(split) for split in ("train", "validation")):
+    for folder in (runs / "beside", *few_labels_folders(runs)):
+        for key, run in read_runs(folder, BESIDE, "test", n).items():
+            about = run.get("made_from") or run.get("reviews", {})
+            if all(about.get(split) == shared.get(split) for split in ("train", "validation")):
                 found[key] = run
+    refuse_mixed(found, {key: value for key, value in shared.items() if key != "transfer"})
     return found
 
 
@@ -339,8 +341,8 @@ def make_tables(folder: Path, without_plot: bool = False) -> dict[str, pd.DataFr
         made["white_box.csv"] = table_of_runs(white, labels["test"], "teacher")
         if {name for name, _ in black} - {"control"}:  # which is of both tables
             made["black_box.csv"] = table_of_runs(black, labels["test"], "tuned_teacher")
-        nb_svm = nb_svm_beside(runs, refuse_mixed(white), len(labels["test"]))
-        made["claims.csv"] = claims(white, black, nb_svm, labels["test"])
+        others = runs_beside(runs, refuse_mixed(white), len(labels["test"]))
+        made["claims.csv"] = claims(white, black, others, labels["test"])
         made["few_labels.csv"] = table_of_few_labels(runs, labels["test"])
     made = {file: table.round(6) for file, table in made.items() if len(table)}
     for file in MADE:

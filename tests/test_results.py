@@ -230,6 +230,8 @@ def test_the_committed_runs_are_of_the_recipes_that_stand_in_the_code():
             assert run["made_from"] == runs[name, seed]["made_from"]
         if name == "final":
             assert run["made_from"]["run"] == recipes[name] and run["transfer"] == 32000
+    beside = tables.read_runs(tables.TABLES / "more_unlabelled" / "runs" / "beside", ("final_longer",), "test", 5000)
+    assert beside["final_longer", 1]["made_from"] == runs["final_longer", 1]["made_from"]
     for labels, sizes in few_labels.LABELS.items():
         found = tables.read_runs(tables.TABLES / "runs" / "few_labels" / str(labels), few_labels.RUNS, "test", 5000)
         assert len(found) == (3 if labels else 1)
@@ -239,16 +241,21 @@ def test_the_committed_runs_are_of_the_recipes_that_stand_in_the_code():
             assert run["made_from"]["run"] == recipe and run["gold"] == gold, (labels, name)
 
 
-def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
+def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder, stops):
     for seed in (1, 2):
         keep(folder, "control", seed, logits(0.8, seed), transfer=0, teacher=None)
-        keep(folder, "final", seed, logits(0.85, 10 + seed), made_from={"train": "all", "validation": "v"})
+        made_from = {"train": "all", "validation": "v", "transfer": "more", "max_length": 128}
+        keep(folder, "final", seed, logits(0.85, 10 + seed), made_from=made_from)
         keep(folder, "tuned", seed, logits(0.9, 20 + seed), teacher="tuned_teacher")
     keep(folder, "control_longer", 2, logits(0.82, 40), transfer=0, teacher=None)
     about = {"gold": 2000, "transfer": 0, "teacher": None, "seconds": None}
     for labels, train, accuracy in ((500, "some", 0.7), (3000, "all", 0.86), (4000, "more", 0.9)):
         few, of = folder / "runs" / "few_labels" / str(labels), {"train": train, "validation": "v"}
         tables.keep(few, "nb_svm", 42, about | {"reviews": of}, {"test": logits(accuracy, 50)})
+    beside = folder / "runs" / "beside"  # of other unlabelled reviews, so not among the runs
+    for seed, train in ((1, "all"), (2, "some")):
+        made_from = {"train": train, "validation": "v", "transfer": "few", "max_length": 128}
+        tables.keep(beside, "final_longer", seed, about | {"made_from": made_from}, {"test": logits(0.83, 60)})
     part = logits(0.88, 30)
     part[LABELS == 0] = np.nan  # what it has not read must not count as a call of "negative", which would be right
     keep(folder, "tuned_teacher", 42, part, teacher=None)
@@ -256,19 +263,23 @@ def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
     assert claims[["student", "against", "seeds", "against_seeds"]].to_numpy().tolist() == [
         ["final", "control", 2, 2],
         ["final", "control_longer", 2, 1],
-        ["final", "nb_svm", 2, 1],  # that of the same labels
+        ["final", "final_longer", 2, 1],  # those of the same labels
+        ["final", "nb_svm", 2, 1],
         ["tuned", "control", 2, 2],
         ["tuned", "nb_svm", 2, 1],
         ["tuned", "tuned_teacher", 2, 1],
     ]
-    assert claims["lead"].tolist()[:5] == pytest.approx([0.05, 0.03, -0.01, 0.1, 0.04])
+    assert claims["lead"].tolist()[:6] == pytest.approx([0.05, 0.03, 0.02, -0.01, 0.1, 0.04])
     assert claims["gap_closed"].tolist()[:2] == pytest.approx([0.5, 0.03 / 0.08])
-    assert claims["gap_closed"].isna().tolist() == [False] * 2 + [True] * 4
-    assert claims["n_test"].tolist() == [200, 200, 200, 200, 200, 100]
+    assert claims["gap_closed"].isna().tolist() == [False] * 2 + [True] * 5
+    assert claims["n_test"].tolist() == [200, 200, 200, 200, 200, 200, 100]
     read = LABELS == 1
     called = [np.mean(logits(0.9, 20 + seed)[read].argmax(1) == 1) for seed in (1, 2)]
     behind = np.mean(called) - np.mean(part[read].argmax(1) == 1)
-    assert claims["lead"][5] == pytest.approx(behind, abs=1e-6)
+    assert claims["lead"][6] == pytest.approx(behind, abs=1e-6)
+    made_from = {"train": "all", "validation": "v", "transfer": "few", "max_length": 512}
+    tables.keep(beside, "final_longer", 1, about | {"made_from": made_from}, {"test": logits(0.83, 60)})
+    stops(lambda: tables.make_tables(folder), "beside/final_longer-1.json has another max_length (512)")
 
 
 def test_few_labels_are_a_row_a_student_and_a_line_a_run(folder):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of results/distillation, on real IMDB reviews with the stand-ins of results/real_weights.py.
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 27 core hours. From the top folder,
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 29 core hours. From the top folder,
 # `make results DATASET=path/to/imdb` does everything in results/, this included; or, in the environment of `make install`:
 #
 #     pip install -r results/requirements.txt
@@ -77,7 +77,7 @@ few_labels() {
 
 more_unlabelled() { # the recipe of white_box once more, with four times the unlabelled reviews; what reads none is copied
     local more=results/distillation/more_unlabelled
-    kept teacher-42 control-{1,2,3} few_labels/3000/nb_svm-42 ||
+    kept teacher-42 control-{1,2,3} final_longer-1 few_labels/3000/nb_svm-42 ||
         { echo "error: more_unlabelled stands beside runs of white_box and few_labels: make these first" >&2; return 2; }
     if [ ! -e $more/runs/teacher-42.json ]; then
         teacher ${output}_more 32000
@@ -85,8 +85,9 @@ more_unlabelled() { # the recipe of white_box once more, with four times the unl
         echo "error: $more/runs is of another teacher than the runs beside it: delete that folder" >&2
         return 2
     fi
-    mkdir -p $more/runs
-    cp results/distillation/runs/{control-[123],few_labels/3000/nb_svm-42}.* $more/runs/
+    mkdir -p $more/runs/beside
+    cp results/distillation/runs/control-[123].* $more/runs/
+    cp results/distillation/runs/{final_longer-1,few_labels/3000/nb_svm-42}.* $more/runs/beside/
     python results/distillation.py "${common[@]}" --output-dir ${output}_more --max-transfer-samples 32000 "${student[@]}" \
         --tables $more --read-test --runs control final --seeds 1 2 3
     python results/tables.py --tables $more
