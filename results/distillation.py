@@ -80,10 +80,10 @@ def make_parser(description: str, runs: dict[str, dict]) -> argparse.ArgumentPar
     add("--runs", nargs="+", choices=list(runs), default=list(runs), help="which to make; finished ones stay")
     add(
         "--seeds",
-        nargs="+",
+        nargs="*",
         type=settings.positive_int,
         default=[1, 2, 3],
-        help="of training; the subsets are --seed's",
+        help="of training, none to keep what the teacher says and no more; the subsets are --seed's",
     )
     add("--tables", type=Path, default=tables.TABLES, help="whose folder runs/ keeps what each run says")
     return parser

@@ -5,7 +5,8 @@
 
 A run leaves two small files in runs/: NAME-SEED.json, what it is, and NAME-SEED.npz, its log-odds of "positive" for
 each review of "validation" and "test", of a teacher also of "train" and "transfer" (NaN where it has not read it).
-runs/labels.npz holds the gold labels of validation and test, reviews.json the fingerprints of these reviews.
+runs/labels.npz holds the gold labels of validation and test, reviews.json the fingerprints of these reviews;
+runs/beside/ copies of runs with the same labels but other unlabelled reviews, which claims.csv alone reads.
 distillation.py, black_box.py and few_labels.py write them as the runs finish; test comes with their --read-test. A
 table is not made of runs with different settings, reviews or teachers.
 
@@ -233,8 +234,8 @@ def claims(white: Runs, black: Runs, others: Runs, labels: np.ndarray) -> pd.Dat
     the same labels stands beside both, a longer schedule beside the first: they are in `others` or among the runs."""
     rows = []
     for runs, student, against, name in (
-        (others | white, "final", (*CONTROLS, *BESIDE), "teacher"),
-        (others | black, "tuned", ("control", "nb_svm"), "tuned_teacher"),
+        (white | others, "final", (*CONTROLS, *BESIDE), "teacher"),
+        (black | others, "tuned", ("control", "nb_svm"), "tuned_teacher"),
     ):
         teacher, there = kept_teacher(runs, name), {of for of, _ in runs}
         if student not in there or teacher is None:
@@ -274,15 +275,25 @@ def few_labels_teachers(found: Runs, folder: Path, runs: Path) -> Runs:
     return same | read_runs(folder, names, "transfer")
 
 
-def runs_beside(runs: Path, shared: dict[str, object], n: int) -> Runs:
-    """The runs of BESIDE that had the labels, and the settings, which the runs of the other tables share."""
-    found = {}
+def runs_beside(runs: Path, white: Runs, n: int) -> Runs:
+    """The runs of BESIDE in runs/beside and runs/few_labels that had the labels of `white`; others are passed over.
+
+    Stops when one of them had other settings or another teacher than `white`, or stands there too. What unlabelled
+    reviews it has read is left open.
+    """
+    shared, found = refuse_mixed(white), {}
     for folder in (runs / "beside", *few_labels_folders(runs)):
         for key, run in read_runs(folder, BESIDE, "test", n).items():
             about = run.get("made_from") or run.get("reviews", {})
-            if all(about.get(split) == shared.get(split) for split in ("train", "validation")):
-                found[key] = run
-    refuse_mixed(found, {key: value for key, value in shared.items() if key != "transfer"})
+            if any(about.get(split) != shared.get(split) for split in ("train", "validation")):
+                continue
+            if any(name == run["run"] for name, _ in white):
+                settings.stop(f"{run['file']} is beside a {run['run']} in {runs}/ itself: delete one of the two")
+            about = {name: of for name, of in about.items() if name != "transfer"}
+            if run["teacher"]:
+                about["teacher"] = {"train": about["teacher"]["train"]}
+            found[key] = run | {"made_from": about}
+    refuse_mixed(white | found)
     return found
 
 
@@ -341,7 +352,7 @@ def make_tables(folder: Path, without_plot: bool = False) -> dict[str, pd.DataFr
         made["white_box.csv"] = table_of_runs(white, labels["test"], "teacher")
         if {name for name, _ in black} - {"control"}:  # which is of both tables
             made["black_box.csv"] = table_of_runs(black, labels["test"], "tuned_teacher")
-        others = runs_beside(runs, refuse_mixed(white), len(labels["test"]))
+        others = runs_beside(runs, white, len(labels["test"]))
         made["claims.csv"] = claims(white, black, others, labels["test"])
         made["few_labels.csv"] = table_of_few_labels(runs, labels["test"])
     made = {file: table.round(6) for file, table in made.items() if len(table)}

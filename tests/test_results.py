@@ -241,7 +241,7 @@ def test_the_committed_runs_are_of_the_recipes_that_stand_in_the_code():
             assert run["made_from"]["run"] == recipe and run["gold"] == gold, (labels, name)
 
 
-def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder, stops):
+def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
     for seed in (1, 2):
         keep(folder, "control", seed, logits(0.8, seed), transfer=0, teacher=None)
         made_from = {"train": "all", "validation": "v", "transfer": "more", "max_length": 128}
@@ -277,9 +277,31 @@ def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder, 
     called = [np.mean(logits(0.9, 20 + seed)[read].argmax(1) == 1) for seed in (1, 2)]
     behind = np.mean(called) - np.mean(part[read].argmax(1) == 1)
     assert claims["lead"][6] == pytest.approx(behind, abs=1e-6)
-    made_from = {"train": "all", "validation": "v", "transfer": "few", "max_length": 512}
-    tables.keep(beside, "final_longer", 1, about | {"made_from": made_from}, {"test": logits(0.83, 60)})
+
+
+def test_what_a_claim_stands_beside_has_the_settings_and_the_teacher_of_the_student(folder, stops):
+    made_from = {"train": "all", "validation": "v", "transfer": "more", "max_length": 128}
+    keep(folder, "final", 1, logits(0.85, 11), made_from=made_from)
+    teacher = {"gold": 2000, "transfer": 0, "teacher": None, "seconds": None}
+    tables.keep(folder / "runs", "teacher", 42, teacher, {"test": logits(0.9, 12), "train": SOME, "transfer": SOME})
+    kept = tables.read_run(folder / "runs", "teacher", 42)["scores"]
+
+    def keep_beside(**other):
+        # another transfer set, and so another digest of what the teacher says of it
+        of = {"train": tables.digest(kept["train"]), "transfer": "few"}
+        about = {"gold": 2000, "transfer": 8000, "teacher": "teacher", "seconds": None}
+        about["made_from"] = made_from | {"transfer": "few", "teacher": of} | other
+        tables.keep(folder / "runs" / "beside", "final_longer", 1, about, {"test": logits(0.83, 60)})
+
+    keep_beside()
+    assert "final_longer" in tables.make_tables(folder)["claims.csv"]["against"].tolist()
+    keep_beside(max_length=512)
     stops(lambda: tables.make_tables(folder), "beside/final_longer-1.json has another max_length (512)")
+    keep_beside(teacher={"train": "another", "transfer": "few"})
+    stops(lambda: tables.make_tables(folder), "beside/final_longer-1.json learned from another teacher")
+    keep_beside()
+    keep(folder, "final_longer", 2, logits(0.9, 13), made_from=made_from)  # their mean would be of both transfer sets
+    stops(lambda: tables.make_tables(folder), "beside/final_longer-1.json is beside a final_longer in", "delete one")
 
 
 def test_few_labels_are_a_row_a_student_and_a_line_a_run(folder):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of results/distillation, on real IMDB reviews with the stand-ins of results/real_weights.py.
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 29 core hours. From the top folder,
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 40 core hours. From the top folder,
 # `make results DATASET=path/to/imdb` does everything in results/, this included; or, in the environment of `make install`:
 #
 #     pip install -r results/requirements.txt
@@ -75,21 +75,24 @@ few_labels() {
     python results/few_labels.py "${common[@]}" --output-dir $output "${student[@]}" --read-test
 }
 
-more_unlabelled() { # the recipe of white_box once more, with four times the unlabelled reviews; what reads none is copied
+more_unlabelled() { # the recipe of white_box once more, with four times the unlabelled reviews; what it stands beside is copied
     local more=results/distillation/more_unlabelled
     kept teacher-42 control-{1,2,3} final_longer-1 few_labels/3000/nb_svm-42 ||
         { echo "error: more_unlabelled stands beside runs of white_box and few_labels: make these first" >&2; return 2; }
+    local run=(python results/distillation.py "${common[@]}" --output-dir ${output}_more --max-transfer-samples 32000)
+    run+=("${student[@]}" --tables $more --read-test)
     if [ ! -e $more/runs/teacher-42.json ]; then
         teacher ${output}_more 32000
-    elif ! cmp -s <(grep weights results/distillation/runs/teacher-42.json) <(grep weights $more/runs/teacher-42.json); then
+        "${run[@]}" --runs final --seeds # keeps what the teacher says, and makes no student
+    fi
+    if ! cmp -s <(grep weights results/distillation/runs/teacher-42.json) <(grep weights $more/runs/teacher-42.json); then
         echo "error: $more/runs is of another teacher than the runs beside it: delete that folder" >&2
         return 2
     fi
     mkdir -p $more/runs/beside
     cp results/distillation/runs/control-[123].* $more/runs/
     cp results/distillation/runs/{final_longer-1,few_labels/3000/nb_svm-42}.* $more/runs/beside/
-    python results/distillation.py "${common[@]}" --output-dir ${output}_more --max-transfer-samples 32000 "${student[@]}" \
-        --tables $more --read-test --runs control final --seeds 1 2 3
+    "${run[@]}" --runs control final --seeds 1 2 3
     python results/tables.py --tables $more
 }
 
