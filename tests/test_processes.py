@@ -123,7 +123,7 @@ def test_under_torchrun_both_ranks_hold_the_same_adapter_and_it_is_that_of_one_p
 
 def test_processes_that_leave_right_after_their_last_collective_leave_in_peace(tmp_path):
     (tmp_path / "leave.py").write_text(LEAVES.format(root=str(ROOT)))
-    for _ in range(8):  # without a pause at exit a third of them is aborted: one time in twenty all eight are lucky
+    for _ in range(8):  # without a pause at exit a third of them is aborted; now and then none of eight
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
