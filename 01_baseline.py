@@ -13,11 +13,10 @@ Takes   about 3 minutes and 4 GB on two CPU cores; no GPU
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, memory, metrics, settings
+from common import artifacts, data, memory, metrics, settings
 
 STEP = "01_baseline"
 NGRAM_RANGES = ((1, 1), (1, 2), (1, 3))
@@ -133,10 +132,7 @@ def refit_nb_svm(chosen: dict, texts, labels):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print("01_baseline.py with")
-    settings.show(args)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
+    settings.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "test"))
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
 

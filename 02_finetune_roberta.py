@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings
+from common import artifacts, data, device, memory, metrics, models, scoring, settings
 
 STEP = "02_roberta"
 COLLAPSED = "pass --force with another --seed, a smaller --learning-rate or a larger --warmup-fraction"
@@ -42,7 +42,7 @@ def finetune(
     from common import training
 
     device.seed_everything(args.seed)
-    model = models.load_classifier(settings.locate(args, args.roberta_model))
+    model = models.load_classifier(args.roberta_model)
     train, validation = (
         training.ReviewDataset(models.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
         for part in (reviews.train, reviews.validation)
@@ -95,14 +95,10 @@ def save_soft_labels(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    hardware = device.detect(args)
-    print("02_finetune_roberta.py with")
-    settings.show(args)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
+    hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
-    models.check_length(args.max_length, settings.locate(args, args.roberta_model))
-    tokenizer = models.load_tokenizer(settings.locate(args, args.roberta_model))
+    models.check_length(args.max_length, args.roberta_model)
+    tokenizer = models.load_tokenizer(args.roberta_model)
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     device.one_process_per_gpu(args, hardware, __file__, argv)
     if not (folder / "model").exists():

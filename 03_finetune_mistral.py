@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP = "03_mistral"
 COLLAPSED = "pass --force with another --seed or a smaller --learning-rate"
@@ -71,7 +71,7 @@ def finetune(
     from common import training
 
     device.seed_everything(args.seed)
-    model = with_lora(args, models.load_llm(settings.locate(args, args.mistral_model), hardware))
+    model = with_lora(args, models.load_llm(args.mistral_model, hardware))
     model.print_trainable_parameters()
     checkpoints = folder / "checkpoints"
     trainer = training.LabelWordTrainer(
@@ -89,13 +89,9 @@ def finetune(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    hardware = device.detect(args)
-    print("03_finetune_mistral.py with")
-    settings.show(args)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
+    hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train",))
-    base = settings.locate(args, args.mistral_model)
+    base = args.mistral_model
     models.check_length(args.max_length, base)
     tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)

@@ -17,11 +17,10 @@ Takes   on two T4s: planned 19 to 32 minutes (results/gpu/plan.csv), not measure
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings
+from common import artifacts, data, device, memory, metrics, models, scoring, settings
 
 STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
@@ -79,7 +78,7 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
     """The teacher's layer for each of the student's; stops when 02 saved others."""
     from common import distill
 
-    depth = models.load_config(settings.locate(args, args.student_model)).num_hidden_layers
+    depth = models.load_config(args.student_model).num_hidden_layers
     layers = distill.mapped_layers(depth, facts["teacher_layers"])
     if not set(layers) <= set(facts["feature_layers"]):
         settings.stop(
@@ -91,17 +90,13 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    hardware = device.detect(args)
-    print("04a_distill_from_roberta.py with")
-    settings.show(args)
+    hardware = device.start(args, __file__)
     teacher_run = artifacts.read_run(args, TEACHER_STEP)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
     inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
-    models.check_length(args.max_length, settings.locate(args, args.student_model))
-    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
+    models.check_length(args.max_length, args.student_model)
+    tokenizer = models.load_tokenizer(args.student_model)
     facts = teacher_run["facts"]
     teacher = read_teacher(args, reviews, facts)
     folder = artifacts.begin(args, STEP, inputs)

@@ -20,12 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 CANNOT_TEACH = "this LLM cannot teach: take another, or one that 03_finetune_mistral.py has taught more reviews"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
 LOW_LABEL_MASS = 0.5
+# What 03's facts call the four flags that it decides, and their values where 03 was not run.
+FLAGS = {"base": "mistral_model", "prompt": "prompt", "label_words": "label_words", "max_length": "prompt_length"}
+ASKED = {"prompt": verbalizer.PROMPT, "label_words": list(verbalizer.LABEL_WORDS), "max_length": 512}
 OTHER_TEACHER = 0.03  # another precision moves the accuracy by less, another base by more
 
 
@@ -46,13 +49,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the label log-odds: their mean over the transfer set subtracted (no labels needed; assumes balanced "
         "classes), or a bias and a temperature fitted on validation",
     )
-    add("--adapter", action=argparse.BooleanOptionalAction, default=True, help="teach with 03's adapter on the LLM")
-    add("--mistral-model", help="with --no-adapter: hub name or folder of the causal LM; else 03's holds")
-    add(
-        "--prompt", default=verbalizer.PROMPT, help="with --no-adapter: {review} where the review goes; else 03's holds"
-    )
-    add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="likewise")
-    add("--prompt-length", type=settings.positive_int, default=512, help="likewise: tokens with the review")
+    add("--adapter", action=argparse.BooleanOptionalAction, default=True, help="teach with 03's adapter")
+    add("--mistral-model", help="hub name or folder of the causal LM; 03's by default, as in the next three")
+    add("--prompt", help="question to the LLM, with {review} where the review goes")
+    add("--label-words", nargs=2, metavar="WORD", help="words for negative and positive")
+    add("--prompt-length", type=settings.positive_int, help="tokens of the prompt with its review")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     args = settings.parse(parser, STEP, argv)
     if args.alpha == 0:
@@ -61,16 +62,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_llm(args: argparse.Namespace) -> dict:
-    """What the teacher is and what it is asked: 03's facts, which `args` takes on, or the flags of --no-adapter."""
-    flags = {"base": "mistral_model", "prompt": "prompt", "label_words": "label_words", "max_length": "prompt_length"}
-    if not args.adapter:
-        return {name: getattr(args, flag) for name, flag in flags.items()} | {"adapter": False}
-    facts, defaults = artifacts.read_run(args, TEACHER_STEP)["facts"], parse_args(["--preset", args.preset])
-    for name, flag in flags.items():
-        if getattr(args, flag) not in (getattr(defaults, flag), facts[name]):
-            settings.stop(f"03's adapter was trained with {flag} {facts[name]!r}: leave it so, or pass --no-adapter")
-        setattr(args, flag, facts[name])
-    return facts | {"adapter": True}
+    """What the teacher is and what it is asked. 03 decides it, or with --no-adapter the flags; `args` takes it on."""
+    decided = {"base": settings.PRESETS[args.preset]["mistral_model"], **ASKED}
+    if args.adapter:
+        decided = artifacts.read_run(args, TEACHER_STEP)["facts"]
+    for name, flag in FLAGS.items():
+        given = getattr(args, flag)
+        if args.adapter and given not in (None, decided[name]):
+            settings.stop(f"03's adapter was trained with {flag} {decided[name]!r}: leave it so, or pass --no-adapter")
+        setattr(args, flag, decided[name] if given is None else given)
+    return decided | {name: getattr(args, flag) for name, flag in FLAGS.items()} | {"adapter": args.adapter}
 
 
 def check_prompt(base: str, llm: dict):
@@ -96,7 +97,7 @@ def save_soft_labels(
         scoring.delete_unless_made_from(folder, split, origin | own)
     if device.share(all(scoring.is_scored(folder, split, len(getattr(reviews, split))) for split in splits)):
         return
-    base = settings.locate(args, llm["base"])
+    base = llm["base"]
     tokenizer, label_ids = check_prompt(base, llm)
     print(f"label words {llm['label_words']} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
     model = models.load_llm(base, hardware, adapter)
@@ -177,22 +178,18 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    hardware = device.detect(args)
-    print("04b_distill_from_mistral.py with")
     llm = find_llm(args)
-    settings.show(args)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
+    hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     inputs = dict(reviews.fingerprints)
     if llm["adapter"]:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
-    models.check_length(llm["max_length"], settings.locate(args, llm["base"]), "--prompt-length")
-    check_prompt(settings.locate(args, llm["base"]), llm)
+    models.check_length(llm["max_length"], llm["base"], "--prompt-length")
+    check_prompt(llm["base"], llm)
     adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
-    models.check_length(args.max_length, settings.locate(args, args.student_model))
-    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
+    models.check_length(args.max_length, args.student_model)
+    tokenizer = models.load_tokenizer(args.student_model)
     folder = artifacts.begin(args, STEP, inputs, keep="soft_labels")
     device.one_process_per_gpu(args, hardware, __file__, argv)
 

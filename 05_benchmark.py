@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP = "05_benchmark"
 WARM_UP_REVIEWS = 16
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def short(name: str) -> str:
     """The last part of a hub name or folder: what was loaded, not what it stands for."""
-    return name.rstrip("/").split("/")[-1].replace(":", "-")
+    return name.rstrip("/").split("/")[-1]
 
 
 def load_bag_of_words(folder: Path) -> Loaded:
@@ -103,7 +103,7 @@ def load_encoder(args: argparse.Namespace, hardware: device.Hardware, folder: Pa
 def load_mistral(
     args: argparse.Namespace, hardware: device.Hardware, adapter: Path | None, facts: dict, calibration: dict
 ) -> Loaded:
-    base = settings.locate(args, facts["base"])
+    base = facts["base"]
     tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, adapter)
     label_ids = verbalizer.label_token_ids(tokenizer, facts["prompt"], facts["label_words"])
 
@@ -314,14 +314,10 @@ def markdown(table: pd.DataFrame) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    hardware = device.detect(args)
-    print("05_benchmark.py with")
-    settings.show(args)
+    hardware = device.start(args, __file__)
     finished = artifacts.finished_steps(args)
     if not finished:
         settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py, or any other, first")
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("test",))
     runs = {step: artifacts.read_run(args, step) for step in finished}
     for run in runs.values():

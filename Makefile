@@ -11,6 +11,7 @@ SCRIPTS := 01_baseline 02_finetune_roberta 03_finetune_mistral 04a_distill_from_
 .PHONY: demo test test-slow kaggle-check results lint install clean
 
 demo: install
+	$(BIN)/python demo/make.py
 	@set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --preset demo --output-dir $(OUTPUT); done
 
 test: lint

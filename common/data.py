@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from common import hub
-from common.settings import locate, stop
+from common.settings import stop
 
 LABELS = ("negative", "positive")  # their index is the label: 0, 1
 UNLABELLED = -1
@@ -49,7 +49,7 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
     Test texts are removed from train and transfer, train texts from transfer, duplicates and empty texts from both;
     test stays as it is. Validation is drawn from train before --max-train-samples, so that it is the same for all.
     """
-    name = locate(args, args.dataset)
+    name = args.dataset
     # The test split is read even where only train is asked for: its texts must leave train and transfer.
     needed = list(dict.fromkeys((*reads, "test")))
     read = _read_folder(Path(name), needed) if Path(name).is_dir() else _read_hub(name, needed)

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from common import settings
 from common.settings import stop
 
 if TYPE_CHECKING:
@@ -79,6 +80,13 @@ def rank() -> int:
 def _started_together() -> bool:
     """Some schedulers set WORLD_SIZE or RANK alone: without the other and an address there is nothing to join."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def start(args: argparse.Namespace, script: str) -> Hardware:
+    """Find the hardware, then print the settings: of several processes the first one alone prints."""
+    hardware = detect(args)
+    settings.start(args, script)
+    return hardware
 
 
 def detect(args: argparse.Namespace) -> Hardware:

@@ -212,7 +212,7 @@ def train_student(
 
     A student that is saved already is only scored. Without validation reviews the last epoch's weights are kept.
     """
-    name = settings.locate(args, args.student_model)
+    name = args.student_model
     tokenizer = models.load_tokenizer(name)
     if not target.exists():
         device.seed_everything(args.seed)

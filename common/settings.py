@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -16,12 +17,13 @@ PRESETS: dict[str, dict[str, object]] = {
         "roberta_model": "FacebookAI/roberta-large",
         "mistral_model": "mistralai/Mistral-7B-v0.1",
         "student_model": "distilbert/distilbert-base-uncased",
+        "04b_student_from_mistral.mistral_model": None,  # 03's
     },
     "demo": {
-        "dataset": "demo:reviews",
-        "roberta_model": "demo:roberta",
-        "mistral_model": "demo:mistral",
-        "student_model": "demo:distilbert",
+        "dataset": "outputs/demo/reviews",
+        "roberta_model": "outputs/demo/demo-roberta",
+        "mistral_model": "outputs/demo/demo-mistral",
+        "student_model": "outputs/demo/demo-distilbert",
         "validation_samples": 300,
         "max_length": 128,
         "weight_decay": 0.0,
@@ -37,6 +39,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "03_mistral.gradient_checkpointing": False,
         "04a_student_from_roberta.epochs": 3,
         "04a_student_from_roberta.learning_rate": 5e-4,
+        "04b_student_from_mistral.mistral_model": None,
         "04b_student_from_mistral.epochs": 3,
         "04b_student_from_mistral.learning_rate": 5e-4,
         "05_benchmark.max_llm_samples": 500,
@@ -50,6 +53,7 @@ NOT_COMPARED = {
 }  # fmt: skip
 
 
+_defaults: dict[str, object] = {}  # of the flags that `parse` read last, the preset's among them
 BATCH_TOKENS_HELP = "padded tokens a batch in scoring; auto: 8192 on a GPU, 2048 on a CPU"
 
 
@@ -130,7 +134,10 @@ def fraction(text: str) -> float:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as written, and each flag with its default."""
+    """The docstring as written, and each flag with its default, where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def make_parser(description: str | None, reads: tuple[str, ...], precision: bool = True) -> argparse.ArgumentParser:
@@ -186,18 +193,33 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
         owner, _, name = key.rpartition(".")
         if owner in ("", step) and name in flags:
             parser.set_defaults(**{name: preset[key]})
+    _defaults.clear()
+    for action in parser._actions:
+        typed = isinstance(action.default, str) and action.type
+        _defaults[action.dest] = action.type(action.default) if typed else action.default
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be at least 0")
     return args
 
 
-def show(args: argparse.Namespace) -> None:
-    """Print the resolved settings, a line each."""
+def start(args: argparse.Namespace, script: str) -> None:
+    """Print the script's name and its settings, those that differ from the defaults first."""
     nothing = {"num_processes": "auto", "batch_tokens": "auto", "max_hours": "unlimited"}
+    changed, unchanged = [], []
     for name, value in sorted(vars(args).items()):
-        print(f"  {name} = {nothing.get(name, 'all') if value is None else json.dumps(value)}")
+        line = f"{name} = {nothing.get(name, 'all') if value is None else json.dumps(value, ensure_ascii=False)}"
+        (unchanged if _defaults.get(name) == value else changed).append(line)
+    print(f"{Path(script).name} with", *changed, sep="\n  ")
+    print(
+        "and the defaults",
+        textwrap.fill(", ".join(unchanged), 98, initial_indent="  ", subsequent_indent="  "),
+        sep="\n",
+    )
     sys.stdout.flush()
+    for name, value in PRESETS["demo"].items():
+        if vars(args).get(name) == value and str(value).startswith("outputs/demo/") and not Path(value).exists():
+            stop(f"{value}/ is missing: run python demo/make.py first")
 
 
 def next_command(args: argparse.Namespace, script: str) -> str:
@@ -205,8 +227,3 @@ def next_command(args: argparse.Namespace, script: str) -> str:
     usual = {"preset": "kaggle", "dataset": PRESETS[args.preset]["dataset"], "output_dir": "outputs"}
     own = {name: getattr(args, name) for name, value in usual.items() if getattr(args, name) != value}
     return " ".join(["python", script, *(f"--{name.replace('_', '-')} {shlex.quote(v)}" for name, v in own.items())])
-
-
-def locate(args: argparse.Namespace, name: str) -> str:
-    """A model's or dataset's folder or hub name; "demo:roberta" lies in the demo's folder under --output-dir."""
-    return str(Path(args.output_dir, "demo", name.removeprefix("demo:"))) if name.startswith("demo:") else name

@@ -23,8 +23,8 @@ def test_each_preset_key_is_a_real_flag(preset, script):
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(number, script):
     parse = script(number).parse_args
     assert parse([]).dataset == "stanfordnlp/imdb"
-    assert parse(["--preset", "demo"]).dataset == "demo:reviews"
-    assert parse(["--preset=demo"]).dataset == "demo:reviews"
+    assert parse(["--preset", "demo"]).dataset == "outputs/demo/reviews"
+    assert parse(["--preset=demo"]).dataset == "outputs/demo/reviews"
     assert parse(["--preset", "demo", "--dataset", "mine"]).dataset == "mine"
 
 
@@ -42,7 +42,8 @@ def test_help_shows_every_default_and_imports_no_torch(script_name):
     code += "except SystemExit: pass\nassert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert "(default: demo:reviews)" in shown.stdout and "(default: None)" not in shown.stdout
+    words = " ".join(shown.stdout.split())
+    assert "(default: outputs/demo/reviews)" in words and "(default: None)" not in words
 
 
 @pytest.mark.parametrize(

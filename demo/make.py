@@ -1,21 +1,30 @@
-"""The offline demo: a made-up review corpus, and tiny base checkpoints of the three architectures.
+#!/usr/bin/env python
+"""Make the offline demo: a made-up review corpus, and tiny base checkpoints of the three architectures.
 
 The reviews come from a grammar of this project, not from any corpus. It holds what a bag of words cannot read: a
 negation some words before its adjective ("I did not find the script very funny"), a contrast in which one half counts
 ("although the cast is warm, the story is dull"), a verdict that overrules what came before, and plot that means
 nothing. The grammar decides the label. The checkpoints are pre-trained for seconds on text of the same grammar, so that
 fine-tuning and LoRA have something to adapt.
+
+Writes  outputs/demo/  reviews/  demo-roberta/  demo-mistral/  demo-distilbert/
+Takes   about a minute on two CPU cores
+
+    python demo/make.py
+    python 01_baseline.py --preset demo --output-dir outputs/demo_run
 """
 
+import argparse
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from common import device
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.artifacts import lock, whole
 from common.verbalizer import LABEL_WORDS, PROMPT
 
@@ -230,9 +239,9 @@ def _ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int | None]:
 
 
 ROLES = {  # tokenizer, model, pre-training steps, peak learning rate
-    "roberta": (_roberta_tokenizer, _roberta, 380, 1e-3),
-    "mistral": (_mistral_tokenizer, _mistral, 170, 1e-3),
-    "distilbert": (_distilbert_tokenizer, _distilbert, 300, 1.5e-3),
+    "demo-roberta": (_roberta_tokenizer, _roberta, 380, 1e-3),
+    "demo-mistral": (_mistral_tokenizer, _mistral, 170, 1e-3),
+    "demo-distilbert": (_distilbert_tokenizer, _distilbert, 300, 1.5e-3),
 }
 
 
@@ -276,23 +285,15 @@ def _pretrain(
             optimizer.zero_grad()
 
 
-def prepare(folder: Path, sizes: dict[str, int] = SIZES, effort: float = 1.0, seed: int = 42) -> None:
-    """Make `folder`/reviews and the base checkpoints `folder`/{roberta,mistral,distilbert}, once, whole or not at all.
+def make(folder: Path, sizes: dict[str, int] = SIZES, effort: float = 1.0, seed: int = 42) -> None:
+    """Write `folder`/reviews and a base checkpoint for each role, whole or not at all.
 
-    `effort` scales the pre-training steps. About a minute on two cores at 1.
+    `effort` scales the pre-training steps.
     """
-    if not device.share(folder.exists()):
-        device.first_alone(lambda: _make(folder, sizes, effort, seed))
-
-
-def _make(folder: Path, sizes: dict[str, int], effort: float, seed: int) -> None:
-    lock(folder)
-    if folder.exists():  # another process has made it while this one came here
-        return
     import torch
     import transformers
 
-    print("making the demo's reviews and tiny base checkpoints (once, about a minute)", flush=True)
+    lock(folder)
     started, rng = time.time(), random.Random(seed)
     corpus = write_reviews(sizes, seed)
     read = [*corpus["unsupervised"]["text"], *(_pretraining_text(rng, "review", prompts=True) for _ in range(1000))]
@@ -301,13 +302,30 @@ def _make(folder: Path, sizes: dict[str, int], effort: float, seed: int) -> None
         (temporary / "reviews").mkdir(parents=True)
         for split, table in corpus.items():
             table.to_parquet(temporary / "reviews" / f"{split}.parquet", index=False)
-        for role, (make_tokenizer, make_model, steps, learning_rate) in ROLES.items():
+        for name, (make_tokenizer, make_model, steps, learning_rate) in ROLES.items():
             torch.manual_seed(seed)
             tokenizer = make_tokenizer(read)
             model = make_model(tokenizer)
             _pretrain(model, tokenizer, round(effort * steps), learning_rate, seed)
-            model.save_pretrained(temporary / role)
-            tokenizer.save_pretrained(temporary / role)
-            print(
-                f"  {role}: {model.num_parameters() / 1e6:.2f} M parameters, {time.time() - started:.0f} s", flush=True
-            )
+            model.save_pretrained(temporary / name)
+            tokenizer.save_pretrained(temporary / name)
+            millions = model.num_parameters() / 1e6
+            print(f"  {name}: {millions:.2f} M parameters, {time.time() - started:.0f} s", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    where = "the demo's folder (default: %(default)s, where --preset demo looks)"
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help=where)
+    folder = parser.parse_args(argv).output_dir
+    if folder.exists():
+        print(f"{folder}/ is there already; delete it to make it again.")
+        return
+    print("making the demo's reviews and tiny base checkpoints, about a minute", flush=True)
+    make(folder)
+    print("next: python 01_baseline.py --preset demo --output-dir outputs/demo_run")
+
+
+if __name__ == "__main__":
+    main()
