@@ -1,7 +1,6 @@
 """The device, the precision, the seed and one process per GPU, decided in one place and printed."""
 
 import argparse
-import atexit
 import ctypes
 import datetime
 import logging
@@ -16,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from common import settings
+from common import patches, settings
 from common.settings import stop
 
 if TYPE_CHECKING:
@@ -266,10 +265,7 @@ def _join(gpus: int) -> None:
         torch.distributed.init_process_group("nccl", timeout=PATIENCE, device_id=own)
     else:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-        # gloo's threads let go of their tensors a moment after the last collective; where the interpreter is gone by
-        # then, SIGABRT ends a process that has done its work (pytorch pull request 179291). With torch 2.13 and two
-        # cores that met 8 of 24 pairs like those of tests/test_processes.py. destroy_process_group() is no cure.
-        atexit.register(time.sleep, 0.5)
+        patches.pause_at_exit()
 
 
 def _die_with_parent(parent: int) -> None:

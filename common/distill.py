@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import device, models, scoring, settings, training
+from common import device, models, patches, scoring, settings, training
 from common.data import LABELS
 
 IGNORED = -100  # the label of a review without a gold label, as in torch's cross_entropy
@@ -66,7 +66,7 @@ class Student(nn.Module):
     def __init__(self, model: PreTrainedModel, teacher_width: int | None = None):
         super().__init__()
         self.model = model
-        self.accepts_loss_kwargs = False  # see common/models.py: else Trainer skips the division by accumulation
+        patches.divide_loss_by_accumulation(self)
         width, layers = model.config.hidden_size, model.config.num_hidden_layers
         count = layers if teacher_width is not None else 0
         self.projections = nn.ModuleList(nn.Linear(width, teacher_width or 0, bias=False) for _ in range(count))

@@ -1,7 +1,6 @@
 """Models and tokenizers: load an encoder, a 4-bit causal LM, an adapter; count them; truncate reviews head+tail."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import hub
+from common import hub, patches
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
@@ -56,11 +55,8 @@ def load_classifier(name: str) -> "PreTrainedModel":
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: label for label, name in enumerate(LABELS)}}
     with _explained(name), _quiet():
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, num_labels=2, **labels)
-    # Trainer believes that a classifier with **kwargs normalises its own loss, and skips its division by accumulation.
-    model.accepts_loss_kwargs = False
-    # transformers 5.0 saves a loaded model's LayerNorms as gamma and beta, which its Trainer does not read back: no
-    # best or interrupted checkpoint would be restored whole. Without this record it saves today's names.
-    vars(model).pop("_weight_conversions", None)
+    patches.divide_loss_by_accumulation(model)
+    patches.save_weights_by_todays_names(model)
     return model
 
 
@@ -94,15 +90,14 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
     )
     # This process's own GPU: "auto" would split the model, and safetensors takes a bare "cuda" for the first GPU.
     device = f"cuda:{torch.cuda.current_device()}" if hardware.device == "cuda" else "cpu"
-    # Else transformers 5.0 puts unquantised weights on the GPU faster than it quantises them (issue 43032).
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    patches.load_weights_in_turn()
     with _explained(name), _quiet():
         # The stored dtype of Mistral is bf16, which a T4 only emulates: what stays unquantised takes ours.
         model = AutoModelForCausalLM.from_pretrained(
             name, quantization_config=quantization, dtype=hardware.dtype, device_map={"": device}
         )
-    _keep_linear4bit_differentiable(model)
-    _let_peft_load_beside_other_processes()
+    patches.keep_4bit_differentiable(model)
+    patches.load_adapters_beside_other_processes()
     if adapter is not None:
         from peft import PeftModel
         from safetensors import SafetensorError
@@ -123,39 +118,8 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
             if "lora_" in name_of:
                 parameter.data = parameter.data.to(hardware.dtype)
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
-        _avoid_gqa_kernel()
+        patches.avoid_gqa_kernel()
     return model.eval()
-
-
-def _keep_linear4bit_differentiable(model: "PreTrainedModel") -> None:
-    """Keep bitsandbytes (0.50) from repacking weights in the first forward pass after eval() (with AVX512-BF16).
-
-    The repacked kernel has no backward pass and the repacking is for good: after any evaluation, the gradients of a
-    training step would silently have a cosine of 0.12 with the true ones.
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _let_peft_load_beside_other_processes() -> None:
-    """peft 0.19 with transformers 5.0 (Kaggle's) cannot load an adapter once processes have joined: it imports a class
-    of tensor parallelism that came later. No weight is split here, so there is nothing for it to do."""
-    from peft.utils import save_and_load
-    from transformers.integrations import tensor_parallel
-
-    if not hasattr(tensor_parallel, "EmbeddingParallel") and hasattr(save_and_load, "_maybe_shard_state_dict_for_tp"):
-        save_and_load._maybe_shard_state_dict_for_tp = lambda *_: None
-
-
-def _avoid_gqa_kernel() -> None:
-    """Below compute capability 8.0 SDPA's enable_gqa leaves only the slow math kernel (transformers issue 48633)."""
-    from transformers.integrations import sdpa_attention
-
-    if hasattr(sdpa_attention, "use_gqa_in_sdpa"):
-        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
 def check_length(max_length: int, name: str, flag: str = "--max-length") -> None:
