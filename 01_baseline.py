@@ -16,7 +16,7 @@ import argparse
 
 import numpy as np
 
-from common import artifacts, data, memory, metrics, settings
+from common import artifacts, data, metrics, settings
 
 STEP = "01_baseline"
 NGRAM_RANGES = ((1, 1), (1, 2), (1, 3))
@@ -153,8 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         model = refit(chosen[name], texts, np.array(labels))
         model.save(folder / name)
         results[name] = chosen[name] | {"test": metrics.describe(test["label"].to_numpy(), model.logits(test["text"]))}
-    artifacts.write_json(folder / "metrics.json", results)
-    artifacts.finish(args, folder, {"labels": data.LABELS}, memory.peak_mb())
+    artifacts.finish(args, folder, {"labels": data.LABELS}, results)
     for name, result in results.items():
         print(f"{name}: test accuracy {metrics.in_words(result['test'])}")
     print(f"next: {settings.next_command(args, '02_finetune_roberta.py')}")

@@ -107,12 +107,8 @@ def main(argv: list[str] | None = None) -> None:
 
     scores, facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
 
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    artifacts.write_json(folder / "metrics.json", {"validation": scores})
-    made = {"teacher": args.roberta_model, "max_length": args.max_length}
-    artifacts.finish(args, folder, {"labels": data.LABELS} | made | facts, peak_mb)
+    made = {"labels": data.LABELS, "teacher": args.roberta_model, "max_length": args.max_length}
+    artifacts.finish(args, folder, made | facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '03_finetune_mistral.py')} (or 04a_distill_from_roberta.py)")
 

@@ -65,11 +65,22 @@ def with_lora(args: argparse.Namespace, model):
 
 
 def finetune(
-    args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, label_ids, train, validation
+    args: argparse.Namespace,
+    hardware: device.Hardware,
+    folder: Path,
+    tokenizer,
+    label_ids: list[int],
+    reviews: data.Reviews,
 ) -> None:
     """Train the adapters and save those of the best epoch on validation."""
     from common import training
 
+    train, validation = (
+        training.ReviewDataset(
+            verbalizer.encode_prompts(tokenizer, part["text"].tolist(), args.prompt, args.max_length), part["label"]
+        )
+        for part in (reviews.train, reviews.validation)
+    )
     device.seed_everything(args.seed)
     model = with_lora(args, models.load_llm(args.mistral_model, hardware))
     model.print_trainable_parameters()
@@ -87,46 +98,41 @@ def finetune(
     training.save(model, tokenizer, folder / "adapter", checkpoints)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    hardware = device.start(args, __file__)
-    reviews = data.load_reviews(args, reads=("train",))
-    base = args.mistral_model
-    models.check_length(args.max_length, base)
-    tokenizer = models.load_tokenizer(base)
-    label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
-    train_ids, validation_ids = (
-        verbalizer.encode_prompts(tokenizer, table["text"].tolist(), args.prompt, args.max_length)
-        for table in (reviews.train, reviews.validation)
-    )
-    labels = reviews.validation["label"].to_numpy()
-    # Every mistake in the flags is told before --force may delete anything.
-    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
-    device.one_process_per_gpu(args, hardware, __file__, argv)
-
+def score_validation(
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, label_ids: list[int], reviews
+) -> dict[str, float]:
+    """The adapter's figures on validation, scored as in 04b and 05: reloaded, on a fresh 4-bit base."""
     from common import training
 
-    if not (folder / "adapter").exists():
-        train = training.ReviewDataset(train_ids, reviews.train["label"])
-        validation = training.ReviewDataset(validation_ids, labels)
-        finetune(args, hardware, folder, tokenizer, label_ids, train, validation)
-        memory.free()
-
-    # The saved adapter is scored as 04b and 05 will score it: reloaded, on a fresh 4-bit base.
-    model = models.load_llm(base, hardware, folder / "adapter")
+    model = models.load_llm(args.mistral_model, hardware, folder / "adapter")
 
     def score(texts: list[str]) -> dict[str, np.ndarray]:
         ids = verbalizer.encode_prompts(tokenizer, texts, args.prompt, args.max_length)
         return {"scores": scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)}
 
-    scoring.in_chunks(folder, "validation", reviews.validation, scoring.LOG_PROBABILITIES, score, chunk=250)
+    scoring.in_chunks(folder, "validation", reviews, scoring.LOG_PROBABILITIES, score, chunk=250)
     _, log_p = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES)
+    labels = reviews["label"].to_numpy()
     training.refuse_collapse(log_p, labels, COLLAPSED)
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    scores = metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}
-    artifacts.write_json(folder / "metrics.json", {"validation": scores})
+    return metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    hardware = device.start(args, __file__)
+    reviews = data.load_reviews(args, reads=("train",))
+    models.check_length(args.max_length, args.mistral_model)
+    tokenizer = models.load_tokenizer(args.mistral_model)
+    label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
+    verbalizer.encode_prompts(tokenizer, [""], args.prompt, args.max_length)  # is the length enough?
+    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+    device.one_process_per_gpu(args, hardware, __file__, argv)
+
+    if not (folder / "adapter").exists():
+        finetune(args, hardware, folder, tokenizer, label_ids, reviews)
+        memory.free()
+    scores = score_validation(args, hardware, folder, tokenizer, label_ids, reviews.validation)
+
     facts = {
         "labels": data.LABELS,
         "base": args.mistral_model,
@@ -136,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         "max_length": args.max_length,
         "validation_accuracy": scores["accuracy"],
     }
-    artifacts.finish(args, folder, facts, peak_mb)
+    artifacts.finish(args, folder, facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '04b_distill_from_mistral.py')}")
 

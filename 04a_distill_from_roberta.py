@@ -17,10 +17,11 @@ Takes   on two T4s: planned 19 to 32 minutes (results/gpu/plan.csv), not measure
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, memory, metrics, models, scoring, settings
+from common import artifacts, data, device, metrics, models, scoring, settings
 
 STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
@@ -88,68 +89,59 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
     return layers
 
 
+def train_students(
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, teacher: dict, width: int
+) -> dict[str, np.ndarray]:
+    """Train the student, and the control unless --no-control; their (n, 2) logits of validation by name."""
+    from common import distill, training
+
+    taught, gold, validation = distill.student_datasets(args, reviews, teacher)
+    print(f"student: {len(gold):,} labelled and {len(taught) - len(gold):,} unlabelled reviews", flush=True)
+    logits = {
+        "student": distill.train_student(
+            args,
+            hardware,
+            folder / "model",
+            taught,
+            validation,
+            epochs=args.epochs,
+            alpha=args.alpha,
+            feature_weight=args.feature_weight,
+            teacher_width=width if args.feature_weight > 0 else None,
+        )
+    }
+    training.refuse_collapse(logits["student"], validation.labels, AT_CHANCE)
+    if args.control:
+        epochs = args.epochs * len(taught) / len(gold)  # as many steps as the student
+        print(f"control: {len(gold):,} labelled reviews, up to {epochs:.1f} epochs", flush=True)
+        control = folder / "control"
+        logits["control"] = distill.train_student(args, hardware, control, gold, validation, epochs=epochs, alpha=0.0)
+        training.refuse_collapse(logits["control"], validation.labels, f"the control is no measure; {AT_CHANCE}")
+    return logits
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.start(args, __file__)
     teacher_run = artifacts.read_run(args, TEACHER_STEP)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
-    inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
     models.check_length(args.max_length, args.student_model)
-    tokenizer = models.load_tokenizer(args.student_model)
+    models.load_tokenizer(args.student_model)
     facts = teacher_run["facts"]
     teacher = read_teacher(args, reviews, facts)
+    inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
     folder = artifacts.begin(args, STEP, inputs)
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
-    from common import distill, training
+    logits = train_students(args, hardware, folder, reviews, teacher, facts["teacher_width"])
 
-    gold_ids, transfer_ids, validation_ids = (
-        models.encode(tokenizer, table["text"].tolist(), args.max_length)
-        for table in (reviews.train, reviews.transfer, reviews.validation)
-    )
-    gold, labels = reviews.train["label"].to_numpy(), reviews.validation["label"].to_numpy()
-    hard_labels = np.concatenate([gold, np.full(len(transfer_ids), distill.IGNORED)])
-    validation = training.ReviewDataset(validation_ids, labels)
-
-    print(f"student: {len(gold_ids):,} labelled and {len(transfer_ids):,} unlabelled reviews", flush=True)
-    logits = {
-        "student": distill.train_student(
-            args,
-            hardware,
-            folder / "model",
-            training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
-            validation,
-            epochs=args.epochs,
-            alpha=args.alpha,
-            feature_weight=args.feature_weight,
-            teacher_width=facts["teacher_width"] if args.feature_weight > 0 else None,
-        )
-    }
-    training.refuse_collapse(logits["student"], labels, AT_CHANCE)
-    if args.control:
-        epochs = args.epochs * len(hard_labels) / len(gold_ids)  # as many steps as the student
-        print(f"control: {len(gold_ids):,} labelled reviews, up to {epochs:.1f} epochs", flush=True)
-        logits["control"] = distill.train_student(
-            args,
-            hardware,
-            folder / "control",
-            training.ReviewDataset(gold_ids, gold),
-            validation,
-            epochs=epochs,
-            alpha=0.0,
-        )
-        training.refuse_collapse(logits["control"], labels, f"the control is no measure; {AT_CHANCE}")
-
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    scores = {name: metrics.describe(labels, of) for name, of in logits.items()}
-    artifacts.write_json(folder / "metrics.json", {"validation": scores})
+    labels = reviews.validation["label"].to_numpy()
+    scores = {name: metrics.describe(labels, given) for name, given in logits.items()}
     made = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
-    artifacts.finish(args, folder, {"labels": data.LABELS} | made, peak_mb)
-    for name, one in scores.items():
-        print(f"{name}: validation accuracy {metrics.in_words(one)}")
+    artifacts.finish(args, folder, {"labels": data.LABELS} | made, {"validation": scores})
+    for name, figures in scores.items():
+        print(f"{name}: validation accuracy {metrics.in_words(figures)}")
     print(f"next: {settings.next_command(args, '04b_distill_from_mistral.py')} (or 05_benchmark.py)")
 
 

@@ -176,56 +176,51 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
     return {"teacher_logits": teacher_logits}, calibration, figures
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    llm = find_llm(args)
-    hardware = device.start(args, __file__)
-    reviews = data.load_reviews(args, reads=("train", "transfer"))
+def check_inputs(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
+    """The fingerprints of all that the step reads; stops when a model, a length or 03's split cannot serve."""
     inputs = dict(reviews.fingerprints)
     if llm["adapter"]:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
     models.check_length(llm["max_length"], llm["base"], "--prompt-length")
     check_prompt(llm["base"], llm)
-    adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
     models.check_length(args.max_length, args.student_model)
-    tokenizer = models.load_tokenizer(args.student_model)
+    models.load_tokenizer(args.student_model)
+    return inputs
+
+
+def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: data.Reviews, teacher: dict) -> np.ndarray:
+    """Train the student on the teacher's arrays; its (n, 2) logits of validation."""
+    from common import distill, training
+
+    taught, gold, validation = distill.student_datasets(args, reviews, teacher)
+    print(f"student: {len(gold):,} labelled and {len(taught) - len(gold):,} unlabelled reviews", flush=True)
+    weights = {"epochs": args.epochs, "alpha": args.alpha}
+    logits = distill.train_student(args, hardware, folder / "model", taught, validation, **weights)
+    training.refuse_collapse(logits, validation.labels, AT_CHANCE)
+    return logits
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    llm = find_llm(args)
+    hardware = device.start(args, __file__)
+    reviews = data.load_reviews(args, reads=("train", "transfer"))
+    inputs = check_inputs(args, llm, reviews)
+    adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
     folder = artifacts.begin(args, STEP, inputs, keep="soft_labels")
     device.one_process_per_gpu(args, hardware, __file__, argv)
-
-    from common import distill, training
 
     save_soft_labels(args, reviews, llm, adapter, hardware, folder / "soft_labels")
     memory.free()  # the LLM's, for the student
     teacher, calibration, figures = read_teacher(args, reviews, llm, folder / "soft_labels")
-    gold_ids, transfer_ids, validation_ids = (
-        models.encode(tokenizer, table["text"].tolist(), args.max_length)
-        for table in (reviews.train, reviews.transfer, reviews.validation)
-    )
-    gold, labels = reviews.train["label"].to_numpy(), reviews.validation["label"].to_numpy()
-    hard_labels = np.concatenate([gold, np.full(len(transfer_ids), distill.IGNORED)])
-    validation = training.ReviewDataset(validation_ids, labels)
+    logits = train_student(args, hardware, folder, reviews, teacher)
 
-    print(f"student: {len(gold_ids):,} labelled and {len(transfer_ids):,} unlabelled reviews", flush=True)
-    logits = distill.train_student(
-        args,
-        hardware,
-        folder / "model",
-        training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
-        validation,
-        epochs=args.epochs,
-        alpha=args.alpha,
-    )
-    training.refuse_collapse(logits, labels, AT_CHANCE)
-
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    one = metrics.describe(labels, logits)
-    artifacts.write_json(folder / "metrics.json", {"validation": {"student": one} | figures})
+    scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
     made = {"student": args.student_model, "teacher": llm["base"], "max_length": args.max_length, "llm": llm}
-    artifacts.finish(args, folder, {"labels": data.LABELS} | made | calibration, peak_mb)
-    print(f"student: validation accuracy {metrics.in_words(one)}")
+    facts = {"labels": data.LABELS} | made | calibration
+    artifacts.finish(args, folder, facts, {"validation": {"student": scores} | figures})
+    print(f"student: validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '05_benchmark.py')}")
 
 

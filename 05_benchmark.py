@@ -6,7 +6,8 @@ once, text in, labels out (MLPerf's Offline). Clocks are warmed up and wait for 
 are counted. Every model reads the same test reviews, the LLM a stratified part of them; memory is freed in between.
 
 Reads   the test reviews and every finished folder of steps 01 to 04b, whatever subset of them was run
-Writes  outputs/05_benchmark/  benchmark.csv  benchmark.md  predictions.parquet  environment.json  run.json
+Writes  outputs/05_benchmark/  benchmark.csv  benchmark.md  accuracy_latency.png  predictions.parquet
+        environment.json  run.json
 Takes   on one T4: planned 9 to 16 minutes (results/gpu/plan.csv), not measured yet
 
     python 05_benchmark.py
@@ -31,14 +32,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, data, device, memory, metrics, models, report, scoring, settings, verbalizer
 
 STEP = "05_benchmark"
 WARM_UP_REVIEWS = 16
 TEACHER, CONTROL = "teacher, fine-tuned", "control, no teacher"
 STUDENTS = {"04a_student_from_roberta": "student, white-box", "04b_student_from_mistral": "student, black-box"}
 UNCALIBRATED = {"calibration": "none (no 04b)", "bias": 0.0, "calibration_temperature": 1.0}
-COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
 
 
 @dataclass
@@ -291,27 +291,6 @@ def environment(hardware: device.Hardware) -> dict:
     }
 
 
-def as_markdown(table: pd.DataFrame) -> str:
-    """The table of the named columns with the accuracy's interval, for people."""
-    shown = table[COLUMNS].copy()
-    interval = [
-        f"{a:.4f} [{lo:.4f}, {hi:.4f}]" for a, lo, hi in zip(table["Accuracy"], table["ci_low"], table["ci_high"])
-    ]
-    shown["Accuracy"] = interval
-    shown["n"] = table["n"]
-    return markdown(shown)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table of any cells, padded so that it can be read in a terminal too."""
-    rows = ([("" if pd.isna(v) else str(v)) for v in row] for row in table.to_numpy(object))
-    cells = [list(map(str, table.columns)), *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     hardware = device.start(args, __file__)
@@ -328,21 +307,22 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     rows, predictions = measure_all(find_contenders(args, hardware, runs), reviews.test, args, hardware, folder)
-    columns = dict.fromkeys([*COLUMNS, "n", "ci_low", "ci_high", *(key for row in rows for key in row)])
+    columns = dict.fromkeys([*report.COLUMNS, "n", "ci_low", "ci_high", *(key for row in rows for key in row)])
     table = compare(pd.DataFrame(rows).reindex(columns=list(columns)), predictions)
     artifacts.write_table(folder / "benchmark.csv", table)
     artifacts.write_table(folder / "predictions.parquet", predictions)
     artifacts.write_json(folder / "environment.json", environment(hardware))
     with artifacts.whole(folder / "benchmark.md") as temporary:
-        temporary.write_text(as_markdown(table), encoding="utf-8")
-    print(as_markdown(table))
+        temporary.write_text(report.as_markdown(table), encoding="utf-8")
+    report.draw_accuracy_latency(table, folder / "accuracy_latency.png")
+    print(report.as_text(table))
     failed = [row["Model"] for row in rows if row["status"] != "ok"]
     if failed:
         print(f"error: {len(failed)} of {len(rows)} models failed ({', '.join(failed)}); see above", file=sys.stderr)
         return 1
     shutil.rmtree(folder / "rows")
-    artifacts.finish(args, folder, {}, memory.highest_peak_mb())
-    print(f"the table: {folder / 'benchmark.csv'}")
+    artifacts.finish(args, folder, {})
+    print(f"the table: {folder / 'benchmark.csv'}; the picture: {folder / 'accuracy_latency.png'}")
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import device
+from common import device, memory
 from common.data import LABELS
 from common.settings import NOT_COMPARED, stop
 
@@ -262,8 +262,16 @@ def _refuse_other(folder: Path, state: str, then: dict, now: dict) -> None:
         )
 
 
-def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: float) -> None:
-    """Write run.json, whose presence means "finished". `facts` are what later steps must match."""
+def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | None = None) -> None:
+    """Write metrics.json and then run.json, whose presence means "finished". All processes call it, one writes.
+
+    `facts` are what later steps must match, `figures` what the step measured.
+    """
+    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
+    if device.rank() > 0:
+        return
+    if figures is not None:
+        write_json(folder / "metrics.json", figures)
     for leftover in folder.glob("*checkpoints"):  # of a run that was killed between saving a model and deleting them
         shutil.rmtree(leftover)
     started = read_json(folder / "started.json")
@@ -274,7 +282,7 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: 
         "seed": args.seed,
         **made_with(),
         "wall_time_s": round(time.time() - _process_started, 1),
-        "peak_memory_mb": round(peak_memory_mb),
+        "peak_memory_mb": round(peak_mb),
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)},
     }
     write_json(folder / "run.json", run)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common import device, models, patches, scoring, settings, training
-from common.data import LABELS
+from common.data import LABELS, Reviews
 
 IGNORED = -100  # the label of a review without a gold label, as in torch's cross_entropy
 
@@ -137,6 +137,28 @@ class DistillationTrainer(training.ReviewTrainer):
             logs |= {name: round(torch.stack(terms).mean().item(), 4) for name, terms in self._terms.items()}
             self._terms.clear()
         super().log(logs, *args, **kwargs)
+
+
+def student_datasets(
+    args: argparse.Namespace, reviews: Reviews, teacher: dict[str, np.ndarray]
+) -> tuple[training.ReviewDataset, training.ReviewDataset, training.ReviewDataset]:
+    """What a student and its control learn from, by the student's own tokens.
+
+    The first holds the labelled reviews followed by the transfer set, with the teacher's arrays in this order; the
+    second the labelled ones alone; the third validation.
+    """
+    tokenizer = models.load_tokenizer(args.student_model)
+    gold_ids, transfer_ids, validation_ids = (
+        models.encode(tokenizer, table["text"].tolist(), args.max_length)
+        for table in (reviews.train, reviews.transfer, reviews.validation)
+    )
+    gold = reviews.train["label"].to_numpy()
+    hard_labels = np.concatenate([gold, np.full(len(transfer_ids), IGNORED)])
+    return (
+        training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
+        training.ReviewDataset(gold_ids, gold),
+        training.ReviewDataset(validation_ids, reviews.validation["label"]),
+    )
 
 
 def teacher_rows(in_file: pd.Index, wanted: pd.Series, split: str, script: str) -> np.ndarray:

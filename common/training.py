@@ -4,8 +4,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,25 +12,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
-from common import device, memory, models
+from common import callbacks, device, memory, models
 from common.artifacts import whole
+from common.callbacks import DIVERGED
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
 
-DIVERGED = "the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32"
-FORECAST_STEPS = 50  # after so many, training prints how long the rest will take
 # What `training_arguments` takes where no validation reviews choose a checkpoint: the last weights are kept.
 WITHOUT_VALIDATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
 
@@ -86,64 +76,12 @@ class LengthGrouped(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def within_epoch(state: TrainerState) -> bool:
-    """Whether training goes on in this epoch. A checkpoint at its end must wait for the evaluation: a run that
-    continued from an earlier one would never make it."""
-    return state.epoch % 1 != 0 and state.global_step < state.max_steps
-
-
-class SaveOften(TrainerCallback):
-    """Saves a checkpoint at least every tenth of the run, beside those that end an epoch."""
-
-    def on_train_begin(self, args, state, control, **_):
-        # trainer_state.json keeps this: a checkpoint of an fp16 run has a gradient scaler too, see `_damage`.
-        state.stateful_callbacks["fp16"] = args.fp16
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step % math.ceil(state.max_steps / 10) == 0 and within_epoch(state):
-            control.should_save = True
-
-
-class MaxHours(TrainerCallback):
-    """Ends training with a checkpoint, at a step's end, when the time of --max-hours is over."""
-
-    def on_train_begin(self, args, state, control, **_):
-        self.started, self.first_step = time.monotonic(), state.global_step
-
-    def on_step_end(self, args, state, control, **_):
-        steps = state.global_step - self.first_step
-        if steps == FORECAST_STEPS:
-            seconds = (time.monotonic() - self.started) / steps * (state.max_steps - state.global_step)
-            print(f"about {seconds / 60:.0f} minutes of training are left, evaluations not counted", flush=True)
-            if seconds > device.seconds_left():
-                print("warning: --max-hours is too short for them; the run will stop with a checkpoint", flush=True)
-        if within_epoch(state) and device.out_of_time():
-            control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args, state, control, **_):
-        if within_epoch(state):  # stopped inside the epoch: Trainer would evaluate it as if it were complete
-            control.should_evaluate = control.should_save = False
-        elif device.out_of_time():
-            control.should_training_stop = True
-
-
-class RefuseNaN(TrainerCallback):
-    """Stops a training whose loss is no number in two logs (a tenth of the run) on end.
-
-    One may be a batch that overflowed in fp16, which the gradient scaler skips.
-    """
-
-    def on_log(self, args, state, control, **_):
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry][-2:]
-        if len(losses) == 2 and not any(map(math.isfinite, losses)):
-            stop(DIVERGED)
-
-
 class ReviewTrainer(Trainer):
     """Trainer that trains on reviews of similar length together."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, callbacks=[SaveOften(), MaxHours(), RefuseNaN()], **kwargs)
+        super().__init__(*args, callbacks=callbacks.all_of_them(), **kwargs)
+        self.remove_callback(PrinterCallback)  # prints dictionaries
 
     def get_train_dataloader(self) -> DataLoader:
         # Trainer would keep the micro-batch from before `fit_memory`, and transformers 5.0 that of the checkpoint: with
@@ -209,7 +147,7 @@ def training_arguments(
         seed=args.seed,
         logging_nan_inf_filter=False,  # else a NaN is logged as 0, and train() could not see it
         report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
     )
