@@ -1,8 +1,9 @@
 """How much of a GPU's memory a step takes, found without a GPU: the live bytes of fake tensors.
 
 PyTorch's fake tensors have shapes and dtypes, but no data. The product's own code runs on them as on a CPU. What CUDA
-does otherwise is put in here: its autocast rules, its dropout, its memory-efficient attention (the kernel that a T4
-has) and bitsandbytes' products in 4 bits. `Live` counts a tensor from its first operation until nothing holds it.
+does otherwise is put in here: its dropout, its memory-efficient attention (the kernel that a T4 has) and what
+bitsandbytes dequantises in a product. A CPU's autocast stands for CUDA's: CUDA also computes LayerNorms and losses in
+float32, but here their inputs are float32 anyway. `Live` counts a tensor from its birth until nothing holds it.
 
 Left out: CUDA's context, NCCL's buffers, the libraries' workspaces and the allocator's fragmentation.
 """
@@ -75,13 +76,6 @@ def dropout(inputs: torch.Tensor, p: float = 0.5, training: bool = True, inplace
     return torch.native_dropout(inputs, p, True)[0] if training and p > 0 else inputs
 
 
-def layer_norm(inputs, shape, weight=None, bias=None, eps=1e-5, normal=F.layer_norm) -> torch.Tensor:
-    """CUDA's autocast computes it in float32, a CPU's in the dtype of its inputs; both cast the other layers alike."""
-    if torch.is_autocast_enabled("cpu"):
-        inputs, weight, bias = (tensor if tensor is None else tensor.float() for tensor in (inputs, weight, bias))
-    return normal(inputs, shape, weight, bias, eps)
-
-
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_) -> torch.Tensor:
     """The memory-efficient kernel; a boolean mask becomes numbers in the queries' dtype, as in PyTorch's sdp_utils."""
     if torch.is_autocast_enabled("cpu"):
@@ -130,7 +124,7 @@ def fake_tensors() -> Iterator[Live]:
     with (
         patch.object(scoring, "in_order", first_rows),
         patch.object(torch.nn.Module, "_apply", apply),
-        patch.multiple(F, dropout=dropout, layer_norm=layer_norm, scaled_dot_product_attention=attention),
+        patch.multiple(F, dropout=dropout, scaled_dot_product_attention=attention),
         warnings.catch_warnings(),
         FakeTensorMode(allow_non_fake_inputs=True),
         Live() as live,
