@@ -336,19 +336,19 @@ def run(output: Path, steps: list[str], modes: list[str], tiny: bool) -> pd.Data
     for mode, work, step in itertools.product(modes, WORKS, STEPS):
         if step not in steps:
             continue
-        memory.free()
         started = time.perf_counter()
         row = {"gpu": hardware.name, "mode": mode, "step": step, "work": work}
-        with (
-            conditions(mode, hardware) as here,
-            random_weights(configs, here.device),
-            tempfile.TemporaryDirectory() as folder,
-        ):
-            row |= {"precision": here.precision, "processes": here.processes}
-            try:
+        try:
+            memory.free()
+            with (
+                conditions(mode, hardware) as here,
+                random_weights(configs, here.device),
+                tempfile.TemporaryDirectory() as folder,
+            ):
+                row |= {"precision": here.precision, "processes": here.processes}
                 row |= measure(step, work, tiny, configs, here, Path(folder))
-            except (Exception, SystemExit) as problem:  # SystemExit: a loader's or trainer's own stop
-                row |= {"fits": False, "error": in_one_line(problem)}
+        except (Exception, SystemExit) as problem:  # SystemExit: a loader's or trainer's own stop
+            row |= {"fits": False, "error": in_one_line(problem)}
         row["seconds"] = round(time.perf_counter() - started, 1)
         rows.append(row)
         print(row, flush=True)

@@ -2,6 +2,7 @@ import functools
 import gc
 import re
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,10 @@ def test_a_row_that_fails_says_why_in_one_line_and_the_next_is_measured(tmp_path
             raise ImportError("no Trainer") from ValueError("no version")
         return {"fits": True, "reviews_per_second": 1.0}
 
+    @contextmanager
+    def without_peft(*_):
+        raise ModuleNotFoundError("no peft")
+
     monkeypatch.setattr(true_size, "measure", measure)
     true_size.main(["--tiny", "--output-dir", str(tmp_path)])
     table = pd.read_csv(tmp_path / "true_size.csv")
@@ -57,6 +62,9 @@ def test_a_row_that_fails_says_why_in_one_line_and_the_next_is_measured(tmp_path
         "Stop: no adapter",
         "ImportError: no Trainer (from ValueError: no version)",
     ]
+    monkeypatch.setattr(true_size, "random_weights", without_peft)
+    table = true_size.run(tmp_path, ["02"], ["as_t4"], tiny=True)
+    assert table["error"].tolist() == ["ModuleNotFoundError: no peft"] * 3
 
 
 def training_of(step: str, hardware: device.Hardware, folder: Path, watch) -> "Trainer":
