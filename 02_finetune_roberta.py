@@ -68,7 +68,7 @@ def save_soft_labels(
     """
     from common import distill, training
 
-    model = models.load_classifier(str(folder / "model")).to(hardware.device).eval()
+    model = models.prepare_for_scoring(models.load_classifier(str(folder / "model")), hardware)
     layers = distill.mapped_layers(args.student_layers, model.config.num_hidden_layers)
     origin = {"weights": models.weights_digest(folder / "model"), "max_length": args.max_length}
     soft_labels = folder / "soft_labels"

@@ -74,12 +74,10 @@ def finetune(
     model = with_lora(args, models.load_llm(settings.locate(args, args.mistral_model), hardware))
     model.print_trainable_parameters()
     checkpoints = folder / "checkpoints"
-    # Adam's state in 8 bits, paged out when the GPU is full (QLoRA, section 3); a CPU has neither need.
-    optimizer = "paged_adamw_8bit" if hardware.device == "cuda" else "adamw_torch"
     trainer = training.LabelWordTrainer(
         label_ids=label_ids,
         model=model,
-        args=training.training_arguments(args, hardware, checkpoints, len(train), optim=optimizer),
+        args=training.training_arguments(args, hardware, checkpoints, len(train)),
         train_dataset=train,
         eval_dataset=validation.longest_first(),
         data_collator=training.Collator(tokenizer.pad_token_id, left=True),

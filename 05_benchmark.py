@@ -14,12 +14,15 @@ Takes   on one T4: planned 9 to 16 minutes (results/gpu/plan.csv), not measured 
 """
 
 import argparse
+import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,7 +90,7 @@ def load_bag_of_words(folder: Path) -> Loaded:
 def load_encoder(args: argparse.Namespace, hardware: device.Hardware, folder: Path, max_length: int) -> Loaded:
     tokenizer, model = models.load_tokenizer(str(folder)), models.load_classifier(str(folder))
     parameters, weight_bytes = models.count(model)
-    model = model.to(hardware.device).eval()
+    model = models.prepare_for_scoring(model, hardware)
 
     def logits(texts: list[str]) -> np.ndarray:
         ids = models.encode(tokenizer, texts, max_length)
@@ -200,6 +203,55 @@ def measure(
     return row, logits
 
 
+def keep(file: Path, row: dict, logits: np.ndarray, measured_on: dict) -> None:
+    """Write a measured row with its logits, so that an interrupted benchmark does not measure it again."""
+    with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, logits=logits, about=json.dumps({"row": row, "measured_on": measured_on}))
+
+
+def read_kept(file: Path, contender: Contender, measured_on: dict) -> tuple[dict, np.ndarray] | None:
+    """A kept row of this contender, measured in the same environment, and its (n, 2) logits; else None."""
+    if not zipfile.is_zipfile(file):
+        return None
+    with np.load(file, allow_pickle=False) as kept:
+        about = json.loads(str(kept["about"]))
+        same = (about["row"]["Model"], about["row"]["Type"]) == (contender.name, contender.kind)
+        return (about["row"], kept["logits"]) if same and about["measured_on"] == measured_on else None
+
+
+def measure_all(
+    contenders: list[Contender], test: pd.DataFrame, args: argparse.Namespace, hardware: device.Hardware, folder: Path
+) -> tuple[list[dict], pd.DataFrame]:
+    """A row for each contender, and the log-odds of each review by model.
+
+    A broken model is a row that says so, not the end of the others. Rows that an earlier run measured are kept.
+    """
+    order = data.stratified_order(test["label"], args.seed)
+    llm_rows = np.sort(order[: args.max_llm_samples])
+    latency_texts = test["text"].iloc[order[: args.latency_samples]].tolist()
+    predictions, rows, measured_on = test[["example_id", "label"]].copy(), [], environment(hardware)
+    for number, contender in enumerate(contenders, start=1):
+        part = test.iloc[llm_rows] if contender.is_llm else test
+        file = folder / "rows" / f"{number}.npz"
+        kept = read_kept(file, contender, measured_on)
+        print(f"{'kept: ' if kept else 'measuring '}{contender.name} ({contender.kind})", flush=True)
+        try:
+            row, logits = kept or measure(contender, part, latency_texts, hardware)
+        except (Exception, settings.Stop) as problem:
+            traceback.print_exc()
+            status = f"failed: {type(problem).__name__}: {problem}"
+            rows.append({"Model": contender.name, "Type": contender.kind, "status": status})
+        else:
+            rows.append(row)
+            predictions.loc[part.index, contender.name] = logits[:, 1] - logits[:, 0]
+            if kept is None:
+                keep(file, row, logits, measured_on)
+        memory.free()
+        if kept is None and number < len(contenders) and device.out_of_time():
+            device.stop_for_time()
+    return rows, predictions
+
+
 def compare(table: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
     """Add the speed-ups over 02's row, and each row's McNemar p against the control on the reviews that both read."""
     teacher = table[(table["Type"] == TEACHER) & (table["status"] == "ok")]
@@ -279,25 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         args, STEP, reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in finished}
     )
 
-    test = reviews.test
-    order = data.stratified_order(test["label"], args.seed)
-    llm_rows = np.sort(order[: args.max_llm_samples])
-    latency_texts = test["text"].iloc[order[: args.latency_samples]].tolist()
-    predictions = test[["example_id", "label"]].copy()
-    rows = []
-    for contender in find_contenders(args, hardware, runs):
-        print(f"measuring {contender.name} ({contender.kind})", flush=True)
-        part = test.iloc[llm_rows] if contender.is_llm else test
-        try:
-            row, logits = measure(contender, part, latency_texts, hardware)
-            predictions.loc[part.index, contender.name] = logits[:, 1] - logits[:, 0]
-        except (Exception, settings.Stop) as problem:  # a broken model is a row and the exit code, not the others' end
-            traceback.print_exc()
-            status = f"failed: {type(problem).__name__}: {problem}"
-            row = {"Model": contender.name, "Type": contender.kind, "status": status}
-        rows.append(row)
-        memory.free()
-
+    rows, predictions = measure_all(find_contenders(args, hardware, runs), reviews.test, args, hardware, folder)
     columns = dict.fromkeys([*COLUMNS, "n", "ci_low", "ci_high", *(key for row in rows for key in row)])
     table = compare(pd.DataFrame(rows).reindex(columns=list(columns)), predictions)
     artifacts.write_table(folder / "benchmark.csv", table)
@@ -310,6 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         print(f"error: {len(failed)} of {len(rows)} models failed ({', '.join(failed)}); see above", file=sys.stderr)
         return 1
+    shutil.rmtree(folder / "rows")
     artifacts.finish(args, folder, {}, memory.highest_peak_mb())
     print(f"the table: {folder / 'benchmark.csv'}")
     return 0

@@ -5,6 +5,7 @@ import atexit
 import ctypes
 import datetime
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from common.settings import stop
 
@@ -25,6 +26,9 @@ T = TypeVar("T")
 STARTED = "SENTIMENT_STARTED_BY"
 # What one process does alone while the others wait: the longest is joining 75,000 reviews' features on a slow disk.
 PATIENCE = datetime.timedelta(hours=2)
+
+
+_deadline = math.inf  # by time.monotonic(); `detect` sets it from --max-hours
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def detect(args: argparse.Namespace) -> Hardware:
     --precision auto is fp16 on a GPU before compute capability 8.0 (a T4: torch counts its emulated bf16 as support),
     bf16 from there on, fp32 on a CPU. A script without --num-processes runs on one GPU.
     """
+    global _deadline
+    _deadline = time.monotonic() + 3600 * (getattr(args, "max_hours", None) or math.inf)
     if begun_by_parent():
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C reaches all; the parent tells of it
     _quiet_libraries()
@@ -144,9 +150,12 @@ def one_process_per_gpu(args: argparse.Namespace, hardware: Hardware, script: st
     # The loopback address: not every container can resolve its own host name.
     where = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={hardware.processes}"]
     command = sys.argv[1:] if argv is None else argv
+    # --force has deleted what it should; a second time it would delete what the first process has begun.
+    again = ["--no-force"]
+    if _deadline < math.inf:
+        again.append(f"--max-hours={max(seconds_left(), 1) / 3600}")
     try:
-        # --force has deleted what it should; a second time it would delete what the first process has begun.
-        torchrun([*where, script, *command, "--no-force"])
+        torchrun([*where, script, *command, *again])
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
         if failure.exitcode < 0:
@@ -190,6 +199,23 @@ def first_alone(action: Callable[[], T]) -> T | None:
     return result
 
 
+def seconds_left() -> float:
+    """What --max-hours leaves of this process's time; infinite without the flag."""
+    return _deadline - time.monotonic()
+
+
+def out_of_time() -> bool:
+    """Whether the time of --max-hours is over by the first process's clock: the same answer in all."""
+    return _deadline < math.inf and share(seconds_left() <= 0)
+
+
+def stop_for_time() -> NoReturn:
+    """Leave with exit code 3, all processes together: the work on disk is whole and can be continued."""
+    print("out of time (--max-hours): the same command continues", flush=True)
+    gather(None)  # the first process speaks before any leaves, for the first exit ends all
+    raise SystemExit(3)
+
+
 def share(value: T) -> T:
     """The first process's value, in all."""
     return gather(value)[0]
@@ -222,8 +248,12 @@ def _join(gpus: int) -> None:
     if rank() > 0:
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
         warnings.simplefilter("ignore")
-    torch.distributed.init_process_group("nccl" if gpus else "gloo", timeout=PATIENCE)
-    if not gpus:
+    if gpus:
+        own = torch.device("cuda", local_rank)
+        torch.distributed.init_process_group("nccl", timeout=PATIENCE, device_id=own)
+        atexit.register(torch.distributed.destroy_process_group)  # else NCCL warns of leaked resources
+    else:
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
         # gloo's threads let go of their tensors a moment after the last collective; where the interpreter is gone by
         # then, SIGABRT ends a process that has done its work (pytorch pull request 179291). With torch 2.13 and two
         # cores that met 8 of 24 pairs like those of tests/test_processes.py. destroy_process_group() is no cure.

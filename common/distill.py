@@ -91,8 +91,6 @@ class DistillationTrainer(training.ReviewTrainer):
     No teacher model is ever loaded.
     """
 
-    gradient_copies = 1  # a term's, of a step that is logged
-
     def __init__(self, *args, alpha: float, temperature: float, feature_weight: float, soft_loss: str = "kl", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
@@ -123,21 +121,10 @@ class DistillationTrainer(training.ReviewTrainer):
         if "features" in outputs:
             distance = feature_loss(outputs["features"].float(), inputs["teacher_features"].float())
             terms["features"] = self.feature_weight * distance
-        self._record(terms, model)
-        loss = sum(terms.values())
-        return (loss, outputs) if return_outputs else loss
-
-    def _record(self, terms: dict[str, torch.Tensor], model: nn.Module) -> None:
-        """Keep each weighted term for the next log; of a step that is logged also its gradient's norm, which tells
-        what the term does to the student: their values are on no common scale."""
-        due = (self.state.global_step + 1) % self.args.logging_steps == 0
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
         for name, term in terms.items():
             self._terms.setdefault(name, []).append(term.detach())
-            if due:
-                gradients = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
-                norms = torch.stack([gradient.norm() for gradient in gradients if gradient is not None])
-                self._terms.setdefault(f"{name}_grad", []).append(norms.norm())
+        loss = sum(terms.values())
+        return (loss, outputs) if return_outputs else loss
 
     def train(self, *args, **kwargs):
         """Train; the terms of the trial step before it are none of the training's."""
@@ -145,7 +132,7 @@ class DistillationTrainer(training.ReviewTrainer):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add each weighted loss term's mean since the last log, and the norm of its gradient in the last step."""
+        """Add each weighted loss term's mean since the last log."""
         if "loss" in logs:
             logs |= {name: round(torch.stack(terms).mean().item(), 4) for name, terms in self._terms.items()}
             self._terms.clear()
@@ -248,5 +235,5 @@ def train_student(
         training.save(student.model, tokenizer, target, checkpoints)
     if validation is None:
         return None
-    model = models.load_classifier(str(target)).to(hardware.device).eval()
+    model = models.prepare_for_scoring(models.load_classifier(str(target)), hardware)
     return scoring.score_encoder(model, validation.ids, tokenizer.pad_token_id, hardware, None)["scores"]

@@ -13,10 +13,6 @@ _earlier_peak = 0.0
 def free() -> None:
     """Drop what no name holds any more and return cached GPU memory; call it after `del model`."""
     global _earlier_peak
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is not None:
-        # Trainer registers a model's embeddings there for an 8-bit optimizer, for good: 0.5 GiB of Mistral.
-        bitsandbytes.optim.GlobalOptimManager.get_instance().module_weight_config_triple.clear()
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

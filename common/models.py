@@ -1,6 +1,7 @@
 """Models and tokenizers: load an encoder, a 4-bit causal LM, an adapter; count them; truncate reviews head+tail."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -63,6 +64,20 @@ def load_classifier(name: str) -> "PreTrainedModel":
     return model
 
 
+def prepare_for_scoring(model: "PreTrainedModel", hardware: Hardware) -> "PreTrainedModel":
+    """The model in eval mode on the device, its linear layers cast once to the dtype of the arithmetic.
+
+    Autocast casts fp32 weights at every forward pass, since inference mode switches its cache off: for one review that
+    is as much memory traffic as the rest. The logits are the same. Count parameters and bytes before.
+    """
+    import torch
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.to(hardware.dtype)
+    return model.to(hardware.device).eval()
+
+
 def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "PreTrainedModel | PeftModel":
     """A causal LM in 4 bits (nf4, double quantisation; QLoRA, Dettmers et al. 2023), with or without a LoRA adapter.
 
@@ -77,7 +92,10 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=hardware.dtype,  # the library's default, float32, is 20x slower on a T4
     )
-    device = torch.cuda.current_device() if hardware.device == "cuda" else "cpu"  # never "auto": it splits the model
+    # This process's own GPU: "auto" would split the model, and safetensors takes a bare "cuda" for the first GPU.
+    device = f"cuda:{torch.cuda.current_device()}" if hardware.device == "cuda" else "cpu"
+    # Else transformers 5.0 puts unquantised weights on the GPU faster than it quantises them (issue 43032).
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     with _explained(name), _quiet():
         # The stored dtype of Mistral is bf16, which a T4 only emulates: what stays unquantised takes ours.
         model = AutoModelForCausalLM.from_pretrained(
@@ -93,7 +111,7 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
             if not (adapter / file).is_file():
                 stop(f"{adapter}/ is no adapter (it has no {file}): run 03_finetune_mistral.py --force")
         try:
-            model = PeftModel.from_pretrained(model, str(adapter), torch_device=hardware.device)
+            model = PeftModel.from_pretrained(model, str(adapter), torch_device=device)
         # other modules, weights of other shapes, a file without its keys or cut short
         except (ValueError, RuntimeError, KeyError, SafetensorError) as problem:
             stop(

@@ -130,24 +130,27 @@ def in_chunks(
         device.first_alone(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a kill between the table and this
         return
     started, scored = time.time(), 0
-    begins = range(0, n, chunk)
-    for begin in begins[device.rank() :: device.world_size()]:
-        part = parts / f"{begin:07d}.npz"
-        if zipfile.is_zipfile(part):
-            continue
-        if part.exists():
-            print(f"{part} is damaged: scoring its reviews again")
+    a_turn = chunk * device.world_size()
+    for turn in range(0, n, a_turn):  # as many turns in all processes, since they agree on the time after each
+        begin = turn + chunk * device.rank()
         texts = reviews["text"].iloc[begin : begin + chunk].tolist()
-        arrays = score(texts)
-        with whole(part) as temporary, open(temporary, "wb") as handle:
-            np.savez(handle, **arrays)
-        scored += len(texts)
-        rate = scored / (time.time() - started) * device.world_size()
-        done = min(n, chunk * len(list(parts.glob("*.npz"))))
-        print(
-            f"  {split}: {done:,} of {n:,} scored, {rate:.1f} reviews/s, {(n - done) / rate / 60:.0f} min left",
-            flush=True,
-        )
+        part = parts / f"{begin:07d}.npz"
+        if texts and not zipfile.is_zipfile(part):
+            if part.exists():
+                print(f"{part} is damaged: scoring its reviews again")
+            arrays = score(texts)
+            with whole(part) as temporary, open(temporary, "wb") as handle:
+                np.savez(handle, **arrays)
+            scored += len(texts)
+            rate = scored / (time.time() - started) * device.world_size()
+            done = min(n, chunk * len(list(parts.glob("*.npz"))))
+            print(
+                f"  {split}: {done:,} of {n:,} scored, {rate:.1f} reviews/s, {(n - done) / rate / 60:.0f} min left",
+                flush=True,
+            )
+        # A run makes at least one chunk, so that runs that are too short come to an end all the same.
+        if turn + a_turn < n and device.out_of_time() and any(device.gather(scored)):
+            device.stop_for_time()
     device.gather(None)  # all chunks are there
     device.first_alone(lambda: _join(folder, split, parts, reviews["example_id"], columns))
 

@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, object]] = {
 # These change how a result is computed or where it lies, not what it is: a finished step stays finished under others.
 NOT_COMPARED = {
     "preset", "output_dir", "force", "precision", "num_processes", "micro_batch_size", "batch_tokens",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "max_hours",
 }  # fmt: skip
 
 
@@ -113,6 +113,14 @@ def positive(text: str) -> float:
     return value
 
 
+def hours(text: str) -> float | None:
+    """A number of hours above 0, or "unlimited" (None)."""
+    return None if text == "unlimited" else positive(text)
+
+
+hours.__name__ = "number of hours or 'unlimited'"
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
     value = non_negative(text)
@@ -140,6 +148,7 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
             default="auto",
             help="of the arithmetic; auto: the hardware's",
         )
+    add("--max-hours", type=hours, default="unlimited", help="time after which the script stops, to be continued")
     add("--force", action=argparse.BooleanOptionalAction, default=False, help="redo this step, deleting its results")
     if "train" in reads:
         add("--validation-samples", type=positive_int, default=2500, help="reviews of train that choose checkpoints")
@@ -185,9 +194,9 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
 
 def show(args: argparse.Namespace) -> None:
     """Print the resolved settings, a line each."""
+    nothing = {"num_processes": "auto", "batch_tokens": "auto", "max_hours": "unlimited"}
     for name, value in sorted(vars(args).items()):
-        nothing = "auto" if name in ("num_processes", "batch_tokens") else "all"
-        print(f"  {name} = {nothing if value is None else json.dumps(value)}")
+        print(f"  {name} = {nothing.get(name, 'all') if value is None else json.dumps(value)}")
     sys.stdout.flush()
 
 

@@ -120,7 +120,7 @@ class Proof:
 def score(args, hardware: device.Hardware, model_folder: Path, reviews: pd.DataFrame) -> np.ndarray:
     """A model's (n, 2) logits of the reviews."""
     tokenizer = models.load_tokenizer(str(model_folder))
-    model = models.load_classifier(str(model_folder)).to(hardware.device).eval()
+    model = models.prepare_for_scoring(models.load_classifier(str(model_folder)), hardware)
     ids = models.encode(tokenizer, reviews["text"].tolist(), args.max_length)
     return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
 

@@ -27,7 +27,8 @@ def main() -> None:
 
     from transformers import pipeline
 
-    tokenizer, model = models.load_tokenizer(args.model), models.load_classifier(args.model).to(hardware.device).eval()
+    tokenizer = models.load_tokenizer(args.model)
+    model = models.prepare_for_scoring(models.load_classifier(args.model), hardware)
     ids = models.encode(tokenizer, texts, args.max_length)
     long = np.array([len(one) == args.max_length for one in ids])
     ours = scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, None)["scores"].argmax(1)

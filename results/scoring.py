@@ -28,19 +28,19 @@ WARM_UP = 4
 def encoder_methods(
     args: argparse.Namespace, hardware: device.Hardware
 ) -> dict[str, Callable[[list[str]], np.ndarray]]:
-    """Labels of texts by three ways to run the same encoder."""
+    """Labels of texts by several ways to run the same encoder."""
     import torch
     from transformers import pipeline
 
     tokenizer = models.load_tokenizer(args.encoder)
     model = models.load_classifier(args.encoder).to(hardware.device).eval()
+    prepared = models.prepare_for_scoring(models.load_classifier(args.encoder), hardware)
     head_only = {"truncation": True, "max_length": args.max_length}
 
-    def ours(texts: list[str]) -> np.ndarray:
+    def ours(texts: list[str], scored=prepared) -> np.ndarray:
         ids = [np.array(one, dtype=np.int32) for one in tokenizer(texts, **head_only)["input_ids"]]
-        return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"].argmax(
-            1
-        )
+        pad_id = tokenizer.pad_token_id
+        return scoring.score_encoder(scored, ids, pad_id, hardware, args.batch_tokens)["scores"].argmax(1)
 
     def one_by_one(texts: list[str]) -> np.ndarray:
         labels = []
@@ -56,7 +56,16 @@ def encoder_methods(
         with hardware.autocast():
             return np.array([data.LABELS.index(one["label"]) for one in classify(texts, **head_only)])
 
-    return {"ours": ours, "one review at a time": one_by_one, "pipeline(batch_size=32)": with_pipeline}
+    return {
+        "ours": ours,
+        "ours, weights cast at every call": lambda texts: ours(texts, model),
+        "ours, one review at a time": lambda texts: np.concatenate([ours([text]) for text in texts]),
+        "ours, one at a time, weights cast at every call": lambda texts: np.concatenate(
+            [ours([text], model) for text in texts]
+        ),
+        "one review at a time": one_by_one,
+        "pipeline(batch_size=32)": with_pipeline,
+    }
 
 
 def llm_methods(args: argparse.Namespace, hardware: device.Hardware) -> dict[str, Callable[[list[str]], np.ndarray]]:

@@ -222,7 +222,7 @@ def score_teacher(args, hardware, teacher_folder: Path, scored: Path, train: pd.
     """02's scoring pass over the training reviews, on disk; its seconds."""
     from common import distill
 
-    model = models.load_classifier(str(teacher_folder)).to(hardware.device).eval()
+    model = models.prepare_for_scoring(models.load_classifier(str(teacher_folder)), hardware)
     tokenizer = models.load_tokenizer(str(teacher_folder))
     depth = models.load_config(args.student_model).num_hidden_layers
     layers = distill.mapped_layers(depth, model.config.num_hidden_layers)

@@ -78,3 +78,47 @@ def test_a_schedulers_variable_alone_is_no_torchrun(monkeypatch, name, value):
 
 def test_a_batch_that_processes_cannot_share_is_refused_at_once(stops):
     stops(lambda: detect(num_processes=2, batch_size=9), "--batch-size 9", "2 processes")
+
+
+def test_a_process_names_its_own_gpu_to_the_group_and_leaves_it_at_the_end(gpu, monkeypatch):
+    gpu(7, 5, count=2)
+    joined, at_exit = {}, []
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: joined.update(current=index))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **how: joined.update(how, kind=backend)
+    )
+    monkeypatch.setattr(device.atexit, "register", lambda function, *_: at_exit.append(function))
+    monkeypatch.setattr(device.sys, "stdout", device.sys.stdout)
+    detect(num_processes=2, batch_size=2)
+    assert (joined["kind"], joined["device_id"], joined["current"]) == ("nccl", torch.device("cuda", 1), 1)
+    assert at_exit == [torch.distributed.destroy_process_group]
+
+
+def test_the_first_process_decides_whether_the_time_is_over(monkeypatch):
+    detect(max_hours=1e-9)
+    assert device.out_of_time() and device.seconds_left() < 0
+    monkeypatch.setattr(device, "share", lambda late: not late)  # the first process's clock says otherwise
+    assert not device.out_of_time()
+    monkeypatch.setattr(device, "share", lambda _: pytest.fail("processes that have no limit need not agree"))
+    detect(max_hours=None)
+    assert not device.out_of_time()
+
+
+def test_the_started_processes_get_what_is_left_of_the_time(gpu, monkeypatch):
+    gpu(7, 5, count=2)
+    given = []
+    monkeypatch.setattr("torch.distributed.run.main", given.extend)
+    hardware = detect(num_processes=2, max_hours=2.0)
+    monkeypatch.setattr(device, "_deadline", device.time.monotonic() + 1800)
+    with pytest.raises(SystemExit):
+        device.one_process_per_gpu(argparse.Namespace(), hardware, "02.py", ["--max-hours", "2"])
+    last = [word for word in given if word.startswith("--max-hours")][-1]
+    assert float(last.partition("=")[2]) == pytest.approx(0.5, abs=0.01)

@@ -120,27 +120,15 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(trainer):
     assert loss.item() == pytest.approx((0.7 * kl + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
 
 
-def test_each_term_is_logged_with_the_norm_of_its_own_gradient(trainer):
-    trainer.args.logging_steps, trainer.args.max_grad_norm, trainer.data_collator = 1, 0.0, training.Collator(0)
+def test_each_weighted_term_is_logged_and_they_add_up_to_the_loss(trainer):
+    trainer.args.logging_steps, trainer.data_collator = 1, training.Collator(0)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
-    trainer.model.model.dropout.p = 0.0
     training.train(trainer, CPU)
-    first = next(entry for entry in trainer.state.log_history if "kl" in entry)
-    assert first["kl"] + first["ce"] + first["features"] == pytest.approx(first["loss"], abs=2e-3)
-    for name in ("kl_grad", "ce_grad", "features_grad"):
-        assert 0 < first[name] < 100
-    alone = distill.DistillationTrainer(
-        trainer.model, trainer.args, train_dataset=trainer.train_dataset, alpha=0.0, temperature=2.0, feature_weight=0.0
-    )
-    batch = training.Collator(0)([trainer.train_dataset[row] for row in range(12)])
-    alone.model.eval()  # no dropout: the two gradients are of the same function
-    for module in alone.model.modules():
-        module.training = module is alone.model
-    alone.model.zero_grad()
-    alone.compute_loss(alone.model, batch).backward()
-    norm = torch.stack([p.grad.norm() for p in alone.model.parameters() if p.grad is not None]).norm().item()
-    assert alone._terms["ce_grad"][-1].item() == pytest.approx(norm, rel=1e-4)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3
+    for entry in logged:
+        assert entry["kl"] + entry["ce"] + entry["features"] == pytest.approx(entry["loss"], abs=2e-3)
 
 
 def test_the_students_features_are_the_pooled_states_of_its_layers_after_the_embeddings(trainer):

@@ -89,3 +89,33 @@ def test_a_folder_without_its_tokenizer_is_refused_and_not_read_as_unknown_words
 def test_a_hub_name_without_the_hub_is_one_sentence(stops, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     stops(lambda: models.load_classifier("FacebookAI/roberta-large"), "FacebookAI/roberta-large", "local folder")
+
+
+def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at_a_time(tiny, tmp_path, monkeypatch):
+    import os
+
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    loaded = {}
+
+    class Base(torch.nn.Module):
+        def named_modules(self, *_, **__):
+            return iter(())
+
+    def base(name, **how):
+        loaded.update(device_map=how["device_map"], loads_in_turn=os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"))
+        return Base()
+
+    def adapter(model, folder, torch_device):
+        loaded.update(torch_device=torch_device)
+        return model
+
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", base)
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", adapter)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    models.load_llm(str(tiny / "mistral"), device.Hardware("cuda", "fp16", "pretended", 2), tmp_path)
+    assert loaded == {"device_map": {"": "cuda:1"}, "torch_device": "cuda:1", "loads_in_turn": "1"}

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import write_reviews
 
-from common import artifacts
+from common import artifacts, device
 
 NUMBERS = ("01", "02", "03", "04a", "04b", "05")
 
@@ -194,6 +194,78 @@ def test_a_model_that_fails_is_a_row_that_says_so_and_a_non_zero_exit(outputs, f
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
     assert table["status"].str.startswith("failed").tolist() == [False, False, True]
     assert not (tmp_path / "05_benchmark" / "run.json").exists()
+
+
+def step_of(number: str) -> str:
+    return next(step for step, file in artifacts.SCRIPTS.items() if file.startswith(number))
+
+
+def run_out_of_time(main, flags: list[str]) -> int:
+    """Run a script that is always out of time until it ends otherwise; how many times it stopped."""
+    for stopped in range(50):
+        try:
+            assert main([*flags, "--max-hours", "1e-9"]) in (None, 0)
+            return stopped
+        except SystemExit as left:
+            assert left.code == 3
+    raise AssertionError("no end after 50 runs")
+
+
+def test_a_benchmark_that_time_stops_after_each_row_keeps_what_it_measured(outputs, flags, script, tmp_path, capsys):
+    for step in set(artifacts.SCRIPTS) - {"05_benchmark"}:
+        (tmp_path / step).symlink_to(outputs / step)
+    stopped = run_out_of_time(script("05").main, [*flags["05"], "--output-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    tables = [pd.read_csv(folder / "05_benchmark" / "benchmark.csv") for folder in (outputs, tmp_path)]
+    same = ["Model", "Type", "Accuracy", "nll", "Size (MB)", "n", "mcnemar_p_control", "status"]
+    pd.testing.assert_frame_equal(tables[0][same], tables[1][same])
+    assert stopped == len(tables[1]) - 1 and out.count("measuring ") == len(tables[1])  # none is measured twice
+    for name in tables[1]["Model"]:
+        assert out.count(f"kept: {name} (") >= 1 or name == tables[1]["Model"].iloc[-1]
+    predictions = [(folder / "05_benchmark" / "predictions.parquet").read_bytes() for folder in (outputs, tmp_path)]
+    assert predictions[0] == predictions[1]
+    assert not (tmp_path / "05_benchmark" / "rows").exists()
+
+
+def test_a_row_that_another_machine_measured_is_measured_again(outputs, flags, script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "01_baseline").symlink_to(outputs / "01_baseline")
+    benchmark = script("05")
+    with pytest.raises(SystemExit):
+        benchmark.main([*flags["05"], "--output-dir", str(tmp_path), "--max-hours", "1e-9"])
+    monkeypatch.setattr(benchmark, "environment", lambda hardware: {"device": "another"})
+    assert benchmark.main([*flags["05"], "--output-dir", str(tmp_path)]) == 0
+    assert "kept: " not in capsys.readouterr().out
+
+
+def test_the_baselines_take_a_time_limit_and_finish(outputs, flags, script, tmp_path):
+    assert run_out_of_time(script("01").main, [*flags["01"], "--output-dir", str(tmp_path)]) == 0
+
+
+@pytest.mark.slow  # four scripts, each begun some ten to twenty times
+@pytest.mark.parametrize("number", ["02", "03", "04a", "04b"])
+def test_a_step_that_time_stops_again_and_again_ends_with_the_files_of_an_unstopped_one(
+    outputs, flags, script, tmp_path, monkeypatch, number
+):
+    for step in set(artifacts.SCRIPTS) - {step_of(number)}:
+        (tmp_path / step).symlink_to(outputs / step)
+    asked = iter(range(10**6))
+    monkeypatch.setattr(device, "out_of_time", lambda: next(asked) % 5 == 4)
+    main, stopped = script(number).main, 0
+    while True:
+        try:
+            main([*flags[number], "--output-dir", str(tmp_path)])
+            break
+        except SystemExit as left:
+            assert left.code == 3
+            stopped += 1
+            assert not (tmp_path / step_of(number) / "run.json").exists()
+    assert stopped > 8
+    made, whole = tmp_path / step_of(number), outputs / step_of(number)
+    files = sorted(str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file())
+    assert files == sorted(str(file.relative_to(made)) for file in made.rglob("*") if file.is_file())
+    for name in files:
+        if name.endswith((".safetensors", ".npy", ".parquet")):
+            assert (made / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_a_table_of_failures_alone_is_written_too(outputs, flags, script, tmp_path, capsys):

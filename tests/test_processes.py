@@ -71,35 +71,51 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module")
+def two(flags, tmp_path_factory):
+    """02 in two processes: what it printed, and its output folder."""
+    folder = tmp_path_factory.mktemp("two")
+    done = run(["02_finetune_roberta.py", *flags["02"], *TWO, "--output-dir", str(folder)])
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
 def logged(output: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf"'{name}': '?([0-9.e-]+)", output)]
 
 
-def test_two_processes_train_and_score_like_one(flags, script, tmp_path, capsys):
-    script("02").main([*flags["02"], "--output-dir", str(tmp_path / "one")])
-    one = capsys.readouterr().out
-    two = run(["02_finetune_roberta.py", *flags["02"], *TWO, "--output-dir", str(tmp_path / "two")])
-    assert two.returncode == 0, two.stderr
+def test_two_processes_train_and_score_like_one(flags, two, script, tmp_path, capsys):
+    script("02").main([*flags["02"], "--output-dir", str(tmp_path)])
+    one, (both, folder) = capsys.readouterr().out, two
     # Doubled or halved losses and gradients are what accumulation and processes did in earlier versions.
     for name in ("loss", "grad_norm", "eval_accuracy"):
-        assert logged(two.stdout, name) == pytest.approx(logged(one, name), rel=0.02), name
+        assert logged(both, name) == pytest.approx(logged(one, name), rel=0.02), name
     assert len(logged(one, "loss")) > 5
-    assert two.stdout.count("validation accuracy") == two.stdout.count("fits with micro-batch") == 1  # one speaks
+    assert both.count("validation accuracy") == both.count("fits with micro-batch") == 1  # one speaks
     for split in ("train", "validation", "transfer"):
-        tables = [
-            pd.read_parquet(tmp_path / n / "02_roberta" / "soft_labels" / f"{split}.parquet") for n in ("one", "two")
-        ]
+        soft_labels = [root / "02_roberta" / "soft_labels" for root in (tmp_path, folder)]
+        tables = [pd.read_parquet(root / f"{split}.parquet") for root in soft_labels]
         assert tables[0]["example_id"].tolist() == tables[1]["example_id"].tolist()
         np.testing.assert_allclose(tables[0]["logit_positive"], tables[1]["logit_positive"], atol=2e-3)
-        if split == "validation":
-            continue  # no features: no student trains on it
-        states = [
-            np.load(tmp_path / n / "02_roberta" / "soft_labels" / f"{split}_features.npy") for n in ("one", "two")
-        ]
-        np.testing.assert_allclose(states[0], states[1], atol=2e-2)
+        if split != "validation":  # of which no student needs the features
+            states = [np.load(root / f"{split}_features.npy") for root in soft_labels]
+            np.testing.assert_allclose(states[0], states[1], atol=2e-2)
     # The number of processes is no setting: a finished step stays finished.
-    again = run(["02_finetune_roberta.py", *flags["02"], "--output-dir", str(tmp_path / "two")])
+    again = run(["02_finetune_roberta.py", *flags["02"], "--output-dir", str(folder)])
     assert again.returncode == 0 and "is finished" in again.stdout
+
+
+def test_two_processes_stop_together_when_the_first_ones_time_is_over_and_continue_to_the_bit(flags, two, tmp_path):
+    command = ["02_finetune_roberta.py", *flags["02"], *TWO, "--output-dir", str(tmp_path)]
+    stopped = run([*command, "--max-hours", "1e-9"])
+    assert stopped.returncode == 3 and stopped.stdout.count("out of time") == 1, stopped.stderr
+    assert "Traceback" not in stopped.stderr and "error" not in stopped.stderr
+    assert not (tmp_path / "02_roberta" / "model").exists()
+    continued = run(command)
+    assert continued.returncode == 0 and "continuing from" in continued.stdout, continued.stderr
+    for name in ("model/model.safetensors", "soft_labels/train_features.npy", "soft_labels/transfer.parquet"):
+        whole, made = (root / "02_roberta" / name for root in (two[1], tmp_path))
+        assert whole.read_bytes() == made.read_bytes(), name
 
 
 def test_under_torchrun_both_ranks_hold_the_same_adapter_and_it_is_that_of_one_process(flags, script, tmp_path):

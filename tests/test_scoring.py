@@ -92,6 +92,23 @@ def test_the_head_reads_one_block_of_memory(tiny):
     torch.testing.assert_close(logits, model(input_ids=input_ids).logits[:, -1])
 
 
+@pytest.mark.parametrize("role", ["roberta", "distilbert"])
+def test_a_model_prepared_for_scoring_casts_its_linear_layers_once_and_scores_the_same(tiny, role):
+    bf16 = device.Hardware("cpu", "bf16", "test")
+    tokenizer, model = models.load_tokenizer(str(tiny / role)), models.load_classifier(str(tiny / role)).eval()
+    ids = models.encode(tokenizer, TEXTS, 64)
+    cast_each_time = scoring.score_encoder(model, ids, tokenizer.pad_token_id, bf16, 256, [1, 2])
+    prepared = models.prepare_for_scoring(model, bf16)
+    once = scoring.score_encoder(prepared, ids, tokenizer.pad_token_id, bf16, 256, [1, 2])
+    for name in ("scores", "features"):
+        np.testing.assert_array_equal(once[name], cast_each_time[name])
+    weights = {name: weight.dtype for name, weight in prepared.named_parameters()}
+    assert weights[next(name for name in weights if "word_embeddings" in name)] is torch.float32
+    linear = [module for module in prepared.modules() if isinstance(module, torch.nn.Linear)]
+    assert linear and all(module.weight.dtype is torch.bfloat16 for module in linear)
+    assert not prepared.training
+
+
 def test_a_score_that_is_not_finite_is_never_passed_on(tiny):
     tokenizer, model = models.load_tokenizer(str(tiny / "distilbert")), models.load_classifier(str(tiny / "distilbert"))
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
@@ -133,6 +150,20 @@ def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
     scoring.in_chunks(tmp_path, "train", reviews_of(40), scoring.LOGITS, interrupted, chunk=10)
     assert calls == ["0", "10", "20", "20", "30"]
     assert scoring.read_scores(tmp_path, "train", scoring.LOGITS)[1][:, 0].tolist() == list(range(40))
+
+
+def test_a_scoring_that_is_out_of_time_stops_after_a_chunk_and_continues_to_the_same_scores(tmp_path, monkeypatch):
+    scoring.in_chunks(tmp_path, "train", reviews_of(45), scoring.LOGITS, score, chunk=10)
+    monkeypatch.setattr(device, "out_of_time", lambda: True)
+    codes = []
+    while not (tmp_path / "stopped" / "train.parquet").exists():
+        try:
+            scoring.in_chunks(tmp_path / "stopped", "train", reviews_of(45), scoring.LOGITS, score, chunk=10)
+        except SystemExit as left:
+            codes.append(left.code)
+    assert codes == [3] * 4  # the fifth run makes the last chunk, and the split is finished
+    for name in ("train.parquet", "train_features.npy"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage"])

@@ -58,6 +58,8 @@ def test_help_shows_every_default_and_imports_no_torch(script_name):
         (["--seed", "-3"], "at least 0"),
         (["--precision", "int8"], "invalid choice"),
         (["--num-processes", "0"], "not at least 1"),
+        (["--max-hours", "0"], "not above 0"),
+        (["--max-hours", "soon"], "invalid number of hours"),
     ],
 )
 def test_a_wrong_value_is_told_with_exit_code_2(flags, words, script, capsys):

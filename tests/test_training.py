@@ -1,5 +1,8 @@
 import argparse
+import json
+import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -100,6 +103,25 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_changes_neither_batch_nor
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_the_trial_meets_the_second_micro_step_beside_the_gradients_of_the_first(
+    tiny, tmp_path, args, capsys, monkeypatch
+):
+    trainer = make_trainer(tiny, tmp_path, args)
+    compute = trainer.compute_loss
+
+    def limited(model, inputs, *rest, **more):
+        with_gradients = any(weight.grad is not None for weight in model.parameters())
+        if with_gradients and len(inputs["input_ids"]) > 2 and trainer.optimizer is None:  # in the trial
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(model, inputs, *rest, **more)
+
+    monkeypatch.setattr(trainer, "compute_loss", limited)
+    args.micro_batch_size = trainer.args.per_device_train_batch_size = 4
+    trainer.args.gradient_accumulation_steps = 2
+    training.train(trainer, CPU)
+    assert "fits with micro-batch 2 (x 4 accumulated" in capsys.readouterr().out
+
+
 def test_a_gpu_too_small_for_one_review_is_told_before_training(tiny, tmp_path, args, stops, monkeypatch):
     trainer = make_trainer(tiny, tmp_path, args)
 
@@ -174,6 +196,28 @@ def test_a_damaged_best_checkpoint_is_noticed_before_training_goes_on(tiny, tmp_
     assert "the best so far" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_an_fp16_run_needs_its_gradient_scaler(tiny, tmp_path, args, capsys):
+    trainer = make_trainer(tiny, tmp_path, args)
+    trainer.train()
+    folder = tmp_path / "checkpoints"
+    older, newest = sorted(folder.iterdir())
+    recorded = json.loads((newest / "trainer_state.json").read_text())
+    assert recorded["stateful_callbacks"]["fp16"] is False
+    assert training.newest_checkpoint(folder) == newest  # a run in fp32 or bf16 has none
+    trainer.args.fp16 = True  # arithmetic that a CPU has not: from here on by its record
+    (recording,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, training.SaveOften))
+    recording.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.state.save_to_json(str(newest / "trainer_state.json"))
+    torch.save(torch.amp.GradScaler("cpu").state_dict(), newest / "scaler.pt")
+    assert training.newest_checkpoint(folder) == newest
+    for kind in ("cut scaler.pt", "empty scaler.pt", "delete scaler.pt"):
+        copy = tmp_path / kind.replace(" ", "_")
+        shutil.copytree(folder, copy)
+        damaged(copy / newest.name, kind)
+        assert training.newest_checkpoint(copy) == copy / older.name, kind
+        assert "is damaged (scaler.pt)" in capsys.readouterr().out
+
+
 def test_a_best_checkpoint_that_is_gone_at_the_end_is_no_success(tiny, tmp_path, args, stops):
     interrupt(make_trainer(tiny, tmp_path, args), 1.5)
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
@@ -220,6 +264,53 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
     assert next(accuracies) == next(accuracies)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, continued.model.state_dict()[name]), name
+
+
+def run_until_out_of_time(tiny, folder, args, monkeypatch, questions: int):
+    """Train; the clock says that the time is over from this question on. The trainer, and the code that ended it."""
+    asked = iter([False] * (questions - 1))
+    monkeypatch.setattr(device, "out_of_time", lambda: next(asked, True))
+    trainer = make_trainer(tiny, folder, args)
+    try:
+        training.train(trainer, CPU)
+        return trainer, None
+    except SystemExit as left:
+        return trainer, left.code
+
+
+@pytest.mark.parametrize("questions", [1, 3, 4])  # at every step; inside an epoch; at its end
+def test_a_training_that_time_stops_again_and_again_ends_with_the_weights_of_an_unstopped_one(
+    tiny, tmp_path, args, monkeypatch, questions, capsys
+):
+    whole = make_trainer(tiny, tmp_path / "whole", args)
+    training.train(whole, CPU)
+    capsys.readouterr()
+    steps, code = [0], 3
+    while code == 3:
+        stopped, code = run_until_out_of_time(tiny, tmp_path / "stopped", args, monkeypatch, questions)
+        assert stopped.state.global_step > steps[-1]  # each run makes a step at least
+        steps.append(stopped.state.global_step)
+        assert code is None or "out of time" in capsys.readouterr().out
+    assert code is None and steps[-1] == 8 and len(steps) == 1 + math.ceil(8 / questions)
+    evaluated = [
+        [(e["epoch"], e["eval_accuracy"]) for e in t.state.log_history if "eval_loss" in e] for t in (whole, stopped)
+    ]
+    assert evaluated[0] == evaluated[1] and [epoch for epoch, _ in evaluated[0]] == [1.0, 2.0]
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, stopped.model.state_dict()[name]), name
+
+
+def test_training_tells_how_long_the_rest_takes_and_whether_the_time_will_do(tiny, tmp_path, args, monkeypatch, capsys):
+    monkeypatch.setattr(training, "FORECAST_STEPS", 2)
+    monkeypatch.setattr(device, "_deadline", time.monotonic() + 3600)
+    training.train(make_trainer(tiny, tmp_path / "enough", args), CPU)
+    out = capsys.readouterr().out
+    assert out.count("minutes of training are left") == 1 and "warning" not in out
+    monkeypatch.setattr(device, "_deadline", time.monotonic())
+    monkeypatch.setattr(training, "FORECAST_STEPS", 1)
+    with pytest.raises(SystemExit) as left:
+        training.train(make_trainer(tiny, tmp_path / "short", args), CPU)
+    assert left.value.code == 3 and "warning: --max-hours is too short" in capsys.readouterr().out
 
 
 def test_an_epoch_whose_evaluation_was_interrupted_is_evaluated_all_the_same(tiny, tmp_path, args):
