@@ -141,20 +141,19 @@ def checked(part: Path, sha256: str) -> bytes:
 
 def bring_back(outputs: Path, out: Path) -> None:
     """Copy the benchmark's files into `out`, write the figures of finished steps into steps.json, say what is done."""
-    benchmark, found = outputs / "05_benchmark", {}
-    for file in (benchmark / name for name in ("benchmark.csv", "predictions.parquet", "environment.json")):
-        if file.is_file() and ((benchmark / "run.json").is_file() or not (out / file.name).exists()):
-            shutil.copy(file, out)  # but no unfinished table over a finished one
+    for name in ("benchmark.csv", "predictions.parquet", "environment.json"):
+        if (outputs / "05_benchmark" / name).is_file():
+            shutil.copy(outputs / "05_benchmark" / name, out)
+    figures = {}
     for step in STEPS:
         run, metrics = outputs / step / "run.json", outputs / step / "metrics.json"
         if run.is_file():
-            whole = read_json(run) | (read_json(metrics) if metrics.is_file() else {})
-            found[step] = {name: whole[name] for name in FIGURES if name in whole}
-    write_json(out / "steps.json", found)
-    rest = [step for step in STEPS if step not in found]
-    print(f"finished: {', '.join(found) or 'nothing'}")
-    if rest:
-        print(f"not finished: {', '.join(rest)}; the same command continues")
+            both = read_json(run) | (read_json(metrics) if metrics.is_file() else {})
+            figures[step] = {name: both[name] for name in FIGURES if name in both}
+    write_json(out / "steps.json", figures)
+    rest = ", ".join(step for step in STEPS if step not in figures)
+    goes_on = f"; the same command continues with {rest}" if rest else ""
+    print(f"finished: {', '.join(figures) or 'nothing'}{goes_on}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
 # Two commands for a GPU at hand, also on a machine without network. From the top folder:
-#
 #     bash results/gpu/run.sh true_size    # three minutes: what the real sizes cost, a T4's conditions first
 #     bash results/gpu/run.sh imdb         # the scripts on IMDB at 512 tokens, from the parts in results/gpu/parts
 #     bash results/gpu/run.sh imdb --tiny  # the same on a CPU in two minutes, from tiny parts that it makes itself
-#
 # `python results/real_weights.py --parts` makes the parts; true_size reads packages.zip and parts.json alone.
 # imdb ends after HOURS (five minutes) and keeps what is finished; the same command continues. The results go to OUT.
 # Seconds of arithmetic at 150 TFLOP/s (true_size.flop, IMDB's lengths): 02 training 45, scoring 25; 04a student 19,
@@ -19,9 +17,8 @@ if [[ $tiny ]]; then
 else
     work=${WORK:-results/gpu/work} parts=results/gpu/parts out=${OUT:-results/gpu} hours=${HOURS:-0.083} small=()
 fi
-data=$work/data outputs=$work/data/outputs
-needed=40  # GiB: 02 at 64 x 512 tokens takes about 36
-[[ $hours =~ ^[0-9]*\.?[0-9]+$ ]] || stop "HOURS=$hours is not a number of hours"
+data=$work/data outputs=$work/data/outputs needed=40  # GiB of GPU: 02 at 64 x 512 tokens takes about 36
+[[ $hours =~ ^[0-9]*\.?[0-9]+$ && $hours =~ [1-9] ]] || stop "HOURS=$hours is not a number of hours above 0"
 total=$(awk "BEGIN {print int(3600 * $hours)}")
 export HF_HUB_OFFLINE=1 PYTHONPATH=$work/packages${PYTHONPATH:+:$PYTHONPATH}
 weights() { "$python" results/real_weights.py "$@"; }
@@ -39,22 +36,23 @@ make_tiny_parts() {
 }
 
 step() {  # seconds to leave, script, flags; returns 3 when out of time and ends the run when the script fails
-    local seconds=$((total - SECONDS - $1)) code=0
-    ((seconds >= 30)) || return 3
+    local seconds=$((total - SECONDS - $1 - 15)) code=0  # 15 for imports, and for what ends a chunk or a step
+    ((seconds >= 15)) || return 3
     "$python" "${@:2}" --dataset "$data/reviews" --output-dir "$outputs" \
         --max-hours "$(awk "BEGIN {print $seconds / 3600}")" || code=$?
     [[ $code == [03] ]] || exit "$code"
     return "$code"
 }
-teach() { step 75 "$@" "${small[@]}"; }  # 75 seconds are for 05; of two flags of one name the last holds
+teach() { step 90 "$@" "${small[@]}"; }  # 90 are for 05; of two flags of one name the last holds
 
 benchmark() {  # if a step was finished since the last table, or the last table is not finished
     local folder=$outputs/05_benchmark run
-    "$python" results/parts.py "$outputs" "$out"  # the last table, before it goes
     for run in "$outputs"/0[234]*/run.json; do
         [[ ! $run -nt $folder/started.json ]] || rm -rf "$folder"
     done
-    [[ ! -f $run || -f $folder/run.json ]] || step 0 05_benchmark.py --max-llm-samples 5000 --batch-tokens 32768
+    [[ ! -f $run || -f $folder/run.json ]] ||
+        step 0 05_benchmark.py --max-llm-samples 5000 --batch-tokens 32768 || return
+    "$python" results/parts.py "$outputs" "$out"  # before the next table takes its place
 }
 
 imdb() {
@@ -62,15 +60,14 @@ imdb() {
     weights --join "$parts" --output-dir "$work"
     rm -f "$out"/{benchmark.csv,predictions.parquet,environment.json,steps.json}
     trap '"$python" results/parts.py "$outputs" "$out"' EXIT  # also after a failure
-    local student=(--student-model "$data/minilm-l6" --epochs 2 --learning-rate 2e-4)
-    student+=(--batch-size 128 --micro-batch-size 128)
+    local flags=(--student-model "$data/minilm-l6" --epochs 2 --batch-size 128 --micro-batch-size 128 --learning-rate 2e-4)
     teach 02_finetune_roberta.py --roberta-model "$data/mpnet-base" --epochs 2 --learning-rate 4e-5 \
         --batch-size 64 --micro-batch-size 64 --batch-tokens 32768 ${tiny:+--student-layers 2} &&
-        teach 04a_distill_from_roberta.py "${student[@]}" && benchmark && ((total - SECONDS > 135)) &&
+        teach 04a_distill_from_roberta.py "${flags[@]}" && benchmark && ((total - SECONDS > 150)) &&
         { weights --output-dir "$data" || exit; } &&  # makes the LLM's folder of its 4-bit file
         teach 03_finetune_mistral.py --mistral-model "$data/smollm2-135m" --learning-rate 3e-4 --lora-dropout 0 \
             --batch-size 32 --micro-batch-size 32 --no-gradient-checkpointing --batch-tokens 32768 &&
-        teach 04b_distill_from_mistral.py "${student[@]}" --batch-tokens 32768 || true
+        teach 04b_distill_from_mistral.py "${flags[@]}" --batch-tokens 32768 || true
     benchmark || true
 }
 
