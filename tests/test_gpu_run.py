@@ -77,6 +77,7 @@ def test_joined_parts_are_what_was_packed_with_the_weights_in_fp16(source, tmp_p
         assert names(there / joined) == names(folder)
         for name in names(folder):
             assert (there / joined / name).read_bytes() == (folder / name).read_bytes()
+    assert {path.name for path in there.parent.iterdir()} == {"packages", "data"}
 
 
 def test_the_llm_travels_as_its_wheel_where_there_is_one(source, tmp_path, monkeypatch):
@@ -94,6 +95,8 @@ def test_the_same_folders_give_the_same_parts(source, tmp_path):
     for name in ("first", "again"):
         parts.pack(tmp_path / name, **source)
     assert (tmp_path / "first/parts.json").read_text() == (tmp_path / "again/parts.json").read_text()
+    with zipfile.ZipFile(tmp_path / "first/data.zip") as archive:
+        assert {file.date_time[0] for file in archive.infolist()} == {1980}  # no time: also tomorrow
 
 
 def test_no_part_is_too_large_and_no_more_than_eight_may_travel(source, tmp_path, monkeypatch, stops):
@@ -285,6 +288,15 @@ def test_true_size_runs_on_a_small_gpu_with_a_t4s_conditions_first(run, tmp_path
     done, calls = run("true_size", GIB="15")
     assert done.returncode == 0, done.stderr
     assert calls[-1] == f"results/true_size.py --output-dir {tmp_path / 'out'} --modes as_t4 as_itself"
+
+
+def test_true_size_needs_the_packages_alone(run, tmp_path):
+    (tmp_path / "work/tiny/parts").mkdir(parents=True)
+    (tmp_path / "work/tiny/parts/parts.json").touch()
+    done, calls = run("true_size", "--tiny")
+    assert done.returncode == 0, done.stderr
+    assert "--join" in calls[0] and calls[0].endswith("--packages-only")
+    assert calls[1].endswith("as_itself --tiny")
 
 
 @pytest.mark.slow

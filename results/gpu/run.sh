@@ -48,18 +48,17 @@ teach() { step 90 "$@" "${small[@]}"; }  # 90 are for 05; of two flags of one na
 benchmark() {  # if a step was finished since the last table, or the last table is not finished
     local folder=$outputs/05_benchmark run
     for run in "$outputs"/0[234]*/run.json; do
-        [[ ! $run -nt $folder/started.json ]] || rm -rf "$folder"
+        if [[ -d $folder && $run -nt $folder/started.json ]]; then bring_back && rm -rf "$folder"; fi
     done
-    [[ ! -f $run || -f $folder/run.json ]] ||
-        step 0 05_benchmark.py --max-llm-samples 5000 --batch-tokens 32768 || return
-    "$python" results/parts.py "$outputs" "$out"  # before the next table takes its place
+    [[ ! -f $run || -f $folder/run.json ]] || step 0 05_benchmark.py --max-llm-samples 5000 --batch-tokens 32768
 }
+bring_back() { "$python" results/parts.py "$outputs" "$out"; }
 
 imdb() {
     [[ ! $tiny || -f $parts/parts.json ]] || make_tiny_parts
     weights --join "$parts" --output-dir "$work"
     rm -f "$out"/{benchmark.csv,predictions.parquet,environment.json,steps.json}
-    trap '"$python" results/parts.py "$outputs" "$out"' EXIT  # also after a failure
+    trap bring_back EXIT  # also after a failure
     local flags=(--student-model "$data/minilm-l6" --epochs 2 --batch-size 128 --micro-batch-size 128 --learning-rate 2e-4)
     teach 02_finetune_roberta.py --roberta-model "$data/mpnet-base" --epochs 2 --learning-rate 4e-5 \
         --batch-size 64 --micro-batch-size 64 --batch-tokens 32768 ${tiny:+--student-layers 2} &&
