@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
     scores, facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
 
-    peak_mb = max(device.gather(memory.highest_peak_mb()))
+    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
     if device.rank() > 0:
         return
     artifacts.write_json(folder / "metrics.json", {"validation": scores})

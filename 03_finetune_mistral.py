@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     scoring.in_chunks(folder, "validation", reviews.validation, scoring.LOG_PROBABILITIES, score, chunk=250)
     _, log_p = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES)
     training.refuse_collapse(log_p, labels, COLLAPSED)
-    peak_mb = max(device.gather(memory.highest_peak_mb()))
+    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
     if device.rank() > 0:
         return
     scores = metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}

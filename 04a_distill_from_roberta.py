@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         training.refuse_collapse(logits["control"], labels, f"the control is no measure; {AT_CHANCE}")
 
-    peak_mb = max(device.gather(memory.highest_peak_mb()))
+    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
     if device.rank() > 0:
         return
     scores = {name: metrics.describe(labels, of) for name, of in logits.items()}

@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     training.refuse_collapse(logits, labels, AT_CHANCE)
 
-    peak_mb = max(device.gather(memory.highest_peak_mb()))
+    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
     if device.rank() > 0:
         return
     one = metrics.describe(labels, logits)

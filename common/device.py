@@ -212,7 +212,7 @@ def out_of_time() -> bool:
 def stop_for_time() -> NoReturn:
     """Leave with exit code 3, all processes together: the work on disk is whole and can be continued."""
     print("out of time (--max-hours): the same command continues", flush=True)
-    gather(None)  # the first process speaks before any leaves, for the first exit ends all
+    gather(None, last=True)  # the first process speaks before any leaves, for the first exit ends all
     raise SystemExit(3)
 
 
@@ -221,14 +221,19 @@ def share(value: T) -> T:
     return gather(value)[0]
 
 
-def gather(value: T) -> list[T]:
-    """The values of all processes, in all, by rank."""
+def gather(value: T, last: bool = False) -> list[T]:
+    """The values of all processes, in all, by rank. After the `last` time they have nothing more to say to each other.
+
+    NCCL warns of a process group that nobody destroys. One that fails must not: it could wait there for the others.
+    """
     if world_size() == 1:
         return [value]
-    from torch.distributed import all_gather_object
+    from torch.distributed import all_gather_object, destroy_process_group
 
     values: list[T] = [value] * world_size()
     all_gather_object(values, value)
+    if last:
+        destroy_process_group()
     return values
 
 
@@ -251,7 +256,6 @@ def _join(gpus: int) -> None:
     if gpus:
         own = torch.device("cuda", local_rank)
         torch.distributed.init_process_group("nccl", timeout=PATIENCE, device_id=own)
-        atexit.register(torch.distributed.destroy_process_group)  # else NCCL warns of leaked resources
     else:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
         # gloo's threads let go of their tensors a moment after the last collective; where the interpreter is gone by

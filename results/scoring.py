@@ -11,6 +11,7 @@ Rows of the same model are replaced, others stay.
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def encoder_methods(
 
     tokenizer = models.load_tokenizer(args.encoder)
     model = models.load_classifier(args.encoder).to(hardware.device).eval()
-    prepared = models.prepare_for_scoring(models.load_classifier(args.encoder), hardware)
+    prepared = models.prepare_for_scoring(copy.deepcopy(model), hardware)
     head_only = {"truncation": True, "max_length": args.max_length}
 
     def ours(texts: list[str], scored=prepared) -> np.ndarray:

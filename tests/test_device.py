@@ -80,9 +80,9 @@ def test_a_batch_that_processes_cannot_share_is_refused_at_once(stops):
     stops(lambda: detect(num_processes=2, batch_size=9), "--batch-size 9", "2 processes")
 
 
-def test_a_process_names_its_own_gpu_to_the_group_and_leaves_it_at_the_end(gpu, monkeypatch):
+def test_a_process_names_its_own_gpu_to_the_group_and_leaves_it_when_all_is_said(gpu, monkeypatch):
     gpu(7, 5, count=2)
-    joined, at_exit = {}, []
+    joined, left = {}, []
     for name, value in {
         "WORLD_SIZE": "2",
         "RANK": "1",
@@ -95,11 +95,15 @@ def test_a_process_names_its_own_gpu_to_the_group_and_leaves_it_at_the_end(gpu, 
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **how: joined.update(how, kind=backend)
     )
-    monkeypatch.setattr(device.atexit, "register", lambda function, *_: at_exit.append(function))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda values, value: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     monkeypatch.setattr(device.sys, "stdout", device.sys.stdout)
     detect(num_processes=2, batch_size=2)
     assert (joined["kind"], joined["device_id"], joined["current"]) == ("nccl", torch.device("cuda", 1), 1)
-    assert at_exit == [torch.distributed.destroy_process_group]
+    device.gather(1)
+    assert not left
+    device.gather(2, last=True)
+    assert left
 
 
 def test_the_first_process_decides_whether_the_time_is_over(monkeypatch):

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -25,9 +26,10 @@ def names(tmp_path):
     project.mkdir()
     (project / "requirements.txt").write_text("# a comment\ntorch>=2.6\nscikit-learn>=1.5\n")
     (project / "01_works.py").write_text("import sys; print('args', sys.argv[1:])")
-    (project / "02_fails.py").write_text("import sys; print('its cause', file=sys.stderr); sys.exit(3)")
+    (project / "02_fails.py").write_text("import sys; print('its cause', file=sys.stderr); sys.exit(2)")
     modules = {"Path": Path, "subprocess": subprocess, "shutil": __import__("shutil")}
-    settings = {"PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None}
+    settings = {"PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None, "HOURS": 1.0}
+    settings |= {"time": time, "session_began": time.time()}
     return modules | settings | {"project": project, "outputs": tmp_path / "outputs"}
 
 
@@ -52,17 +54,38 @@ def test_steps_run_in_order_with_their_flags_and_a_failure_ends_them(cells, name
     exec(cells["install"], names)
     names |= {"os": __import__("os"), "FLAGS": {"all": "--seed 1", "01": "--dataset 'a b'"}}
     exec(cells["run"], names)
-    assert f"args ['--preset', 'demo', '--output-dir', '{names['outputs']}', '--seed', '1', '--dataset', 'a b']" in (
-        capfd.readouterr().out
-    )
+    given = f"['--preset', 'demo', '--output-dir', '{names['outputs']}', '--max-hours', '1.00', '--seed', '1', "
+    assert f"args {given}'--dataset', 'a b']" in capfd.readouterr().out
     names["STEPS"] = ["01", "02", "01"]
-    with pytest.raises(RuntimeError, match="02_fails.py stopped with exit code 3.*run this cell again"):
+    with pytest.raises(RuntimeError, match="02_fails.py stopped with exit code 2.*run this cell again"):
         exec(cells["run"], names)
     out = capfd.readouterr().out
     assert "its cause" in out and out.count("01_works.py") == 1
     names["STEPS"] = ["4a"]
     with pytest.raises(ValueError, match="4a"):
         exec(cells["run"], names)
+
+
+def test_steps_share_the_hours_and_a_session_without_time_ends_well(cells, names, capfd):
+    exec(cells["install"], names)
+    names |= {"os": __import__("os"), "STEPS": ["01", "03", "01"], "session_began": time.time() - 900}
+    (names["project"] / "03_stops.py").write_text("import sys; sys.exit(3)")
+    exec(cells["run"], names)  # raises nothing
+    out = capfd.readouterr().out
+    assert "'--max-hours', '0.75'" in out and out.count("01_works.py") == 1
+    assert "before 03_stops.py was finished" in out and "EARLIER_OUTPUTS" in out
+    names |= {"STEPS": ["01"], "session_began": time.time() - 2500}  # 18 minutes are left
+    exec(cells["run"], names)
+    out = capfd.readouterr().out
+    assert "args" not in out and "before 01_works.py was finished" in out
+
+
+def test_the_hours_are_counted_from_the_first_run_of_the_settings(cells):
+    names = {}
+    exec(cells["settings"], names)
+    names["session_began"] = 5.0
+    exec(cells["settings"], names)
+    assert names["session_began"] == 5.0 and names["HOURS"] < 12
 
 
 def test_only_what_is_missing_is_installed_and_torch_is_held(cells, names, monkeypatch, capsys):
