@@ -6,7 +6,7 @@ scores train, validation and the transfer set once: raw logits, and pooled hidde
 
 Reads   the reviews
 Writes  outputs/02_roberta/  model/  soft_labels/ (a table and features by split)  metrics.json  run.json
-Takes   on two T4s: planned 21 to 36 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 51 to 62 minutes (results/gpu/plan.csv), not measured yet
 
     python 02_finetune_roberta.py
     python 02_finetune_roberta.py --roberta-model path/to/folder --max-length 256

@@ -6,7 +6,7 @@ sentiment, only the review inside it is ever truncated, and the loss is on the l
 
 Reads   the reviews (a stratified subset)
 Writes  outputs/03_mistral/  adapter/  validation.parquet (scores)  metrics.json  run.json
-Takes   on two T4s: planned 44 to 74 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 78 to 101 minutes (results/gpu/plan.csv), not measured yet
 
     python 03_finetune_mistral.py
     python 03_finetune_mistral.py --mistral-model path/to/any-causal-lm --max-train-samples 2000

@@ -10,7 +10,7 @@ difference between the two.
 
 Reads   the reviews, outputs/02_roberta/soft_labels/
 Writes  outputs/04a_student_from_roberta/  model/  control/  metrics.json  run.json
-Takes   on two T4s: planned 19 to 32 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 52 to 62 minutes (results/gpu/plan.csv), not measured yet
 
     python 04a_distill_from_roberta.py
     python 04a_distill_from_roberta.py --no-control --alpha 0.5 --temperature 4

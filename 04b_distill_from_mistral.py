@@ -9,7 +9,7 @@ they are read. The student then trains on the labelled reviews and the transfer 
 
 Reads   the reviews, outputs/03_mistral/adapter/
 Writes  outputs/04b_student_from_mistral/  soft_labels/ (a table by split)  model/  metrics.json  run.json
-Takes   on two T4s: planned 86 to 144 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 151 to 199 minutes (results/gpu/plan.csv), not measured yet
 
     python 04b_distill_from_mistral.py
     python 04b_distill_from_mistral.py --no-adapter --mistral-model path/to/any-causal-lm --max-transfer-samples 5000

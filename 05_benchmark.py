@@ -8,7 +8,7 @@ are counted. Every model reads the same test reviews, the LLM a stratified part 
 Reads   the test reviews and every finished folder of steps 01 to 04b, whatever subset of them was run
 Writes  outputs/05_benchmark/  benchmark.csv  benchmark.md  accuracy_latency.png  predictions.parquet
         environment.json  run.json
-Takes   on one T4: planned 9 to 16 minutes (results/gpu/plan.csv), not measured yet
+Takes   on one T4: planned 18 to 23 minutes (results/gpu/plan.csv), not measured yet
 
     python 05_benchmark.py
     python 05_benchmark.py --max-test-samples 2000 --max-llm-samples 500 --force

@@ -89,7 +89,7 @@ def tune_on_whole_prompts(args, hardware: device.Hardware, reviews: data.Reviews
             return whole_prompt_loss(model, inputs, label_ids)
 
     trained = argparse.Namespace(**of_03["settings"])
-    base = settings.locate(args, trained.mistral_model)
+    base = trained.mistral_model
     tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, trained.prompt, trained.label_words)
     texts = reviews.train["text"].tolist()
@@ -128,7 +128,7 @@ def score_llm(
         scoring.delete_unless_made_from(folder / who, split, origin | {"texts": data.fingerprint(table)})
     if all(scoring.is_scored(folder / who, split, len(table)) for split, table in splits.items()):
         return
-    base = settings.locate(args, origin["base"])
+    base = origin["base"]
     tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, origin["prompt"], origin["label_words"])
     model = models.load_llm(base, hardware, adapter)

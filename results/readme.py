@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import settings
-from results.true_size import ROOT, script
+from common import report, settings
+from results.plan import ROOT
 
 FILES = (ROOT / "README.md", ROOT / "results" / "distillation" / "README.md")
 TABLE = re.compile(r"<!-- (?P<file>results/\S+\.csv) -->\n.*?<!-- end -->", re.DOTALL)
@@ -72,16 +72,15 @@ def by_labels(table: pd.DataFrame) -> pd.DataFrame:
 
 def as_markdown(table: pd.DataFrame) -> str:
     """A README's form of a CSV, by what its columns are."""
-    benchmark = script("05")
     if "Model" in table:
-        return benchmark.as_markdown(table).strip()
+        return report.as_markdown(table).strip()
     if "lead" in table:
         table = by_claim(table)
     elif "labels" in table:
         table = by_labels(table)
     elif "run" in table:
         table = by_run(table)
-    return benchmark.markdown(table).strip()
+    return report.markdown(table).strip()
 
 
 def with_tables(text: str) -> str:

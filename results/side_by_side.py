@@ -184,7 +184,7 @@ def train_ours(
     """A student by our trainer from the saved scores; its seconds."""
     from torch.utils.data import SequentialSampler
 
-    from common import distill, training
+    from common import callbacks, distill, training
 
     class InTheSameOrder(distill.DistillationTrainer):
         def _get_train_sampler(self, train_dataset=None):
@@ -210,7 +210,7 @@ def train_ours(
         temperature=args.temperature,
         feature_weight=FEATURE_WEIGHT,
     )
-    trainer.remove_callback(training.SaveOften)
+    trainer.remove_callback(callbacks.SaveOften)
     started = time.time()
     trainer.train()
     seconds = time.time() - started
