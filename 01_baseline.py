@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     texts, labels = [*train["text"], *validation["text"]], [*labels, *validation_labels]
     results = {}
     for name, refit in (("naive_bayes", refit_naive_bayes), ("nb_svm", refit_nb_svm)):
-        print(f"{name}: {chosen[name]}; refitting on train and validation", flush=True)
+        setting = ", ".join(f"{key} {value}" for key, value in chosen[name].items())
+        print(f"{name}: {setting}; refitting on train and validation", flush=True)
         model = refit(chosen[name], texts, np.array(labels))
         model.save(folder / name)
         results[name] = chosen[name] | {"test": metrics.describe(test["label"].to_numpy(), model.logits(test["text"]))}

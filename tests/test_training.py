@@ -318,7 +318,7 @@ def test_each_log_and_each_evaluation_is_one_line_without_a_dictionary(tiny, tmp
     training.train(make_trainer(tiny, tmp_path, args, logging_steps=2), CPU)
     lines = capsys.readouterr().out.splitlines()[1:]  # the first tells of the trial step
     number = r"[\d.e+-]+"
-    log = rf"  step \d of 8, epoch {number}, loss {number}, gradient {number}, learning rate {number}, "
+    log = rf"  step \d/8, epoch {number}, loss {number}, gradient {number}, lr {number}, "
     log += rf"{number} reviews/s, \d+ min left"
     evaluation = rf"  after epoch [12]: validation accuracy {number}, loss {number}"
     kinds = "".join(
