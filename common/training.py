@@ -80,7 +80,8 @@ class ReviewTrainer(Trainer):
     """Trainer that trains on reviews of similar length together."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, callbacks=callbacks.all_of_them(), **kwargs)
+        added = [callbacks.SaveOften(), callbacks.MaxHours(), callbacks.RefuseNaN(), callbacks.Progress()]
+        super().__init__(*args, callbacks=added, **kwargs)
         self.remove_callback(PrinterCallback)  # prints dictionaries
 
     def get_train_dataloader(self) -> DataLoader:
