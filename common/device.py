@@ -95,9 +95,7 @@ def detect(args: argparse.Namespace) -> Hardware:
     _quiet_libraries()
     gpus, processes = _join_or_count(args)
     if getattr(args, "batch_size", 0) % processes:
-        stop(
-            f"--batch-size {args.batch_size} cannot be split over {processes} processes: pass a multiple of {processes}"
-        )
+        stop(f"--batch-size {args.batch_size} does not divide by {processes} processes: pass a multiple of {processes}")
     hardware = _on_gpu(args.precision, processes) if gpus else _on_cpu(args.precision, processes)
     name = f"{processes} x {hardware.name}" if processes > 1 else hardware.name
     print(f"running on {name} in {hardware.precision}{', one process each' if processes > 1 else ''}")
