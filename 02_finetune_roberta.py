@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""02: the white-box teacher. Fine-tunes RoBERTa-large and saves what a student learns from.
+"""02: the white-box teacher. Fine-tunes RoBERTa-large and saves its outputs for a student.
 
-Trains on the labelled reviews (head+tail truncation), keeps the checkpoint with the best validation accuracy, then
-scores train, validation and the transfer set once: raw logits, and pooled hidden states of the layers that 04a maps.
+It trains on the labelled reviews (head+tail truncation) and keeps the checkpoint with the best validation accuracy.
+Then it scores train, validation and the transfer set once. It saves raw logits, and pooled hidden states of the layers
+that 04a maps.
 
 Reads   the reviews
 Writes  outputs/02_roberta/  model/  soft_labels/ (a table and features by split)  metrics.json  run.json
@@ -30,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--roberta-model", help="hub name or folder of the encoder to fine-tune")
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
     settings.add_training_flags(parser, epochs=3, learning_rate=1e-5, batch_size=32, micro_batch_size=8)
-    add("--student-layers", type=settings.positive_int, default=6, help="depth of the student: which layers to save")
+    add("--student-layers", type=settings.positive_int, default=6, help="student's depth; decides the layers to save")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
@@ -38,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def finetune(
     args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware: device.Hardware, folder: Path
 ) -> None:
-    """Fine-tune the encoder and save it with the weights of its best epoch on validation."""
+    """Fine-tune the encoder and save the weights of its best epoch on validation."""
     from common import training
 
     device.seed_everything(args.seed)
@@ -62,9 +63,9 @@ def finetune(
 def save_soft_labels(
     args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware, folder: Path
 ) -> tuple[dict, dict]:
-    """Raw logits by example_id of every split, and pooled states of the mapped layers of what a student trains on.
+    """Save raw logits by example_id for every split, and pooled states of the mapped layers for train and transfer.
 
-    Returns the teacher's figures on validation, and the facts that 04a must know.
+    Returns the teacher's figures on validation, and the facts that 04a needs.
     """
     from common import distill, training
 
@@ -79,10 +80,10 @@ def save_soft_labels(
 
     for split, saved in (("validation", []), ("train", layers), ("transfer", layers)):
         table = getattr(reviews, split)
-        own = {"feature_layers": saved, "texts": data.fingerprint(table)}
-        scoring.delete_unless_made_from(soft_labels, split, origin | own)
+        split_origin = origin | {"feature_layers": saved, "texts": data.fingerprint(table)}
+        scoring.delete_unless_made_from(soft_labels, split, split_origin)
         scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=saved))
-        if split == "validation":  # comes first: a collapsed teacher is refused before it scores 70,000 reviews
+        if split == "validation":  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
             _, logits = scoring.read_scores(soft_labels, split, scoring.LOGITS)
             training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
             scores = metrics.describe(table["label"].to_numpy(), logits)
@@ -105,10 +106,10 @@ def main(argv: list[str] | None = None) -> None:
         finetune(args, reviews, tokenizer, hardware, folder)
         memory.free()
 
-    scores, facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
+    scores, layer_facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
 
-    made = {"labels": data.LABELS, "teacher": args.roberta_model, "max_length": args.max_length}
-    artifacts.finish(args, folder, made | facts, {"validation": scores})
+    facts = {"labels": data.LABELS, "teacher": args.roberta_model, "max_length": args.max_length} | layer_facts
+    artifacts.finish(args, folder, facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '03_finetune_mistral.py')} (or 04a_distill_from_roberta.py)")
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""03: the black-box teacher. Teaches a causal LM in 4 bits to answer one prompt with one of two words (QLoRA).
+"""03: the black-box teacher. Trains a causal LM in 4 bits to answer one prompt with one of two words (QLoRA).
 
-The base is quantised to nf4 and frozen; LoRA adapters on all linear projections learn. The prompt asks for the
-sentiment, only the review inside it is ever truncated, and the loss is on the label word alone: the next token.
+The base is quantised to nf4 and frozen. LoRA adapters on all linear projections learn. The prompt asks for the
+sentiment, and only the review inside it is truncated. The loss is on the next token alone, the label word.
 
 Reads   the reviews (a stratified subset)
 Writes  outputs/03_mistral/  adapter/  validation.parquet (scores)  metrics.json  run.json
@@ -28,19 +28,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(max_train_samples="6000")
     add = parser.add_argument
     add("--mistral-model", help="hub name or folder of the causal LM")
-    add("--prompt", default=verbalizer.PROMPT, help="with {review} where the review goes")
-    add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="of negative and positive")
+    add("--prompt", default=verbalizer.PROMPT, help="question to the LLM, with {review} in the place of the review")
+    words = "words for negative and positive"
+    add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help=words)
     add("--max-length", type=settings.positive_int, default=512, help="tokens of the prompt with its review")
     settings.add_training_flags(parser, epochs=1, learning_rate=2e-4, batch_size=16, micro_batch_size=4)
     add("--lora-r", type=settings.positive_int, default=16, help="rank of the adapters")
-    add("--lora-alpha", type=settings.positive_int, default=32, help="their scale is lora_alpha / r")
-    add("--lora-dropout", type=settings.fraction, default=0.05, help="on their input")
-    add(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="less memory, a third slower",
-    )
+    add("--lora-alpha", type=settings.positive_int, default=32, help="numerator of the adapters' scale, lora_alpha / r")
+    add("--lora-dropout", type=settings.fraction, default=0.05, help="dropout on the adapters' input")
+    slower = "recompute activations: less memory, a third slower"
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help=slower)
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
@@ -72,7 +69,7 @@ def finetune(
     label_ids: list[int],
     reviews: data.Reviews,
 ) -> None:
-    """Train the adapters and save those of the best epoch on validation."""
+    """Train the adapters and save the best epoch's on validation."""
     from common import training
 
     train, validation = (
@@ -101,7 +98,7 @@ def finetune(
 def score_validation(
     args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, label_ids: list[int], reviews
 ) -> dict[str, float]:
-    """The adapter's figures on validation, scored as in 04b and 05: reloaded, on a fresh 4-bit base."""
+    """The adapter's figures on validation. It is reloaded onto a new 4-bit base, as in 04b and 05."""
     from common import training
 
     model = models.load_llm(args.mistral_model, hardware, folder / "adapter")
@@ -124,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     models.check_length(args.max_length, args.mistral_model)
     tokenizer = models.load_tokenizer(args.mistral_model)
     label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
-    verbalizer.encode_prompts(tokenizer, [""], args.prompt, args.max_length)  # is the length enough?
+    verbalizer.encode_prompts(tokenizer, [""], args.prompt, args.max_length)  # stops if --max-length is too short
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     device.one_process_per_gpu(args, hardware, __file__, argv)
 

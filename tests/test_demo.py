@@ -46,7 +46,7 @@ def test_the_demo_is_what_load_reviews_reads_and_is_made_once(tiny, capsys):
     before = {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}
     demo.main(["--output-dir", str(tiny)])
     assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == before
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert set(data._read_folder(tiny / "reviews", ["train", "test", "transfer"])) == {"train", "test", "transfer"}
 
 
