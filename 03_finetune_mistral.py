@@ -2,7 +2,7 @@
 """03: the black-box teacher. Trains a causal LM in 4 bits to answer one prompt with one of two words (QLoRA).
 
 The base is quantised to nf4 and frozen. LoRA adapters on all linear projections learn. The prompt asks for the
-sentiment, and only the review inside it is truncated. The loss is on the next token alone, the label word.
+sentiment, and only the review inside it is truncated. The loss is on the next token only, the label word.
 
 Reads   the reviews (a stratified subset)
 Writes  outputs/03_mistral/  adapter/  validation.parquet (scores)  metrics.json  run.json

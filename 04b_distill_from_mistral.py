@@ -43,10 +43,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     soft_loss = "loss on the soft labels; margin: squared difference of the log-odds"
     add("--soft-loss", choices=("kl", "margin"), default="kl", help=soft_loss)
     add("--temperature", type=settings.positive, default=2.0, help="temperature of both softmaxes in the KL term")
-    calibration = (
-        "shift of the label log-odds; batch: minus their mean over the transfer set (needs no labels, assumes "
-    )
-    calibration += "balanced classes); fitted: a bias and a temperature fitted on validation"
+    calibration = "shift of the label log-odds; batch: subtract the mean over the transfer set (no labels, but "
+    calibration += "balanced classes needed); fitted: use a bias and a temperature fitted on validation"
     add("--calibration", choices=("batch", "fitted", "none"), default="batch", help=calibration)
     add("--adapter", action=argparse.BooleanOptionalAction, default=True, help="score with 03's adapter")
     add("--mistral-model", help="hub name or folder of the causal LM; default for this and the next three: 03's value")

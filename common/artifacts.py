@@ -38,7 +38,7 @@ _locks: dict[Path, object] = {}  # held by this process
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file or folder to; it is renamed to `path` when all of it is on disk."""
+    """Yield a temporary path for a file or folder; it is renamed to `path` when all of it is on disk."""
     temporary = path.with_name(path.name + ".partial")
     if temporary.is_dir():
         shutil.rmtree(temporary)
@@ -101,7 +101,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
-    """The path of a finished step's result; stops with the name of the script that makes it if it is missing."""
+    """The path of a finished step's result; if it is missing, stops with the name of its script."""
     folder = Path(args.output_dir, step)
     path = folder.joinpath(*parts)
     if _is_interrupted(folder):
@@ -157,15 +157,13 @@ def refuse_conflict(
     script = SCRIPTS[run["step"]]
     if run["facts"].get("labels") != list(LABELS):
         stop(f"{script} numbered the labels {run['facts'].get('labels')}, not {list(LABELS)}: run it again")
-    for split, ours in fingerprints.items():
-        if run["inputs"].get(split, ours) != ours:
+    for split, fingerprint_here in fingerprints.items():
+        if run["inputs"].get(split, fingerprint_here) != fingerprint_here:
             stop(f"{script} read other reviews ({split} differs): pass the --dataset that it read, or run it again")
     for name in same:
-        theirs, ours = run["settings"][name], getattr(args, name)
-        if theirs != ours:
-            stop(
-                f"{script} ran with {name} {theirs} and this step with {ours}: pass --{name.replace('_', '-')} {theirs}"
-            )
+        earlier, current, flag = run["settings"][name], getattr(args, name), f"--{name.replace('_', '-')}"
+        if earlier != current:
+            stop(f"{script} ran with {flag} {earlier} and this step with {current}: pass {flag} {earlier}")
 
 
 def refuse_stale(args: argparse.Namespace, run: dict) -> None:

@@ -77,10 +77,10 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        now, step = time.monotonic(), state.global_step
+        clock, step = time.monotonic(), state.global_step
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        rate = (step - self.logged_step) * batch / (now - self.logged)
-        left = (now - self.started) / (step - self.first_step) * (state.max_steps - step)
+        rate = (step - self.logged_step) * batch / (clock - self.logged)
+        left = (clock - self.started) / (step - self.first_step) * (state.max_steps - step)
         terms = ", ".join(f"{name} {logs[name]:.3f}" for name in ("kl", "margin", "ce", "features") if name in logs)
         print(
             f"  step {step:,}/{state.max_steps:,}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}"
@@ -88,7 +88,7 @@ class Progress(TrainerCallback):
             f"lr {logs['learning_rate']:.1e}, {rate:.1f} reviews/s, {left / 60:.0f} min left",
             flush=True,
         )
-        self.logged, self.logged_step = now, step
+        self.logged, self.logged_step = clock, step
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
         if state.is_world_process_zero:

@@ -48,8 +48,8 @@ def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, lab
 def feature_loss(student_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
     """Squared distance of L2-normalised pooled states, summed over the width (PKD, Sun et al. 2019, equation 7).
 
-    Both are (n, layers, poolings, width), the student's after its projection. The mean is over all axes but the width:
-    a mean over 1,024 dimensions would make this term vanish next to the others.
+    Both are (n, layers, poolings, width), the student's after its projection. The mean is over all axes but the width.
+    A mean over 1,024 dimensions would make this term vanish next to the others.
     """
     student, teacher = F.normalize(student_features, dim=-1), F.normalize(teacher_features, dim=-1)
     return (student - teacher).square().sum(dim=-1).mean()

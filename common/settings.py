@@ -142,8 +142,18 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     add("--output-dir", default="outputs", help="folder that every step reads and writes")
     add("--seed", type=int, default=42, help="seed of splits, subsets, new heads and the order of training")
     if precision:
-        add("--precision", choices=precisions, default="auto", help="arithmetic; auto: what the hardware does best")
-    add("--max-hours", type=hours, default="unlimited", help="time limit; the same command continues after it")
+        add(
+            "--precision",
+            choices=precisions,
+            default="auto",
+            help="arithmetic; auto: bf16, on older GPUs fp16, on a CPU fp32",
+        )
+    add(
+        "--max-hours",
+        type=hours,
+        default="unlimited",
+        help="hours after which the script stops; the same command continues",
+    )
     add("--force", action=argparse.BooleanOptionalAction, default=False, help="delete this step's results and redo it")
     if "train" in reads:
         add("--validation-samples", type=positive_int, default=2500, help="reviews of train that choose checkpoints")

@@ -186,9 +186,9 @@ def train(trainer: Trainer, hardware: Hardware) -> None:
 def fit_memory(trainer: Trainer, hardware: Hardware) -> None:
     """Try a step at the longest review, and halve the micro-batch until it fits on every process's device.
 
-    More accumulation steps keep the batch size. The trial takes two accumulated micro-steps: the second needs memory
-    for the first one's gradients too (RoBERTa-large, micro-batch 8: 11.2 GiB instead of 9.9). It also reserves what
-    comes later: Adam's two moments, and the buckets in which processes exchange gradients.
+    More accumulation steps keep the batch size. The trial takes two accumulated micro-steps, because the second also
+    needs memory for the first one's gradients. With RoBERTa-large and micro-batch 8 it takes 11.2 GiB instead of 9.9.
+    The trial reserves what comes later: Adam's two moments, and the buckets in which processes exchange gradients.
     """
     arguments, dataset = trainer.args, trainer.train_dataset
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
@@ -247,8 +247,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Trainer does not write checkpoints atomically. If the optimizer, scheduler or random state is missing, it continues
     silently, but differently.
     """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         damage = _damage(path)
         if damage is None:
             return path
@@ -258,7 +258,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or with the best one so far, whose weights the run may end with; else None."""
+    """The damaged part of a checkpoint, or the best checkpoint so far if that is damaged; else None."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

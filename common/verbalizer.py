@@ -52,7 +52,7 @@ def encode_prompts(
 def label_token_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, label_words: tuple[str, str]) -> list[int]:
     """The id of each label word after the prompt; stops unless each is one token and the two differ.
 
-    Encoding a word alone would not do: with SentencePiece `encode(" positive")[0]` is "▁" for both words.
+    A word by itself cannot be encoded: with SentencePiece `encode(" positive")[0]` is "▁" for both words.
     """
     after = prompt_parts(tokenizer, prompt)[1]
     bare = tokenizer(after, add_special_tokens=False)["input_ids"]

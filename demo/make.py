@@ -89,9 +89,9 @@ def _opinion(rng: random.Random, label: int, negation: float, contrast: float) -
 
 
 def _plot(rng: random.Random) -> str:
-    event, then = rng.sample(EVENTS, 2)
+    event, second_event = rng.sample(EVENTS, 2)
     words = {"who": rng.choice(PEOPLE), "place": rng.choice(PLACES), "when": rng.choice(TIMES)}
-    return rng.choice(PLOTS).format(event=event, then=then, **words)
+    return rng.choice(PLOTS).format(event=event, then=second_event, **words)
 
 
 def _text(sentences: list[str]) -> str:
