@@ -146,14 +146,9 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
             "--precision",
             choices=precisions,
             default="auto",
-            help="arithmetic; auto: bf16, on older GPUs fp16, on a CPU fp32",
+            help="arithmetic; auto: bf16 (fp16 on a T4, fp32 on a CPU)",
         )
-    add(
-        "--max-hours",
-        type=hours,
-        default="unlimited",
-        help="hours after which the script stops; the same command continues",
-    )
+    add("--max-hours", type=hours, default="unlimited", help="time limit in hours; the same command then continues")
     add("--force", action=argparse.BooleanOptionalAction, default=False, help="delete this step's results and redo it")
     if "train" in reads:
         add("--validation-samples", type=positive_int, default=2500, help="reviews of train that choose checkpoints")
