@@ -48,10 +48,8 @@ def as_text(table: pd.DataFrame) -> str:
             rows.append((name, str(row["Type"]), "failed", *[""] * 5))
             continue
         accuracy = f"{row['Accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-        figures = (f"{row[column]:,.1f}" for column in COLUMNS[3:7])
-        rows.append(
-            (name, row["Type"], accuracy, *("" if one == "nan" else one for one in figures), f"{row['n']:,.0f}")
-        )
+        figures = ("" if pd.isna(row[column]) else f"{row[column]:,.1f}" for column in COLUMNS[3:7])
+        rows.append((name, row["Type"], accuracy, *figures, f"{row['n']:,.0f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     widths[0] = min(widths[0], 99 - sum(widths[1:]) - len(heads))
     lines = []
