@@ -30,7 +30,7 @@ FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
 MADE = ("validation.csv", "white_box.csv", "black_box.csv", "claims.csv", "few_labels.csv", "few_labels.png")
 # runs.csv, in this order. `labels`: gold labels in all, where a table compares numbers of them.
 NAMES = "column run seed labels gold transfer teacher seconds".split()
-RECIPE = "gold_labels transfer_share soft_labels soft_loss alpha feature_weight epochs mlm_epochs".split()
+RECIPE = "labelled transfer_share soft_labels soft_loss alpha feature_weight epochs mlm_epochs".split()
 SHARED = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature precision".split()
 READ = ["train_reviews", "validation_reviews", "transfer_reviews", "test_reviews"]  # fingerprints of the reviews
 MADE_BY = "weights teacher_weights device commit python torch transformers peft bitsandbytes".split()
@@ -336,14 +336,16 @@ def collect(folder: Path, finished: list[Path], read_test: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder of results/")
-    parser.add_argument("--collect", type=Path, nargs="+", default=[], help="folders of runs to add first")
+    parser.add_argument("--collect", type=Path, nargs="+", default=[], help="runs to add first, or folders of runs")
     parser.add_argument(
         "--read-test", action="store_true", help="the recipe is frozen: take their test predictions too"
     )
     args = parser.parse_args()
-    finished = [file.parent for runs in args.collect for file in sorted(runs.glob("*/run.json"))]
-    if args.collect:
-        collect(args.folder, finished, args.read_test)
+    finished = [
+        file.parent for path in args.collect for ending in ("", "*/") for file in path.glob(f"{ending}run.json")
+    ]
+    if finished:
+        collect(args.folder, sorted(finished), args.read_test)
     for file, table in make_tables(args.folder).items():
         print(f"{file}\n{table.to_string(index=False)}\n")
 
