@@ -30,6 +30,7 @@ SCRIPTS = {
     "04b_student_from_mistral": "04b_distill_from_mistral.py",
     "05_benchmark": "05_benchmark.py",
 }
+OTHER = "the command that makes it"  # a step of experiments/
 PACKAGES = "torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
 _process_started = time.time()
 _locks: dict[Path, object] = {}  # held by this process
@@ -101,16 +102,16 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
     """The path of a finished step's result; stops with the script to run when it is not there."""
-    folder = Path(args.output_dir, step)
+    folder, script = Path(args.output_dir, step), SCRIPTS.get(step, OTHER)
     path = folder.joinpath(*parts)
     if (folder / "started.json").exists() and not (folder / "run.json").exists():
-        stop(f"{folder}/ is not finished: run {SCRIPTS[step]} again to continue it")
+        stop(f"{folder}/ is not finished: run {script} again to continue it")
     shown = f"{path}{'' if path.suffix else '/'}"
     if not (folder / "run.json").exists():
-        stop(f"{shown} is missing: run {SCRIPTS[step]} first")
+        stop(f"{shown} is missing: run {script} first")
     if not path.exists():
-        stop(f"{shown} is missing though its step is finished: run {SCRIPTS[step]} --force to make it again")
-    _refuse_missing(folder, path, f"run {SCRIPTS[step]} --force")
+        stop(f"{shown} is missing though its step is finished: run {script} --force to make it again")
+    _refuse_missing(folder, path, f"run {script} --force")
     return path
 
 
@@ -120,7 +121,7 @@ def read_run(args: argparse.Namespace, step: str) -> dict:
     run = read_json(path)
     whole = isinstance(run, dict) and {"step", "settings", "inputs", "facts"} <= run.keys()
     if not whole or "labels" not in run["facts"]:
-        stop(f"{path} is damaged: run {SCRIPTS[step]} again with --force")
+        stop(f"{path} is damaged: run {SCRIPTS.get(step, OTHER)} again with --force")
     return run
 
 
