@@ -1,4 +1,4 @@
-"""What Trainer does beside training: checkpoints, the time limit, one line a log, the end of a run that diverges."""
+"""Trainer's callbacks: checkpoints, the time limit, one printed line per log, a stop when the loss becomes NaN."""
 
 import math
 import time
@@ -9,27 +9,22 @@ from common import device
 from common.settings import stop
 
 DIVERGED = "the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32"
-FORECAST_STEPS = 50  # after so many, training prints how long the rest will take
-
-
-def all_of_them() -> list[TrainerCallback]:
-    """One of each, for one training."""
-    return [SaveOften(), MaxHours(), RefuseNaN(), Progress()]
+FORECAST_STEPS = 50  # training prints its remaining time after this many steps
 
 
 def within_epoch(state: TrainerState) -> bool:
-    """Whether training goes on in this epoch.
+    """Whether training continues within this epoch.
 
-    A checkpoint at its end must wait for the evaluation: a run that continued from an earlier one would never make it.
+    At an epoch's end the checkpoint must wait for the evaluation. A run that resumed from an earlier one would skip it.
     """
     return state.epoch % 1 != 0 and state.global_step < state.max_steps
 
 
 class SaveOften(TrainerCallback):
-    """Saves a checkpoint at least every tenth of the run, beside those that end an epoch."""
+    """Saves a checkpoint at least every tenth of the run, in addition to one per epoch."""
 
     def on_train_begin(self, args, state, control, **_):
-        # trainer_state.json keeps this: a checkpoint of an fp16 run has a gradient scaler too, see training._damage.
+        # trainer_state.json stores this. training._damage then expects a gradient scaler in fp16 checkpoints.
         state.stateful_callbacks["fp16"] = args.fp16
 
     def on_step_end(self, args, state, control, **_):
@@ -38,7 +33,7 @@ class SaveOften(TrainerCallback):
 
 
 class MaxHours(TrainerCallback):
-    """Ends training with a checkpoint, at a step's end, when the time of --max-hours is over."""
+    """Ends training with a checkpoint after the step in which --max-hours is over."""
 
     def on_train_begin(self, args, state, control, **_):
         self.started, self.first_step = time.monotonic(), state.global_step
@@ -47,23 +42,23 @@ class MaxHours(TrainerCallback):
         steps = state.global_step - self.first_step
         if steps == FORECAST_STEPS:
             seconds = (time.monotonic() - self.started) / steps * (state.max_steps - state.global_step)
-            print(f"about {seconds / 60:.0f} minutes of training are left, evaluations not counted", flush=True)
+            print(f"about {seconds / 60:.0f} minutes of training are left, without evaluations", flush=True)
             if seconds > device.seconds_left():
-                print("warning: --max-hours is too short for them; the run will stop with a checkpoint", flush=True)
+                print("warning: --max-hours is too short; the run will stop with a checkpoint", flush=True)
         if within_epoch(state) and device.out_of_time():
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **_):
-        if within_epoch(state):  # stopped inside the epoch: Trainer would evaluate it as if it were complete
+        if within_epoch(state):  # Trainer would evaluate and save a stopped epoch like a complete one
             control.should_evaluate = control.should_save = False
         elif device.out_of_time():
             control.should_training_stop = True
 
 
 class RefuseNaN(TrainerCallback):
-    """Stops a training whose loss is no number in two logs (a tenth of the run) on end.
+    """Stops training when the loss is not finite in two logs in a row (a tenth of the run).
 
-    One may be a batch that overflowed in fp16, which the gradient scaler skips.
+    A single log may hold a batch that overflowed in fp16. The gradient scaler skips such a batch.
     """
 
     def on_log(self, args, state, control, **_):
@@ -73,7 +68,7 @@ class RefuseNaN(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Prints one line a log and one an evaluation, the same in a terminal and in a notebook."""
+    """Prints one line per log and per evaluation, the same in a terminal and in a notebook."""
 
     def on_train_begin(self, args, state, control, **_):
         self.started = self.logged = time.monotonic()

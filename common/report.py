@@ -1,4 +1,4 @@
-"""The benchmark for people: tables and the picture, from benchmark.csv alone."""
+"""The benchmark's tables and its picture, made from benchmark.csv alone."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ COLOURS = {"baseline": "tab:gray", "teacher": "tab:blue", "student": "tab:green"
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """The named columns with the accuracy's interval, as a Markdown table."""
+    """A Markdown table of COLUMNS and n, with the accuracy's interval."""
     shown = table[COLUMNS].copy()
     shown["Accuracy"] = [
         f"{a:.4f} [{lo:.4f}, {hi:.4f}]" for a, lo, hi in zip(table["Accuracy"], table["ci_low"], table["ci_high"])
@@ -29,7 +29,7 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table of any cells, padded so that it can be read in an editor too."""
+    """A Markdown table of any cells, padded so that an editor shows its columns aligned."""
     rows = ([("" if pd.isna(v) else str(v)) for v in row] for row in table.to_numpy(object))
     cells = [list(map(str, table.columns)), *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
@@ -39,17 +39,17 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def as_text(table: pd.DataFrame) -> str:
-    """The table for a console: at most 100 columns, so that a notebook does not wrap it."""
+    """The table for a console, at most 100 characters wide, so that a notebook does not wrap it."""
     heads = ("Model", "Type", "Accuracy", "ms", "reviews/s", "x", "MB", "n")
     rows = [heads]
     for _, row in table.iterrows():
-        name = str(row["Model"]).partition(" from ")[0].removesuffix(" control")  # the type tells the rest
+        name = str(row["Model"]).partition(" from ")[0].removesuffix(" control")  # the type shows the rest
         if row["status"] != "ok":
             rows.append((name, str(row["Type"]), "failed", *[""] * 5))
             continue
         accuracy = f"{row['Accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-        figures = ("" if pd.isna(row[column]) else f"{row[column]:,.1f}" for column in COLUMNS[3:7])
-        rows.append((name, row["Type"], accuracy, *figures, f"{row['n']:,.0f}"))
+        numbers = ("" if pd.isna(row[column]) else f"{row[column]:,.1f}" for column in COLUMNS[3:7])
+        rows.append((name, row["Type"], accuracy, *numbers, f"{row['n']:,.0f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     widths[0] = min(widths[0], 99 - sum(widths[1:]) - len(heads))
     lines = []
@@ -61,14 +61,14 @@ def as_text(table: pd.DataFrame) -> str:
 
 
 def pareto_front(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that no other beats in accuracy without being slower, from the fastest on."""
+    """The rows that are more accurate than every faster row, the fastest first."""
     ordered = table.sort_values(["Latency (ms)", "Accuracy"], ascending=[True, False])
     best_before = ordered["Accuracy"].cummax().shift(fill_value=-np.inf)
     return ordered[ordered["Accuracy"] > best_before]
 
 
 def draw_accuracy_latency(table: pd.DataFrame, file: Path) -> None:
-    """Accuracy with its 95% interval against the latency of one review, with the Pareto front, as a PNG."""
+    """Draw accuracy with its 95% interval against the latency of one review, and the Pareto front, as a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -93,14 +93,14 @@ def draw_accuracy_latency(table: pd.DataFrame, file: Path) -> None:
 
 
 def label_points(axes: "Axes", table: pd.DataFrame) -> "list[Bbox]":
-    """Write each model's name beside its point, over no interval and no other name; where the names are, in pixels."""
+    """Write each model's name near its point, where it covers no interval and no other name. Returns pixel boxes."""
     from matplotlib.transforms import Bbox
 
     figure = axes.figure
-    figure.draw_without_rendering()  # fixes the layout, and with it every position in pixels
+    figure.draw_without_rendering()  # fixes the layout, so that positions in pixels are final
     ends = [axes.transData.transform(table[["Latency (ms)", end]].to_numpy(float)) for end in ("ci_low", "ci_high")]
     taken = [Bbox([low, high]).padded(12) for low, high in zip(*ends)]
-    names, pixels = [], figure.dpi / 72  # a point
+    boxes, pixels = [], figure.dpi / 72  # pixels per point
     offsets = itertools.product((10, -10, 30, -30, 60, -60), range(-120, 121, 6))
     offsets = sorted(offsets, key=lambda offset: math.hypot(*offset))
     for _, row in table.sort_values("Accuracy", ascending=False).iterrows():
@@ -119,5 +119,5 @@ def label_points(axes: "Axes", table: pd.DataFrame) -> "list[Bbox]":
                 break
         name.set(position=(right, up), horizontalalignment="left" if right > 0 else "right")
         taken.append(box.padded(4))
-        names.append(box)
-    return names
+        boxes.append(box)
+    return boxes

@@ -533,7 +533,7 @@ def test_soft_labels_of_other_weights_are_refused(outputs, flags, script, stops,
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), "another weights", "02_finetune")
+    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), "other weights", "02_finetune")
 
 
 def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stops, tmp_path):
