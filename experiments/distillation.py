@@ -90,7 +90,7 @@ class Study:
     args: argparse.Namespace
     hardware: device.Hardware
     reviews: data.Reviews
-    made: argparse.Namespace  # where 01, 02 and 03 are, and which labels they have read
+    origin: argparse.Namespace  # where 01, 02 and 03 are, and which labels they have read
     labels: str = ""  # gold labels in all, where their number is the question
 
     def column(self, name: str, seed: int) -> str:
@@ -141,17 +141,18 @@ def finish(args, folder: Path, splits: dict[str, pd.DataFrame], log_odds: dict[s
     artifacts.finish(args, folder, {"labels": data.LABELS} | facts)
 
 
-def settings_of(study: Study, run: str, seed: int, **own: object) -> argparse.Namespace:
+def settings_of(study: Study, run: str, seed: int, **recipe: object) -> argparse.Namespace:
     """A run's settings, which artifacts.begin compares. Which reviews it reads is compared by their fingerprints."""
     args = study.args
-    how = {name: getattr(args, name) for name in ("output_dir", "batch_tokens", "force")}
-    return argparse.Namespace(**how, run=run, labels=study.labels, seed=seed, subset_seed=study.made.seed, **own)
+    flags = {name: getattr(args, name) for name in ("output_dir", "batch_tokens", "force")}
+    flags |= {"run": run, "labels": study.labels, "seed": seed, "subset_seed": study.origin.seed}
+    return argparse.Namespace(**flags, **recipe)
 
 
-def earlier(study: Study, step: str) -> dict:
+def read_origin(study: Study, step: str) -> dict:
     """The run.json of 01, 02 or 03; stops when that script has read other reviews or labels."""
-    run = artifacts.read_run(study.made, step)
-    artifacts.refuse_conflict(study.made, run, study.reviews.fingerprints, SAME)
+    run = artifacts.read_run(study.origin, step)
+    artifacts.refuse_conflict(study.origin, run, study.reviews.fingerprints, SAME)
     return run
 
 
@@ -172,13 +173,15 @@ def make_teacher(study: Study, name: str) -> str:
     from common import distill
 
     reviews, made_by = study.reviews, "02_roberta" if name == "teacher" else "03_mistral"
-    run = earlier(study, made_by)
+    run = read_origin(study, made_by)
     splits = {"train": reviews.train, "transfer": reviews.transfer} | ({} if study.labels else {"test": reviews.test})
     splits |= {"validation": reviews.validation} if name == "teacher" else {}
     sample = {"llm_test_samples": study.args.llm_test_samples} if TEACHERS[name] and "test" in splits else {}
-    args = settings_of(study, name, study.made.seed, **TEACHERS[name], **sample)
+    args = settings_of(study, name, study.origin.seed, **TEACHERS[name], **sample)
     args.force = False  # its students would be those of another teacher
-    inputs = study.fingerprints("train", "validation", *splits) | {made_by: artifacts.fingerprint(study.made, made_by)}
+    inputs = study.fingerprints("train", "validation", *splits) | {
+        made_by: artifacts.fingerprint(study.origin, made_by)
+    }
     step = f"teachers/{study.column(name, args.seed)}"
     folder = begun(args, step, inputs)
     if folder is None:
@@ -198,7 +201,7 @@ def encoder_log_odds(study: Study, run: dict, splits: dict[str, pd.DataFrame]) -
     """02's log-odds by split (its soft labels; of test scored here), and which weights these are."""
     from common import distill
 
-    model, folder = (artifacts.require(study.made, "02_roberta", part) for part in ("model", "soft_labels"))
+    model, folder = (artifacts.require(study.origin, "02_roberta", part) for part in ("model", "soft_labels"))
     log_odds = {}
     for split, table in splits.items():
         if split == "test":
@@ -219,16 +222,16 @@ def llm_log_odds(
     """
     llm = {name: run["facts"][name] for name in ("base", "prompt", "label_words", "max_length")}
     llm |= {"prompt": prompt} if prompt else {}
-    weights = artifacts.require(study.made, "03_mistral", "adapter") if adapter else None
-    origin = llm | {"weights": models.weights_digest(weights) if adapter else "no adapter"}
-    folder = Path(study.args.output_dir, "llm", study.column(digest(origin), study.made.seed))
+    weights = artifacts.require(study.origin, "03_mistral", "adapter") if adapter else None
+    identity = llm | {"weights": models.weights_digest(weights) if adapter else "no adapter"}
+    folder = Path(study.args.output_dir, "llm", study.column(digest(identity), study.origin.seed))
     artifacts.lock(folder)
     read = dict(splits)
     if "test" in splits:
         rows = np.sort(data.stratified_order(splits["test"]["label"], study.args.seed)[: study.args.llm_test_samples])
         read["test"] = splits["test"].iloc[rows]
     for split, table in read.items():
-        scoring.delete_unless_made_from(folder, split, origin | {"texts": data.fingerprint(table)})
+        scoring.delete_unless_made_from(folder, split, identity | {"texts": data.fingerprint(table)})
     tokenizer = models.load_tokenizer(llm["base"])
     label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
     if not all(scoring.is_scored(folder, split, len(table)) for split, table in read.items()):
@@ -250,7 +253,7 @@ def llm_log_odds(
         every = np.full(len(splits["test"]), np.nan)
         every[rows] = log_odds["test"]
         log_odds["test"] = every
-    return log_odds, digest(origin | {"base": Path(llm["base"]).name})
+    return log_odds, digest(identity | {"base": Path(llm["base"]).name})
 
 
 def digest(content: dict) -> str:
@@ -275,7 +278,7 @@ def read_features(study: Study) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """02's hidden states by split, and the rows of these reviews in them."""
     from common import distill
 
-    folder, found = artifacts.require(study.made, "02_roberta", "soft_labels"), {}
+    folder, found = artifacts.require(study.origin, "02_roberta", "soft_labels"), {}
     for split in ("train", "transfer"):
         in_file, _ = scoring.read_scores(folder, split, scoring.LOGITS)
         wanted = getattr(study.reviews, split)["example_id"]
@@ -339,9 +342,9 @@ def make_student(study: Study, name: str, run: dict, seed: int, reads_validation
     from common import training
 
     reviews, share = study.reviews, 1.0 if run["mlm_epochs"] else run["transfer_share"]
-    own = {key: getattr(study.args, key) for key in (*TRAINING, "micro_batch_size")}
-    own |= {"arithmetic": study.hardware.precision, "reads_validation": reads_validation}
-    args = settings_of(study, name, seed, **own, **run)
+    flags = {key: getattr(study.args, key) for key in (*TRAINING, "micro_batch_size")}
+    flags |= {"arithmetic": study.hardware.precision, "reads_validation": reads_validation}
+    args = settings_of(study, name, seed, **flags, **run)
     inputs = study.fingerprints("train", "validation", "test", *(["transfer"] if share else []))
     soft, facts = {}, {"teacher": run["teacher"], "device": study.hardware.name}
     if run["teacher"]:
@@ -369,8 +372,8 @@ def make_student(study: Study, name: str, run: dict, seed: int, reads_validation
 
 def pretrain(study: Study, args: argparse.Namespace) -> Path:
     """The folder of the student after masked-language modelling on all reviews (Gururangan et al. 2020)."""
-    own = {name: getattr(args, name) for name in (*TRAINING, "micro_batch_size", "arithmetic")}
-    args = settings_of(study, "mlm", study.made.seed, **own, epochs=args.mlm_epochs)
+    flags = {name: getattr(args, name) for name in (*TRAINING, "micro_batch_size", "arithmetic")}
+    args = settings_of(study, "mlm", study.origin.seed, **flags, epochs=args.mlm_epochs)
     step = f"mlm/{args.epochs}"
     args.force = False
     folder = begun(args, step, study.fingerprints("train", "transfer"))
@@ -390,11 +393,11 @@ def pretrain(study: Study, args: argparse.Namespace) -> Path:
     device.seed_everything(args.seed)
     model = AutoModelForMaskedLM.from_pretrained(args.student_model, dtype=torch.float32)
     model.accepts_loss_kwargs = False
-    checkpoints, own = folder / "checkpoints", training.WITHOUT_VALIDATION
+    checkpoints = folder / "checkpoints"
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     trainer = MaskedTokens(
         model=model,
-        args=training.training_arguments(args, study.hardware, checkpoints, len(ids), **own),
+        args=training.training_arguments(args, study.hardware, checkpoints, len(ids), **training.WITHOUT_VALIDATION),
         train_dataset=training.ReviewDataset(ids, np.zeros(len(ids))),
         data_collator=lambda rows: collator([{"input_ids": row["input_ids"].tolist()} for row in rows]),
     )
@@ -427,13 +430,16 @@ def masked_loss(model, inputs: dict):
 
 def make_nb_svm(study: Study) -> None:
     """The test predictions of 01's NB-SVM, as a run."""
-    earlier(study, "01_baseline")
-    args = settings_of(study, "nb_svm", study.made.seed)
+    read_origin(study, "01_baseline")
+    args = settings_of(study, "nb_svm", study.origin.seed)
     inputs = study.fingerprints("train", "validation", "test")
-    inputs["01_baseline"] = artifacts.fingerprint(study.made, "01_baseline")
+    inputs["01_baseline"] = artifacts.fingerprint(study.origin, "01_baseline")
     folder = begun(args, f"runs/{study.column('nb_svm', args.seed)}", inputs)
     if folder:
-        model, test = baseline.load_baseline(artifacts.require(study.made, "01_baseline", "nb_svm")), study.reviews.test
+        model, test = (
+            baseline.load_baseline(artifacts.require(study.origin, "01_baseline", "nb_svm")),
+            study.reviews.test,
+        )
         logits = model.logits(test["text"])
         facts = {"gold": len(study.reviews.train), "transfer": 0, "teacher": ""}
         finish(args, folder, {"test": test}, {"test": logits[:, 1] - logits[:, 0]}, **facts)
@@ -442,8 +448,8 @@ def make_nb_svm(study: Study) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = settings.parse(make_parser(__doc__, [*RUNS, "nb_svm"]), "distillation", argv)
     hardware = device.detect(args)
-    made = argparse.Namespace(**vars(args) | {"output_dir": args.teachers_from or args.output_dir})
-    study = Study(args, hardware, data.load_reviews(args, reads=("train", "transfer", "test")), made)
+    origin = argparse.Namespace(**vars(args) | {"output_dir": args.teachers_from or args.output_dir})
+    study = Study(args, hardware, data.load_reviews(args, reads=("train", "transfer", "test")), origin)
     for seed in args.seeds:
         for name in args.runs:
             print(f"{name}, seed {seed}", flush=True)

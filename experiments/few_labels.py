@@ -54,13 +54,13 @@ def study_of(args: argparse.Namespace, hardware: device.Hardware, labels: int, s
     """The reviews of a draw of labels, with the same test reviews for all, and the place of its 01, 02 and 03."""
     (validation, train), draw = LABELS[labels], FIRST_DRAW + seed - 1
     folder = Path(args.teachers_from or args.output_dir, f"{labels or max(LABELS)}-{draw}")
-    own = {"validation_samples": validation, "max_train_samples": train, "seed": draw, "output_dir": str(folder)}
-    made = argparse.Namespace(**vars(args) | own)
-    reviews = data.load_reviews(made, reads=("train", "transfer"))
+    subset = {"validation_samples": validation, "max_train_samples": train, "seed": draw, "output_dir": str(folder)}
+    origin = argparse.Namespace(**vars(args) | subset)
+    reviews = data.load_reviews(origin, reads=("train", "transfer"))
     if (len(reviews.validation), len(reviews.train)) != (validation, train):
         settings.stop(f"{args.dataset} has too few labelled reviews: pass other --labels than {labels}")
     reviews = dataclasses.replace(reviews, test=data.load_reviews(args, reads=("test",)).test)
-    return distillation.Study(args, hardware, reviews, made, str(labels))
+    return distillation.Study(args, hardware, reviews, origin, str(labels))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -47,9 +47,9 @@ def read_question(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     try:
         predictions, runs = pd.read_parquet(files[0]), pd.read_csv(files[1], dtype=str, keep_default_na=False)
     except (OSError, ValueError) as problem:  # pyarrow's and pandas' errors are ValueErrors
-        settings.stop(f"{files[0]} or runs.csv is damaged ({problem}): take both from git again")
+        settings.stop(f"{files[0]} or runs.csv is damaged ({problem}): delete both and collect again")
     if list(runs) != COLUMNS or sorted([*REVIEW, *runs["column"]]) != sorted(predictions):
-        settings.stop(f"{files[1]} does not describe the columns of {files[0].name}: take both from git again")
+        settings.stop(f"{files[1]} does not describe {files[0].name}: delete both and collect again")
     return predictions, runs.set_index("column")
 
 
@@ -77,9 +77,9 @@ def white_box(runs: pd.DataFrame) -> pd.DataFrame:
 
     A run of BESIDE is left out unless it read the unlabelled reviews of `final`: it serves the claims alone.
     """
-    final = set(runs.loc[runs["run"] == "final", "transfer_reviews"])
-    beside = runs["run"].isin(BESIDE) & ~runs["transfer_reviews"].isin(final)
-    return in_order(runs[~by_llm(runs) & ~beside])
+    read = set(runs.loc[runs["run"] == "final", "transfer_reviews"]) or set(runs["transfer_reviews"]) - {""}
+    for_claims = runs["run"].isin(BESIDE) & ~runs["transfer_reviews"].isin(read)
+    return in_order(runs[~by_llm(runs) & ~for_claims])
 
 
 def black_box(runs: pd.DataFrame) -> pd.DataFrame:
@@ -302,10 +302,10 @@ def read_finished(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
     """A finished run's row of runs.csv and its predictions."""
     args, step = argparse.Namespace(output_dir=str(folder.parent)), folder.name
     run = artifacts.read_run(args, step)
-    made = run["facts"] | run["settings"] | run["versions"] | run["inputs"] | {"commit": run["git_commit"]}
-    made |= {"column": step, "precision": made.get("arithmetic")}
-    made |= {"student_model": Path(made["student_model"]).name} if "student_model" in made else {}
-    row = {name: "" if made.get(name) is None else str(made[name]) for name in COLUMNS}
+    known = run["facts"] | run["settings"] | run["versions"] | run["inputs"] | {"commit": run["git_commit"]}
+    known |= {"column": step, "precision": known.get("arithmetic")}
+    known |= {"student_model": Path(known["student_model"]).name} if "student_model" in known else {}
+    row = {name: "" if known.get(name) is None else str(known[name]) for name in COLUMNS}
     return row, artifacts.read_table(artifacts.require(args, step, "predictions.parquet"))
 
 
@@ -316,10 +316,10 @@ def collect(folder: Path, finished: list[Path], read_test: bool) -> None:
     """
     predictions, runs = read_question(folder)
     for run_folder in finished:
-        row, own = read_finished(run_folder)
+        row, predicted = read_finished(run_folder)
         wanted = ["test"] * read_test + ["validation"] * (row["labels"] == "")  # few labels: validation is many sets
         column = pd.Series(np.nan, predictions.index, np.float32)
-        for split, part in own[own["split"].isin(wanted)].groupby("split", sort=False):
+        for split, part in predicted[predicted["split"].isin(wanted)].groupby("split", sort=False):
             if not (predictions["split"] == split).any():
                 predictions = pd.concat([predictions, part[REVIEW]], ignore_index=True)
                 column = column.reindex(predictions.index)

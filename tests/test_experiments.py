@@ -30,8 +30,8 @@ TAUGHT = distillation.STUDENT | {"epochs": 8}
 
 def fake_step(args, step: str, **facts) -> Path:
     """A finished step of a numbered script, without files."""
-    of_args = {name: getattr(args, name) for name in distillation.SAME}
-    run = {"step": step, "settings": of_args | {"max_length": 16}, "inputs": {}}
+    same = {name: getattr(args, name) for name in distillation.SAME}
+    run = {"step": step, "settings": same | {"max_length": 16}, "inputs": {}}
     artifacts.write_json(
         Path(args.output_dir, step, "run.json"), run | {"facts": {"labels": list(data.LABELS)} | facts}
     )
@@ -58,7 +58,7 @@ def study(tmp_path, tiny):
         artifacts.write_table(folder / "soft_labels" / f"{split}.parquet", table.iloc[::-1])
         numbers = np.arange(8, dtype=np.float16)[::-1].reshape(8, 1, 1, 1)
         np.save(folder / "soft_labels" / f"{split}_features.npy", numbers)
-    return distillation.Study(args, CPU, data.Reviews(**reviews, fingerprints={}), made=args)
+    return distillation.Study(args, CPU, data.Reviews(**reviews, fingerprints={}), origin=args)
 
 
 def folder_of(study, name: str, of: str = "runs") -> Path:
@@ -182,7 +182,7 @@ def test_the_surest_part_of_the_transfer_set_is_that_of_the_largest_log_odds():
     assert gold[rows["train"]].tolist() == [0, 0] and "transfer" not in rows
 
 
-def test_the_encoders_soft_labels_are_02s_by_example_id_and_bad_ones_are_refused(study, stops):
+def test_the_encoders_soft_labels_are_02s_by_example_id_and_bad_ones_are_refused(study, tmp_path, stops):
     file = folder_of(study, "soft_labels", "02_roberta") / "transfer.parquet"
     right = pd.read_parquet(file)
     artifacts.write_table(file, right.assign(logit_positive=2.0, logit_negative=-2.0))
@@ -194,12 +194,17 @@ def test_the_encoders_soft_labels_are_02s_by_example_id_and_bad_ones_are_refused
     row, predictions = tables.read_finished(folder_of(study, "teacher-42", "teachers"))
     assert (row["run"], row["gold"], row["transfer"], row["teacher"]) == ("teacher", "8", "0", "")
     assert set(predictions["split"]) == {"train", "transfer", "validation", "test"}
+    elsewhere = argparse.Namespace(**vars(study.args) | {"output_dir": str(tmp_path / "fewer")})  # --teachers-from
+    fewer = dataclasses.replace(study.reviews, transfer=study.reviews.transfer[:4])
+    fewer = dataclasses.replace(study, args=elsewhere, reviews=fewer)
+    soft = distillation.read_soft_labels(fewer, distillation.make_teacher(fewer, "teacher"))
+    np.testing.assert_array_equal(soft["transfer"], SOFT["transfer"][:4])
     shutil.rmtree(Path(study.args.output_dir, "02_roberta"))
     stops(lambda: distillation.make_teacher(study, "teacher"), "run 02_finetune_roberta.py first")
 
 
 @pytest.fixture
-def asked(study, tiny):
+def llm_study(study, tiny):
     """The study after a 03 that has asked the tests' tiny LLM."""
     facts = {"base": str(tiny / "mistral"), "max_length": 96, "prompt": verbalizer.PROMPT}
     fake_step(study.args, "03_mistral", **facts, label_words=list(verbalizer.LABEL_WORDS))
@@ -215,34 +220,41 @@ def llm_says(study, split: str, prompt: str = verbalizer.PROMPT, adapter: Path |
     return verbalizer.log_odds(scoring.score_llm(llm, ids, words, tokenizer.pad_token_id, CPU, 256))
 
 
-def kept(study, name: str, split: str) -> np.ndarray:
+def teacher_log_odds(study, name: str, split: str) -> np.ndarray:
     """A teacher's log-odds of a split, from the folder that its students read."""
     file = Path(study.args.output_dir, distillation.make_teacher(study, name), "predictions.parquet")
     table = pd.read_parquet(file)
     return table.loc[table["split"] == split, "log_odds"].to_numpy()
 
 
-def test_the_llm_is_asked_and_calibrated_as_by_04b(asked, stops):
-    expected = {split: llm_says(asked, split) for split in ("train", "transfer", "test")}
+def test_the_llm_is_asked_and_calibrated_as_by_04b(llm_study, stops):
+    expected = {split: llm_says(llm_study, split) for split in ("train", "transfer", "test")}
     for name, bias in (("zero_shot_teacher", 0.0), ("zero_shot_batch_teacher", expected["transfer"].mean())):
         for split in ("train", "transfer"):
-            np.testing.assert_allclose(kept(asked, name, split), expected[split] - bias, atol=1e-4)
-        on_test = kept(asked, name, "test")
+            np.testing.assert_allclose(teacher_log_odds(llm_study, name, split), expected[split] - bias, atol=1e-4)
+        on_test = teacher_log_odds(llm_study, name, "test")
         read = np.isfinite(on_test)
         assert read.sum() == 4
         np.testing.assert_allclose(on_test[read], (expected["test"] - bias)[read], atol=1e-4)
     assert np.ptp(expected["test"]) > 0.1 and abs(expected["transfer"].mean()) > 0.1  # or nothing was tested
-    assert len(list(Path(asked.args.output_dir, "llm").glob("*/"))) == 1  # scored once for both calibrations
-    fake_step(asked.args, "03_mistral", base="another")
-    stops(lambda: kept(asked, "zero_shot_teacher", "train"), "zero_shot_teacher-42/ was finished", "03_mistral")
+    assert len(list(Path(llm_study.args.output_dir, "llm").glob("*/"))) == 1  # scored once for both calibrations
+    llm_study.args.llm_test_samples = 8
+    stops(lambda: teacher_log_odds(llm_study, "zero_shot_teacher", "test"), "llm_test_samples was 4, is 8")
+    llm_study.args.llm_test_samples = 4
+    fake_step(llm_study.args, "03_mistral", base="another")
+    stops(
+        lambda: teacher_log_odds(llm_study, "zero_shot_teacher", "train"),
+        "zero_shot_teacher-42/ was finished",
+        "03_mistral",
+    )
 
 
-def test_the_tuned_llm_is_asked_with_03s_adapter_and_the_mistake_by_another_prompt(asked, script):
-    base = artifacts.read_run(asked.args, "03_mistral")["facts"]["base"]
+def test_the_tuned_llm_is_asked_with_03s_adapter_and_the_mistake_by_another_prompt(llm_study, script):
+    base = artifacts.read_run(llm_study.args, "03_mistral")["facts"]["base"]
     flags = argparse.Namespace(gradient_checkpointing=False, lora_r=4, lora_alpha=8, lora_dropout=0.0)
     model, adapter = (
         script("03").with_lora(flags, models.load_llm(base, CPU)),
-        folder_of(asked, "adapter", "03_mistral"),
+        folder_of(llm_study, "adapter", "03_mistral"),
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero until it is trained
@@ -250,13 +262,13 @@ def test_the_tuned_llm_is_asked_with_03s_adapter_and_the_mistake_by_another_prom
     model.save_pretrained(adapter)
     odds = {}
     for name, prompt in (("tuned_teacher", verbalizer.PROMPT), ("other_prompt_teacher", distillation.OTHER_PROMPT)):
-        says = llm_says(asked, "transfer", prompt, adapter)
+        says = llm_says(llm_study, "transfer", prompt, adapter)
         with pytest.MonkeyPatch.context() as patched:  # a random LLM may call all reviews one class
             patched.setattr(distill, "refuse_one_class", lambda *_: None)
             patched.setattr(distill, "refuse_bad_teacher", lambda *_: None)
-            odds[name] = kept(asked, name, "transfer")
+            odds[name] = teacher_log_odds(llm_study, name, "transfer")
         np.testing.assert_allclose(odds[name], says - says.mean(), atol=1e-4)
-    untuned = llm_says(asked, "transfer")
+    untuned = llm_says(llm_study, "transfer")
     assert np.abs(odds["tuned_teacher"] - (untuned - untuned.mean())).max() > 0.05
     assert np.abs(odds["tuned_teacher"] - odds["other_prompt_teacher"]).max() > 0.05
 
@@ -319,14 +331,14 @@ def test_with_few_labels_each_student_learns_from_a_teacher_of_its_own_labels(st
             run["labelled"],
             reads_validation,
             study.column(name, seed),
-            study.made.output_dir,
+            study.origin.output_dir,
         )
 
     monkeypatch.setattr(few_labels, "LABELS", few_labels.LABELS | {labels: (8, 8)})
     monkeypatch.setattr(data, "load_reviews", load_reviews)
     monkeypatch.setattr(distillation, "make_student", make_student)
     monkeypatch.setattr(
-        distillation, "make_nb_svm", lambda study: made.update(nb_svm=study.column("nb_svm", study.made.seed))
+        distillation, "make_nb_svm", lambda study: made.update(nb_svm=study.column("nb_svm", study.origin.seed))
     )
     few_labels.main(flags)
     assert loaded == [(41 + seed, 8, ("train", "transfer")), (42, 2000, ("test",))]  # draws differ, test does not

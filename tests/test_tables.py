@@ -33,31 +33,31 @@ def right(log_odds: np.ndarray) -> np.ndarray:
     return (log_odds > 0) == LABELS
 
 
-def run(tmp_path, name: str, seed: int, log_odds, **about) -> Path:
-    """A finished run's folder, which says this of validation and test alike; `about` overrides what it is."""
+def run(tmp_path, name: str, seed: int, log_odds, **facts) -> Path:
+    """A finished run's folder, which says this of validation and test alike; `facts` override what it is."""
     taught = {"teacher": "teacher", "teacher_weights": "w", "transfer": 8000}
     taught = {} if name.startswith("control") or name.endswith("teacher") else taught
-    about = {"gold": 2000, "transfer": 0, "teacher": "", "seconds": 12, "weights": "w"} | taught | about
-    reviews = about.pop("reviews", REVIEWS)
-    inputs = {f"{split}_reviews": about.pop(split, split) for split in ("train", "validation", "test")}
-    inputs |= {"transfer_reviews": about.pop("unlabelled", "8000")} if about["transfer"] else {}
-    own = {key: about.pop(key, value) for key, value in {"labels": "", "subset_seed": 42}.items()}
+    facts = {"gold": 2000, "transfer": 0, "teacher": "", "seconds": 12, "weights": "w"} | taught | facts
+    reviews = facts.pop("reviews", REVIEWS)
+    inputs = {f"{split}_reviews": facts.pop(split, split) for split in ("train", "validation", "test")}
+    inputs |= {"transfer_reviews": facts.pop("unlabelled", "8000")} if facts["transfer"] else {}
+    flags = {key: facts.pop(key, value) for key, value in {"labels": "", "subset_seed": 42}.items()}
     shared = [*tables.SHARED[:-1], "arithmetic"]
-    own |= {key: about.pop(key, "0.1") for key in shared if not name.endswith("teacher")}
-    args = argparse.Namespace(output_dir=str(tmp_path / "made"), force=True, run=name, seed=seed, **own)
-    folder = artifacts.begin(args, "-".join([name, *([own["labels"]] if own["labels"] else []), str(seed)]), inputs)
+    flags |= {key: facts.pop(key, "0.1") for key in shared if not name.endswith("teacher")}
+    args = argparse.Namespace(output_dir=str(tmp_path / "made"), force=True, run=name, seed=seed, **flags)
+    folder = artifacts.begin(args, "-".join([name, *([flags["labels"]] if flags["labels"] else []), str(seed)]), inputs)
     distillation.finish(
         args,
         folder,
         dict.fromkeys(("validation", "test"), reviews),
         {"validation": np.nan_to_num(log_odds), "test": log_odds},
-        **about,
+        **facts,
     )
     return folder
 
 
-def add(tmp_path, *about, read_test: bool = True, **more) -> None:
-    tables.collect(tmp_path, [run(tmp_path, *about, **more)], read_test)
+def add(tmp_path, *facts, read_test: bool = True, **more) -> None:
+    tables.collect(tmp_path, [run(tmp_path, *facts, **more)], read_test)
 
 
 @pytest.fixture
@@ -173,8 +173,8 @@ def test_runs_of_other_reviews_or_labels_are_refused_and_nothing_is_written(fold
 def test_a_table_is_not_made_of_runs_with_different_settings_reviews_or_teachers(folder, stops, key):
     name = {"unlabelled": "transfer_reviews", "train": "train_reviews", "validation": "validation_reviews"}
     name = {"teacher_weights": "teacher"}.get(key, name.get(key, key))
-    about = {"arithmetic" if key == "precision" else key: "other"}
-    stops(lambda: add(folder, "margin", 1, odds(0.8, 1), **about), f"margin-1 has another {name} (other)")
+    facts = {"arithmetic" if key == "precision" else key: "other"}
+    stops(lambda: add(folder, "margin", 1, odds(0.8, 1), **facts), f"margin-1 has another {name} (other)")
 
 
 def test_a_damaged_or_half_replaced_question_and_an_unfinished_run_are_named(folder, stops):
@@ -184,7 +184,7 @@ def test_a_damaged_or_half_replaced_question_and_an_unfinished_run_are_named(fol
     (folder / "predictions.parquet").write_bytes(whole)
     lines = (folder / "runs.csv").read_text().splitlines()
     (folder / "runs.csv").write_text("\n".join(lines[:-1]))
-    stops(lambda: tables.make_tables(folder), "runs.csv does not describe the columns")
+    stops(lambda: tables.make_tables(folder), "runs.csv does not describe")
     stops(lambda: tables.make_tables(folder / "nowhere"), "has no predictions.parquet")
     finished = folder / "made" / "logits-1"
     (finished / "predictions.parquet").write_bytes(b"PAR1")
@@ -242,8 +242,8 @@ def test_one_mean_is_not_of_two_transfer_sets(folder, stops):
 def test_few_labels_are_a_row_a_student_and_a_line_a_run_and_each_number_has_its_own_reviews(tmp_path, stops):
     for labels in ("500", "50"):
         for seed, name in ((42, "nb_svm"), (1, "control")):
-            about = {"train": labels, "validation": labels, "transfer": 0, "teacher": "", "teacher_weights": ""}
-            add(tmp_path, name, seed, odds(0.8, int(labels)), labels=labels, **about)
+            facts = {"train": labels, "validation": labels, "transfer": 0, "teacher": "", "teacher_weights": ""}
+            add(tmp_path, name, seed, odds(0.8, int(labels)), labels=labels, **facts)
     made = tables.make_tables(tmp_path)
     assert made.keys() == {"few_labels.csv"} and (tmp_path / "few_labels.png").stat().st_size > 1000
     expected = [[50, "control", 1], [50, "nb_svm", 42], [500, "control", 1], [500, "nb_svm", 42]]
