@@ -25,13 +25,12 @@ kaggle-check:
 
 results: install
 	@test -d "$(DATASET)" || { echo "error: pass DATASET=path/to/imdb, a folder of the reviews"; exit 2; }
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r results/requirements.txt
-	test -d results/weights || $(BIN)/python results/real_weights.py --output-dir results/weights
-	@set -e; export PATH="$(CURDIR)/$(BIN):$$PATH"; \
-	for folder in cpu_imdb scoring distillation; do bash results/$$folder/run.sh "$(DATASET)"; done
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r experiments/requirements.txt
+	test -d outputs/weights || $(BIN)/python experiments/real_weights.py --output-dir outputs/weights
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash experiments/run.sh "$(DATASET)"
 	$(MAKE) demo
 	cp $(OUTPUT)/05_benchmark/benchmark.csv results/demo/
-	$(BIN)/python results/readme.py
+	$(BIN)/python experiments/readme.py
 
 lint: install
 	$(BIN)/ruff check .

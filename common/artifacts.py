@@ -30,6 +30,7 @@ SCRIPTS = {
     "04b_student_from_mistral": "04b_distill_from_mistral.py",
     "05_benchmark": "05_benchmark.py",
 }
+OTHER = "the command that makes it"  # a step of experiments/
 PACKAGES = "torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
 REWRITE = "run the script that wrote it with --force"
 _process_started = time.time()
@@ -102,16 +103,16 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
     """The path of a finished step's result; if it is missing, stops with the name of its script."""
-    folder = Path(args.output_dir, step)
+    folder, script = Path(args.output_dir, step), SCRIPTS.get(step, OTHER)
     path = folder.joinpath(*parts)
     if _is_interrupted(folder):
-        stop(f"{folder}/ is not finished: run {SCRIPTS[step]} again to continue it")
+        stop(f"{folder}/ is not finished: run {script} again to continue it")
     shown = f"{path}{'' if path.suffix else '/'}"
     if not (folder / "run.json").exists():
-        stop(f"{shown} is missing: run {SCRIPTS[step]} first")
+        stop(f"{shown} is missing: run {script} first")
     if not path.exists():
-        stop(f"{shown} is missing though its step is finished: run {SCRIPTS[step]} --force to make it again")
-    _refuse_missing(folder, path, f"run {SCRIPTS[step]} --force")
+        stop(f"{shown} is missing though its step is finished: run {script} --force to make it again")
+    _refuse_missing(folder, path, f"run {script} --force")
     return path
 
 
@@ -121,7 +122,7 @@ def read_run(args: argparse.Namespace, step: str) -> dict:
     run = read_json(path)
     complete = isinstance(run, dict) and {"step", "settings", "inputs", "facts"} <= run.keys()
     if not complete or "labels" not in run["facts"]:
-        stop(f"{path} is damaged: run {SCRIPTS[step]} again with --force")
+        stop(f"{path} is damaged: run {SCRIPTS.get(step, OTHER)} again with --force")
     return run
 
 
@@ -276,6 +277,7 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
     for leftover in folder.glob("*checkpoints"):  # from a kill between saving the model and deleting its checkpoints
         shutil.rmtree(leftover)
     started = read_json(folder / "started.json")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
     run = {
         **started,
         "settings": dict(sorted(vars(args).items())),
@@ -284,7 +286,7 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
         **made_with(),
         "wall_time_s": round(time.time() - _process_started, 1),
         "peak_memory_mb": round(peak_mb),
-        "files": {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)},
+        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
     }
     write_json(folder / "run.json", run)
     print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
@@ -294,10 +296,6 @@ def made_with() -> dict:
     """The package versions and the git commit that are in use."""
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     return {"versions": versions, "git_commit": _git_commit()}
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
 
 
 def _version(package: str) -> str | None:

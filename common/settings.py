@@ -142,12 +142,7 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     add("--output-dir", default="outputs", help="folder that every step reads and writes")
     add("--seed", type=int, default=42, help="seed of splits, subsets, new heads and the order of training")
     if precision:
-        add(
-            "--precision",
-            choices=precisions,
-            default="auto",
-            help="arithmetic; auto: bf16 (fp16 on a T4, fp32 on a CPU)",
-        )
+        add("--precision", choices=precisions, default="auto", help="arithmetic; auto: bf16, on T4s fp16, on CPUs fp32")
     add("--max-hours", type=hours, default="unlimited", help="time limit in hours; the same command then continues")
     add("--force", action=argparse.BooleanOptionalAction, default=False, help="delete this step's results and redo it")
     if "train" in reads:

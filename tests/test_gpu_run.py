@@ -1,5 +1,6 @@
-"""results/parts.py and results/gpu/run.sh: what travels to a machine with a GPU, in what order the steps run there, and
-what comes back. The scripts themselves are stubs here, but for the slow test."""
+"""What travels to a machine with a GPU, in what order experiments/gpu.sh runs the steps there, and what comes back.
+
+The scripts are stubs here, but for the slow test."""
 
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ import pytest
 from conftest import ROOT, write_reviews
 from safetensors.numpy import load_file
 
-from results import parts, real_weights
+from experiments import parts, real_weights
 
 NAMES = {"mpnet-base": "roberta", "smollm2-135m": "mistral", "minilm-l6": "distilbert"}
 STUB = r"""#!/usr/bin/env bash
@@ -158,7 +159,9 @@ def test_what_is_not_there_to_be_packed_is_named(source, tmp_path, stops, capsys
     refused("01_baseline.py first", baseline=tmp_path)
     refused("no reviews", dataset=tmp_path / "nowhere")
     refused("mpnet-base/ is missing", "real_weights.py", weights=tmp_path)
-    stops(lambda: list(parts.package_files("not-installed")), "not-installed is not installed", "results/requirements")
+    stops(
+        lambda: list(parts.package_files("not-installed")), "not-installed is not installed", "experiments/requirements"
+    )
     with pytest.raises(SystemExit, match="2"):
         real_weights.main(["--parts", str(tmp_path / "parts"), "--dataset", "reviews"])
     assert capsys.readouterr().err.endswith("--parts needs --dataset and --baseline\n")
@@ -197,7 +200,7 @@ def run(tmp_path):
         calls.write_text("")
         own = {"PYTHON": str(python), "CALLS": str(calls), "GIB": "79", "TOO_LONG": "none", "FAILS": "none"}
         own |= {"WORK": str(tmp_path / "work"), "OUT": str(tmp_path / "out"), "HOURS": "0.1"}
-        command = ["bash", "results/gpu/run.sh", *words]
+        command = ["bash", "experiments/gpu.sh", *words]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | own | environment, capture_output=True, text=True)
         return done, calls.read_text().splitlines()
 
@@ -232,7 +235,7 @@ def test_out_of_time_the_rest_is_left_but_a_finished_step_is_measured(too_long, 
     done, calls = run("imdb", TOO_LONG=too_long)
     assert done.returncode == 0, done.stderr
     assert scripts(calls) == (ran or ["02", "04a", "05", "03", "04b", "05"])
-    assert calls[-1].startswith("results/parts.py")
+    assert calls[-1].startswith("experiments/parts.py")
 
 
 def test_continued_only_what_is_not_finished_is_measured_again(run):
@@ -253,7 +256,7 @@ def test_a_step_gets_what_is_left_and_05_keeps_its_share(run):
 def test_a_failure_ends_the_run_with_its_code_and_what_is_finished_comes_back(run):
     done, calls = run("imdb", FAILS="04a")
     assert done.returncode == 1
-    assert scripts(calls) == ["02", "04a"] and calls[-1].startswith("results/parts.py")
+    assert scripts(calls) == ["02", "04a"] and calls[-1].startswith("experiments/parts.py")
 
 
 @pytest.mark.parametrize("tiny", [(), ("--tiny",)])
@@ -287,7 +290,7 @@ def test_a_mistake_is_told_in_a_sentence_before_any_work(words, environment, tol
 def test_true_size_runs_on_a_small_gpu_with_a_t4s_conditions_first(run, tmp_path):
     done, calls = run("true_size", GIB="15")
     assert done.returncode == 0, done.stderr
-    assert calls[-1] == f"results/true_size.py --output-dir {tmp_path / 'out'} --modes as_t4 as_itself"
+    assert calls[-1] == f"experiments/true_size.py --output-dir {tmp_path / 'out'} --modes as_t4 as_itself"
 
 
 def test_true_size_needs_the_packages_alone(run, tmp_path):
@@ -302,7 +305,7 @@ def test_true_size_needs_the_packages_alone(run, tmp_path):
 @pytest.mark.slow
 def test_the_tiny_run_brings_back_a_table_with_a_row_for_every_model(tmp_path):
     own = {"PYTHON": sys.executable, "WORK": str(tmp_path), "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", "results/gpu/run.sh", "imdb", "--tiny"]
+    command = ["bash", "experiments/gpu.sh", "imdb", "--tiny"]
     subprocess.run(command, cwd=ROOT, env=os.environ | own, check=True)
     files = {"benchmark.csv", "predictions.parquet", "environment.json", "steps.json", "imdb.log"}
     assert names(tmp_path / "out") == files

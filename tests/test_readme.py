@@ -10,20 +10,22 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
-from results import readme
+from experiments import readme
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_are_those_of_the_csvs():
     texts = [file.read_text(encoding="utf-8") for file in readme.FILES]
-    assert all(len(re.findall(r"<!-- results/\S+\.csv -->", text)) >= 2 for text in texts)
-    checked = subprocess.run([sys.executable, "results/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stderr or "run python results/readme.py"
+    assert [len(readme.TABLE.findall(text)) > 0 for text in texts] == [True, True]
+    checked = subprocess.run(
+        [sys.executable, "experiments/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stderr or "run python experiments/readme.py"
 
 
 def test_every_file_and_flag_that_it_names_is_there(script):
-    for name in re.findall(r"`((?:results|tests|common)/[\w./-]+|\w+\.(?:py|ipynb|txt))`", README):
+    for name in re.findall(r"`((?:results|tests|common|experiments)/[\w./-]+|\w+\.(?:py|ipynb|txt))`", README):
         assert (ROOT / name).exists(), name
     flags = set()
     for number in ("01", "02", "03", "04a", "04b", "05"):
@@ -32,16 +34,24 @@ def test_every_file_and_flag_that_it_names_is_there(script):
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
+def test_the_commands_beside_the_results_are_parts_of_run_sh():
+    results, run_sh = (
+        " ".join((ROOT / file).read_text(encoding="utf-8").split())
+        for file in ("results/README.md", "experiments/run.sh")
+    )
+    asked = {part for parts in re.findall(r'run\.sh path/to/imdb "?([a-z_ ]+)', results) for part in parts.split()}
+    assert len(asked) == 6 and all(f" {part}() {{" in run_sh for part in asked)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_figure_changed_by_hand_is_noticed_in_either_readme(number, tmp_path, monkeypatch):
     files = [tmp_path / str(which) for which in range(len(readme.FILES))]
     for file, of in zip(files, readme.FILES, strict=True):
         file.write_text(of.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(readme, "FILES", files)
-    monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
-    assert readme.main() == 0
+    assert readme.main(["--check"]) == 0
     files[number].write_text(re.sub(r"\| 0\.\d", "| 0.x", files[number].read_text(encoding="utf-8"), count=1))
-    assert readme.main() == 1
+    assert readme.main(["--check"]) == 1
 
 
 def test_runs_are_shown_by_the_mean_of_their_seeds_and_one_seed_by_its_interval():

@@ -85,3 +85,18 @@ def test_a_student_without_a_teacher_is_called_the_control(number, flags, script
         script(number).parse_args(flags)
     assert left.value.code == 2 and "control" in capsys.readouterr().err
     assert script("04a").parse_args(["--alpha", "0"]).feature_weight > 0  # hidden states alone are a teacher's too
+
+
+def test_settings_that_differ_from_the_defaults_come_first(script, capsys):
+    settings.start(script("02").parse_args(["--epochs", "7", "--max-hours", "2"]), "/somewhere/02_finetune_roberta.py")
+    changed, defaults = capsys.readouterr().out.split("and the defaults")
+    assert changed.splitlines() == ["02_finetune_roberta.py with", "  epochs = 7.0", "  max_hours = 2.0"]
+    assert "batch_size = 32" in defaults and "max_train_samples = all" in defaults and "epochs" not in defaults
+    assert max(map(len, defaults.splitlines())) <= 98
+
+
+def test_without_the_demo_its_preset_names_what_makes_it(script, stops, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = script("02").parse_args(["--preset", "demo", "--dataset", "mine"])
+    stops(lambda: settings.start(args, "02.py"), "outputs/demo/demo-roberta", "run python demo/make.py first")
+    settings.start(script("02").parse_args(["--preset", "demo", "--dataset", "a", "--roberta-model", "b"]), "02.py")

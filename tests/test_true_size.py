@@ -13,7 +13,7 @@ from bitsandbytes import matmul_4bit
 from transformers import Trainer
 
 from common import device, memory, models, settings
-from results import plan, simulate, true_size
+from experiments import plan, simulate, true_size
 
 CPU = device.Hardware("cpu", "fp32", "test")
 ONE_OF_TWO = device.Hardware("cpu", "fp32", "test", processes=2)

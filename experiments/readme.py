@@ -1,0 +1,121 @@
+#!/usr/bin/env python
+"""The tables of results in README.md and results/README.md, made from the CSVs: no figure there is typed by hand.
+
+    python experiments/readme.py            # rewrite them, and draw README's picture
+    python experiments/readme.py --check    # exit code 1 when they differ (the tests ask so)
+
+A table stands between `<!-- FILE -->`, which names its CSV, and `<!-- end -->`.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import report, settings
+
+ROOT = Path(__file__).parent.parent
+FILES = (ROOT / "README.md", ROOT / "results" / "README.md")
+SCREEN = ROOT / "results" / "cpu_imdb"  # whose benchmark is on README's first screen
+TABLE = re.compile(r"<!-- (?P<file>results/\S+\.csv)(?P<short>: first screen)? -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def by_run(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a run: of several seeds the mean and their range, of one seed the 95% interval."""
+    rows = []
+    for name, seeds in table.groupby("run", sort=False):
+        accuracy, one = seeds["accuracy"], seeds.iloc[0]
+        low, high = (one["ci_low"], one["ci_high"]) if len(seeds) == 1 else (accuracy.min(), accuracy.max())
+        shape = "{:.4f} [{:.4f}, {:.4f}]" if len(seeds) == 1 else "{:.4f} ({:.4f} to {:.4f})"
+        row = {"run": name, "accuracy": shape.format(accuracy.mean(), low, high), "seeds": len(seeds)}
+        row["gap closed"] = f"{seeds['gap_closed'].mean():.0%}"
+        row["McNemar p"] = ", ".join("<0.001" if p < 0.001 else f"{p:.2g}" for p in seeds["mcnemar_p"])
+        row |= {key: f"{seeds[key].mean():.3f}" for key in ("agreement", "nll", "ece")} | {"n": one["n_test"]}
+        rows.append({key: "" if "nan" in str(value) else value for key, value in row.items()})
+    return pd.DataFrame(rows)
+
+
+def by_claim(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a claim: the lead in accuracy, and the part of the gap that it closes, with their 95% intervals."""
+    shown = table[["student", "against"]].copy()
+    shown["seeds"] = [f"{ours}, {theirs}" for ours, theirs in zip(table["seeds"], table["against_seeds"])]
+    for name in ("student_accuracy", "against_accuracy"):
+        shown[name.replace("_", " ")] = table[name].map("{:.4f}".format)
+    shown["lead"] = table["lead"].map("{:+.4f}".format)
+    for name, ends in (("over reviews", "ci"), ("over seeds too", "seeds")):
+        shown[name] = [f"[{low:+.4f}, {high:+.4f}]" for low, high in zip(table[f"{ends}_low"], table[f"{ends}_high"])]
+    shown["gap closed"] = [percent(*gap) for gap in table[["gap_closed", "gap_low", "gap_high"]].to_numpy(float)]
+    return shown.assign(n=table["n_test"])
+
+
+def percent(share: float, low: float, high: float) -> str:
+    """A share and its interval, where they are known."""
+    if pd.isna(share):
+        return ""
+    return f"{share:.0%}" if pd.isna(low) else f"{share:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def by_labels(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a run, a column a number of labels: the mean accuracy of its seeds."""
+    table = table.sort_values("labels", ascending=False, kind="stable")  # all runs have the most labels: their order
+    wide = table.pivot_table(index="run", columns="labels", values="accuracy", sort=False).sort_index(axis=1)
+    return wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None).reset_index()
+
+
+def first_screen(table: pd.DataFrame) -> str:
+    """The better baseline, the fine-tuned teacher, the control and the students, in few columns."""
+    table = table[table["Type"] != "teacher, 4-bit + LoRA"].copy()
+    baseline = table["Type"] == "baseline"
+    table = table[~baseline | (table["Accuracy"] == table.loc[baseline, "Accuracy"].max())]
+    figures = {"ms a review": "Latency (ms)", "reviews/s": "Throughput (samp/s)", "MB": "Size (MB)"}
+    shown = table[["Model", "Type"]].rename(columns={"Model": "model", "Type": "role"})
+    intervals = zip(table["Accuracy"], table["ci_low"], table["ci_high"])
+    shown["accuracy [95%]"] = [f"{accuracy:.3f} [{low:.3f}, {high:.3f}]" for accuracy, low, high in intervals]
+    for name, column in figures.items():
+        shown[name] = table[column].map("{:,.1f}".format)
+    return report.markdown(shown.assign(n=table["n"].map("{:,}".format))).strip()
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A README's form of a CSV, by what its columns are."""
+    if "Model" in table:
+        return report.as_markdown(table).strip()
+    forms = {"lead": by_claim, "labels": by_labels, "seed": by_run}
+    form = next((form for column, form in forms.items() if column in table), lambda table: table)
+    return report.markdown(form(table)).strip()
+
+
+def with_tables(text: str) -> str:
+    """A README's text with each marked table made anew from its CSV."""
+
+    def table(found: re.Match) -> str:
+        if not (ROOT / found["file"]).exists():
+            settings.stop(f"{found['file']} is missing: make it by experiments/run.sh")
+        form = first_screen if found["short"] else as_markdown
+        return (
+            f"<!-- {found['file']}{found['short'] or ''} -->\n{form(pd.read_csv(ROOT / found['file']))}\n<!-- end -->"
+        )
+
+    return TABLE.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; tell whether the tables are up to date")
+    check, differ = parser.parse_args(argv).check, False
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        made = with_tables(text)
+        differ |= made != text
+        if not check:
+            file.write_text(made, encoding="utf-8")
+    if not check:
+        report.draw_accuracy_latency(pd.read_csv(SCREEN / "benchmark.csv"), SCREEN / "accuracy_latency.png")
+    return int(check and differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

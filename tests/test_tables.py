@@ -1,0 +1,306 @@
+"""The tables of results/: what a row says of a run, by hand and by another library; what is not mixed in one table."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from scipy.stats import bootstrap
+from statsmodels.stats.contingency_tables import mcnemar
+
+from common import artifacts, metrics, verbalizer
+
+sys.path.insert(0, str(ROOT))
+from experiments import distillation, tables
+
+QUESTIONS = [file.parent for file in sorted((ROOT / "results").glob("*/predictions.parquet"))]
+LABELS = np.arange(200) % 2
+REVIEWS = pd.DataFrame({"example_id": [f"{row}" for row in range(200)], "text": "a film", "label": LABELS})
+
+
+def odds(accuracy: float, seed: int) -> np.ndarray:
+    """(200,) log-odds that are right for this share of the labels."""
+    rng = np.random.default_rng(seed)
+    wrong = rng.permutation(200) >= round(200 * accuracy)
+    return (np.where(wrong, 1 - LABELS, LABELS) * 2 - 1) * rng.uniform(1, 2, size=200)
+
+
+def right(log_odds: np.ndarray) -> np.ndarray:
+    return (log_odds > 0) == LABELS
+
+
+def run(tmp_path, name: str, seed: int, log_odds, **facts) -> Path:
+    """A finished run's folder, which says this of validation and test alike; `facts` override what it is."""
+    taught = {"teacher": "teacher", "teacher_weights": "w", "transfer": 8000}
+    taught = {} if name.startswith("control") or name.endswith("teacher") else taught
+    facts = {"gold": 2000, "transfer": 0, "teacher": "", "seconds": 12, "weights": "w"} | taught | facts
+    reviews = facts.pop("reviews", REVIEWS)
+    inputs = {f"{split}_reviews": facts.pop(split, split) for split in ("train", "validation", "test")}
+    inputs |= {"transfer_reviews": facts.pop("unlabelled", "8000")} if facts["transfer"] else {}
+    flags = {key: facts.pop(key, value) for key, value in {"labels": "", "subset_seed": 42}.items()}
+    shared = [*tables.SHARED[:-1], "arithmetic"]
+    flags |= {key: facts.pop(key, "0.1") for key in shared if not name.endswith("teacher")}
+    args = argparse.Namespace(output_dir=str(tmp_path / "made"), force=True, run=name, seed=seed, **flags)
+    folder = artifacts.begin(args, "-".join([name, *([flags["labels"]] if flags["labels"] else []), str(seed)]), inputs)
+    distillation.finish(
+        args,
+        folder,
+        dict.fromkeys(("validation", "test"), reviews),
+        {"validation": np.nan_to_num(log_odds), "test": log_odds},
+        **facts,
+    )
+    return folder
+
+
+def add(tmp_path, *facts, read_test: bool = True, **more) -> None:
+    tables.collect(tmp_path, [run(tmp_path, *facts, **more)], read_test)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A question of a control, a student and their teacher."""
+    add(tmp_path, "control", 1, odds(0.80, 1))
+    add(tmp_path, "logits", 1, odds(0.86, 2))
+    add(tmp_path, "teacher", 42, odds(0.90, 3))
+    return tmp_path
+
+
+def rows_of(folder) -> pd.DataFrame:
+    return tables.make_tables(folder)["white_box.csv"].set_index("run")
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.name)
+def test_the_committed_tables_are_to_the_byte_what_the_committed_predictions_say(question, tmp_path):
+    for file in ("predictions.parquet", "runs.csv"):
+        shutil.copy(question / file, tmp_path / file)
+    made = tables.make_tables(tmp_path, plot=False)
+    assert {file.name for file in question.glob("*.csv")} - {"runs.csv", "levers.csv"} == made.keys()
+    for file, table in made.items():
+        assert len(table) and (tmp_path / file).read_bytes() == (question / file).read_bytes(), file
+    assert (question / "predictions.parquet").stat().st_size < 2_000_000
+
+
+def test_a_row_says_how_much_of_the_gap_a_student_closes_and_whether_by_chance(folder):
+    rows = rows_of(folder)
+    assert rows.index.tolist() == ["teacher", "control", "logits"]
+    assert rows.loc["logits", "gap_closed"] == pytest.approx((0.86 - 0.80) / (0.90 - 0.80))
+    student, control, teacher = odds(0.86, 2), odds(0.80, 1), odds(0.90, 3)
+    pairs = [[0, np.sum(right(student) & ~right(control))], [np.sum(~right(student) & right(control)), 0]]
+    assert rows.loc["logits", "mcnemar_p"] == pytest.approx(mcnemar(pairs, exact=True).pvalue, abs=1e-6)
+    assert rows.loc["logits", "agreement"] == np.mean((student > 0) == (teacher > 0))
+    assert rows.loc["control", "agreement"] == np.mean((control > 0) == (teacher > 0))
+    assert rows.loc["logits", ["transfer", "gold", "seconds"]].tolist() == [8000, 2000, 12]
+    assert rows.loc["control", ["gap_closed", "mcnemar_p"]].isna().all()
+    assert pd.read_csv(folder / "white_box.csv")["run"].tolist() == rows.index.tolist()
+
+
+def test_a_teacher_that_leads_by_less_than_a_point_leaves_no_gap_to_close(folder):
+    add(folder, "teacher", 42, odds(0.805, 3))
+    assert rows_of(folder)["gap_closed"].isna().all()
+
+
+def test_a_teacher_that_read_a_part_is_compared_on_that_part(folder):
+    part = odds(0.90, 3)
+    part[150:] = np.nan
+    add(folder, "teacher", 42, part)
+    rows = rows_of(folder)
+    student, control, teacher = (right(one)[:150].mean() for one in (odds(0.86, 2), odds(0.80, 1), part))
+    assert rows.loc["logits", "gap_closed"] == pytest.approx((student - control) / (teacher - control))
+    assert rows.loc["logits", "n_test"] == 200 and rows.loc["teacher", "n_test"] == 150
+    assert rows.loc["teacher", "accuracy"] == pytest.approx(teacher)
+
+
+def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_teacher_that_it_names(folder):
+    add(folder, "control", 2, odds(0.70, 5))
+    add(folder, "logits", 2, odds(0.86, 6))
+    rows = rows_of(folder).set_index("seed", append=True)
+    assert rows.index.tolist() == [("teacher", 42), ("control", 1), ("control", 2), ("logits", 1), ("logits", 2)]
+    assert rows.loc[("logits", 1), "gap_closed"] == pytest.approx(0.06 / 0.10)
+    assert rows.loc[("logits", 2), "gap_closed"] == pytest.approx(0.16 / 0.20)
+    assert not (folder / "black_box.csv").exists()  # the control alone is none
+    add(folder, "tuned_teacher", 42, odds(0.95, 7), weights="t")
+    add(folder, "zero_shot_teacher", 42, odds(0.75, 8), weights="z")
+    add(folder, "zero_shot", 1, odds(0.74, 9), teacher="zero_shot_teacher", teacher_weights="z", unlabelled="4000")
+    black = tables.make_tables(folder)["black_box.csv"].set_index(["run", "seed"])
+    assert [name for name, _ in black.index] == [
+        "tuned_teacher",
+        "zero_shot_teacher",
+        "control",
+        "control",
+        "zero_shot",
+    ]
+    for of, student, teacher in (
+        ("zero_shot", odds(0.74, 9), odds(0.75, 8)),
+        ("control", odds(0.80, 1), odds(0.95, 7)),
+    ):
+        assert black.loc[(of, 1), "agreement"] == np.mean((student > 0) == (teacher > 0))
+
+
+def test_test_is_read_only_when_it_is_asked_for_and_a_run_made_anew_is_not_seen_before(folder):
+    add(folder, "margin", 1, odds(0.88, 4), read_test=False)
+    made = tables.make_tables(folder)
+    assert "margin" in made["validation.csv"]["run"].tolist() and "margin" not in made["white_box.csv"]["run"].tolist()
+    add(folder, "logits", 1, odds(0.88, 4), read_test=False)
+    assert rows_of(folder).index.tolist() == ["teacher", "control"]
+    tables.collect(folder, [folder / "made" / "margin-1"], read_test=True)
+    assert rows_of(folder).loc["margin", "accuracy"] == 0.88
+
+
+def test_what_is_kept_in_half_precision_changes_no_call_and_hardly_a_figure(folder):
+    exact = np.random.default_rng(0).normal(0, 3, 200)
+    exact[0] = 1e-6  # as near to a tie as a score comes
+    add(folder, "final", 1, exact)
+    predictions, _ = tables.read_question(folder)
+    logits = tables.scores_of(predictions, "test")[1]["final-1"]
+    assert np.array_equal(logits.argmax(1), exact > 0)
+    assert metrics.nll(LABELS, logits) == pytest.approx(metrics.nll(LABELS, verbalizer.teacher_logits(exact)), abs=1e-4)
+
+
+def test_runs_of_other_reviews_or_labels_are_refused_and_nothing_is_written(folder, stops):
+    before = (folder / "runs.csv").read_bytes(), (folder / "predictions.parquet").read_bytes()
+    for change in ({"label": 1 - LABELS}, {"example_id": REVIEWS["example_id"] + "x"}):
+        other = REVIEWS.assign(**change)
+        stops(lambda: add(folder, "margin", 1, odds(0.8, 1), reviews=other), "of other", "another results folder")  # noqa: B023
+    stops(lambda: add(folder, "margin", 1, odds(0.8, 1), test="other texts"), "margin-1 has another test_reviews")
+    assert before == ((folder / "runs.csv").read_bytes(), (folder / "predictions.parquet").read_bytes())
+
+
+@pytest.mark.parametrize("key", [*tables.SHARED, "train", "validation", "unlabelled", "teacher_weights"])
+def test_a_table_is_not_made_of_runs_with_different_settings_reviews_or_teachers(folder, stops, key):
+    name = {"unlabelled": "transfer_reviews", "train": "train_reviews", "validation": "validation_reviews"}
+    name = {"teacher_weights": "teacher"}.get(key, name.get(key, key))
+    facts = {"arithmetic" if key == "precision" else key: "other"}
+    stops(lambda: add(folder, "margin", 1, odds(0.8, 1), **facts), f"margin-1 has another {name} (other)")
+
+
+def test_a_damaged_or_half_replaced_question_and_an_unfinished_run_are_named(folder, stops):
+    whole = (folder / "predictions.parquet").read_bytes()
+    (folder / "predictions.parquet").write_bytes(whole[:100])
+    stops(lambda: tables.make_tables(folder), "predictions.parquet or runs.csv is damaged")
+    (folder / "predictions.parquet").write_bytes(whole)
+    lines = (folder / "runs.csv").read_text().splitlines()
+    (folder / "runs.csv").write_text("\n".join(lines[:-1]))
+    stops(lambda: tables.make_tables(folder), "runs.csv does not describe")
+    stops(lambda: tables.make_tables(folder / "nowhere"), "has no predictions.parquet")
+    finished = folder / "made" / "logits-1"
+    (finished / "predictions.parquet").write_bytes(b"PAR1")
+    stops(
+        lambda: tables.collect(folder / "new", [finished], True), "logits-1/predictions.parquet is missing or damaged"
+    )
+
+
+def test_a_table_of_no_run_any_more_is_deleted(folder):
+    add(folder, "final", 1, odds(0.86, 2))
+    assert "claims.csv" in tables.make_tables(folder) and (folder / "claims.csv").exists()
+    add(folder, "final", 1, odds(0.86, 2), read_test=False)
+    tables.make_tables(folder)
+    assert not (folder / "claims.csv").exists() and (folder / "white_box.csv").exists()
+
+
+def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
+    for seed in (1, 2):
+        add(folder, "control", seed, odds(0.8, seed))
+        add(folder, "final", seed, odds(0.85, 10 + seed))
+        add(folder, "tuned", seed, odds(0.9, 20 + seed), teacher="tuned_teacher", unlabelled="4000")
+    add(folder, "control_longer", 2, odds(0.82, 40))
+    add(folder, "final_longer", 1, odds(0.83, 60), unlabelled="2000")  # fewer unlabelled reviews: of the claims alone
+    add(folder, "nb_svm", 42, odds(0.86, 50), transfer=0, teacher="", teacher_weights="")
+    part = odds(0.88, 30)
+    part[LABELS == 0] = np.nan  # what it has not read must not count as a call of "negative", which would be right
+    add(folder, "tuned_teacher", 42, part)
+    made = tables.make_tables(folder)
+    assert set(made["white_box.csv"]["run"]) == {"teacher", "control", "control_longer", "logits", "final"}
+    claims = made["claims.csv"]
+    assert claims[["student", "against", "seeds", "against_seeds"]].to_numpy().tolist() == [
+        ["final", "control", 2, 2],
+        ["final", "control_longer", 2, 1],
+        ["final", "final_longer", 2, 1],
+        ["final", "nb_svm", 2, 1],
+        ["tuned", "control", 2, 2],
+        ["tuned", "nb_svm", 2, 1],
+        ["tuned", "tuned_teacher", 2, 1],
+    ]
+    assert claims["lead"].tolist()[:6] == pytest.approx([0.05, 0.03, 0.02, -0.01, 0.1, 0.04])
+    assert claims["gap_closed"].tolist()[:2] == pytest.approx([0.5, 0.03 / 0.08])
+    assert claims["gap_closed"].isna().tolist() == [False] * 2 + [True] * 5
+    assert claims["n_test"].tolist() == [200, 200, 200, 200, 200, 200, 100]
+    read = LABELS == 1
+    behind = np.mean([right(odds(0.9, 20 + seed))[read].mean() for seed in (1, 2)]) - right(part)[read].mean()
+    assert claims["lead"][6] == pytest.approx(behind, abs=1e-6)
+
+
+def test_one_mean_is_not_of_two_transfer_sets(folder, stops):
+    add(folder, "final", 1, odds(0.85, 11))
+    add(folder, "final_longer", 1, odds(0.83, 60), unlabelled="2000")
+    stops(lambda: add(folder, "final_longer", 2, odds(0.9, 13)), "final_longer-2 has another transfer_reviews (8000)")
+
+
+def test_few_labels_are_a_row_a_student_and_a_line_a_run_and_each_number_has_its_own_reviews(tmp_path, stops):
+    for labels in ("500", "50"):
+        for seed, name in ((42, "nb_svm"), (1, "control")):
+            facts = {"train": labels, "validation": labels, "transfer": 0, "teacher": "", "teacher_weights": ""}
+            add(tmp_path, name, seed, odds(0.8, int(labels)), labels=labels, **facts)
+    made = tables.make_tables(tmp_path)
+    assert made.keys() == {"few_labels.csv"} and (tmp_path / "few_labels.png").stat().st_size > 1000
+    expected = [[50, "control", 1], [50, "nb_svm", 42], [500, "control", 1], [500, "nb_svm", 42]]
+    assert made["few_labels.csv"][["labels", "run", "seed"]].to_numpy().tolist() == expected
+    assert (made["few_labels.csv"]["accuracy"] == 0.8).all()
+    student = {"labels": "50", "validation": "50", "teacher": "teacher"}
+    stops(lambda: add(tmp_path, "student_of_encoder", 1, odds(0.8, 1), train="500", **student), "another train_reviews")
+    add(tmp_path, "student_of_encoder", 1, odds(0.8, 1), train="50", **student)
+    other = {"train": "50", "teacher_weights": "another"}
+    stops(lambda: add(tmp_path, "student_of_encoder", 2, odds(0.8, 1), **student, **other), "has another teacher")
+    of_500 = {"labels": "500", "validation": "500", "teacher": "teacher", "train": "500", "teacher_weights": "another"}
+    add(tmp_path, "student_of_encoder", 1, odds(0.8, 1), **of_500)
+    draw = {
+        "subset_seed": 43,
+        "train": "others",
+        "validation": "others",
+        "unlabelled": "others",
+        "teacher_weights": "2",
+    }
+    add(tmp_path, "student_of_encoder", 2, odds(0.8, 1), **student | draw)
+
+
+def test_the_claim_compares_seed_means_review_by_review():
+    rng = np.random.default_rng(0)
+    control, final = rng.random((3, 4000)) < 0.85, rng.random((3, 4000)) < 0.9
+    teacher = rng.random((1, 4000)) < 0.92
+    row = tables.claim(final, control, teacher)
+    lead = final.mean(0) - control.mean(0)
+    normal = 1.959964 * lead.std() / np.sqrt(4000)  # the bootstrap's interval of a mean, in the limit
+    assert row["seeds"] == 3 and row["lead"] == pytest.approx(final.mean() - control.mean())
+    assert row["ci_low"] == pytest.approx(lead.mean() - normal, abs=0.0005)
+    assert row["ci_high"] == pytest.approx(lead.mean() + normal, abs=0.0005)
+    gap = (final.mean() - control.mean()) / (teacher.mean() - control.mean())
+    assert row["gap_closed"] == pytest.approx(gap)
+    without = tables.claim(final, control, control[:1])  # no teacher that leads, no gap
+    assert without["gap_closed"] is without["gap_low"] is without["gap_high"] is None
+
+
+def test_a_claims_intervals_are_those_of_scipy_and_wider_where_seeds_count():
+    rng = np.random.default_rng(1)
+    teacher = rng.random((1, 2000)) < 0.92
+    alike = teacher & (rng.random((3, 2000)) < 0.97)
+    control = alike & (rng.random((3, 2000)) < np.array([[0.97], [0.94], [0.91]]))  # its seeds differ
+    row = tables.claim(alike, control, teacher)
+    lead = alike.mean(0) - control.mean(0)
+    ours = row["ci_low"], row["ci_high"]
+    assert ours == pytest.approx(tuple(bootstrap((lead,), np.mean, method="percentile").confidence_interval), abs=0.001)
+    spread = control.mean(1).std() / np.sqrt(3)  # of a mean of three drawn with replacement
+    both = 1.959964 * np.hypot(spread, lead.std() / np.sqrt(2000))
+    assert row["seeds_high"] - row["seeds_low"] == pytest.approx(2 * both, rel=0.1)
+    assert row["gap_low"] < row["gap_closed"] < row["gap_high"]
+    one = tables.claim(alike[:1], control[:1], teacher)  # one seed each: nothing to draw
+    assert (one["seeds_low"], one["seeds_high"]) == pytest.approx((one["ci_low"], one["ci_high"]))
+    gap = bootstrap(
+        (alike[0], control[0], teacher[0]),
+        lambda ours, theirs, best: (ours.mean(-1) - theirs.mean(-1)) / (best.mean(-1) - theirs.mean(-1)),
+        paired=True,
+        method="percentile",
+    ).confidence_interval
+    assert (one["gap_low"], one["gap_high"]) == pytest.approx(tuple(gap), abs=0.02)
