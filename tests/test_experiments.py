@@ -107,8 +107,9 @@ def test_a_run_of_another_recipe_precision_or_teacher_is_not_taken_for_this_one(
     )
     fake_step(study.args, "02_roberta", trained="again")
     stops(lambda: make(study), "teachers/teacher-42/ was finished", "02_roberta")
-    study.args.force = True
     shutil.rmtree(folder_of(study, "teacher-42", "teachers"))
+    stops(lambda: make(study), "runs/logits-1/ was finished with other settings", "teacher_run")
+    study.args.force = True
     distillation.make_student(study, "logits", TAUGHT, 1)
 
 
