@@ -107,8 +107,9 @@ def test_a_run_of_another_recipe_precision_or_teacher_is_not_taken_for_this_one(
     )
     fake_step(study.args, "02_roberta", trained="again")
     stops(lambda: make(study), "teachers/teacher-42/ was finished", "02_roberta")
-    study.args.force = True
     shutil.rmtree(folder_of(study, "teacher-42", "teachers"))
+    stops(lambda: make(study), "runs/logits-1/ was finished with other settings", "teacher_run")
+    study.args.force = True
     distillation.make_student(study, "logits", TAUGHT, 1)
 
 
@@ -183,11 +184,15 @@ def test_the_surest_part_of_the_transfer_set_is_that_of_the_largest_log_odds():
 
 
 def test_the_encoders_soft_labels_are_02s_by_example_id_and_bad_ones_are_refused(study, tmp_path, stops):
-    file = folder_of(study, "soft_labels", "02_roberta") / "transfer.parquet"
-    right = pd.read_parquet(file)
-    artifacts.write_table(file, right.assign(logit_positive=2.0, logit_negative=-2.0))
-    stops(lambda: distillation.make_teacher(study, "teacher"), "100% of the transfer set positive")
-    artifacts.write_table(file, right)
+    for split, log_odds, words in (
+        ("train", -SAYS[::-1], "its label order is swapped"),
+        ("transfer", np.full(8, 2.0), "100% of the transfer set positive"),
+    ):
+        file = folder_of(study, "soft_labels", "02_roberta") / f"{split}.parquet"
+        table = pd.read_parquet(file)
+        artifacts.write_table(file, table.assign(logit_positive=log_odds, logit_negative=-log_odds))
+        stops(lambda: distillation.make_teacher(study, "teacher"), words)
+        artifacts.write_table(file, table)
     soft = distillation.read_soft_labels(study, distillation.make_teacher(study, "teacher"))
     for split in ("train", "transfer"):
         np.testing.assert_array_equal(soft[split], SOFT[split])
