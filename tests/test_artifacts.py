@@ -175,5 +175,5 @@ def test_a_step_of_no_script_names_the_command_that_makes_it(args, stops):
     """experiments/ keeps its runs by the same functions."""
     folder = artifacts.begin(args, "runs/final-1", INPUTS)
     stops(lambda: artifacts.require(args, "runs/final-1"), "is not finished", "the command that makes it")
-    artifacts.finish(args, folder, {}, peak_memory_mb=1)
+    artifacts.finish(args, folder, {})
     stops(lambda: artifacts.read_run(args, "runs/final-1"), "damaged", "the command that makes it")
