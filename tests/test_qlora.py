@@ -1,13 +1,15 @@
 import argparse
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from common import device, models, scoring, training, verbalizer
+from common import data, device, models, scoring, training, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 CPU = device.Hardware("cpu", "fp32", "test")
+load_llm = models.load_llm
 TEXTS = ["The plot is dull.", "The plot is not dull at all.", "A moving film, " * 8, "ok"]
 
 
@@ -125,3 +127,24 @@ def test_an_adapter_of_another_base_is_refused(tiny, script, batch, tmp_path, st
     batch[2].save_pretrained(tmp_path / "other")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
     stops(lambda: models.load_llm(str(tmp_path / "other"), CPU, tmp_path / "adapter"), "is no adapter of", "--force")
+
+
+def test_03_trains_with_the_same_plain_optimizer_on_a_gpu_as_here(tiny, script, tmp_path, monkeypatch):
+    """A paged one cannot go on in two processes: its saved state comes back as memory that CUDA does not page."""
+    script_03, chosen = script("03"), []
+    arguments = training.training_arguments
+
+    def recorded(args, hardware, checkpoints, rows, **more):
+        chosen.append(arguments(args, CPU, checkpoints, rows, **more).optim)  # a CPU has no GPU's arguments
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "training_arguments", recorded)
+    monkeypatch.setattr(models, "load_llm", lambda name, hardware: load_llm(name, CPU))
+    flags = ["--mistral-model", str(tiny / "mistral"), "--max-length", "96"]
+    args, tokenizer = script_03.parse_args(flags), models.load_tokenizer(str(tiny / "mistral"))
+    reviews = pd.DataFrame({"text": TEXTS, "label": [0, 0, 1, 1]})
+    part = data.Reviews(train=reviews, validation=reviews, transfer=reviews, test=reviews, fingerprints={})
+    for hardware in (device.Hardware("cuda", "fp16", "pretended", 2), CPU):
+        with pytest.raises(KeyboardInterrupt):
+            script_03.finetune(args, hardware, tmp_path, tokenizer, [5, 6], part)
+    assert chosen[0] == chosen[1] and "paged" not in chosen[0] and "8bit" not in chosen[0]
