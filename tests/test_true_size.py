@@ -308,6 +308,11 @@ def test_readme_and_scripts_promise_what_the_plan_says():
     hours = [f"{table[f'minutes_at_{rate}'].sum() / 60:.1f}" for rate in plan.RATES]
     readme = " ".join((plan.ROOT / "README.md").read_text().split())
     assert f"{hours[0]} hours at 9 TFLOP/s" in readme and f"{hours[1]} at 12" in readme
+    memory = pd.read_csv(plan.ROOT / "results" / "gpu" / "memory.csv", dtype={"step": str})
+    for step, gib in memory.groupby("step")["peak_gib"].max().items():
+        assert re.search(rf"python {step}_\w+\.py # planned +\d+ minutes, +{gib:.1f} GiB", readme), step
+    for step, minutes in table.groupby("step")["minutes_at_9"].sum().items():
+        assert re.search(rf"python {step}_\w+\.py # planned +{minutes:.0f} minutes", readme), step
     for step, minutes in table.groupby("step")[["minutes_at_12", "minutes_at_9"]].sum().iterrows():
         if step != "01":
             text = next(plan.ROOT.glob(f"{step}_*.py")).read_text()
