@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""01: what counting words reaches. TF-IDF into multinomial naive Bayes, and NB-SVM as the stronger check.
+"""01: two baselines that count words, multinomial naive Bayes on TF-IDF and the stronger NB-SVM.
 
-Both are tuned on the validation split, refitted on train and validation together, and read test once.
-A student that does not beat these rows was not worth a GPU.
+Both are tuned on the validation split, refitted on train and validation together, and tested once.
+A student that does not beat them is not worth a GPU.
 
 Reads   the reviews
 Writes  outputs/01_baseline/  naive_bayes/  nb_svm/  metrics.json  run.json
@@ -13,11 +13,10 @@ Takes   about 3 minutes and 4 GB on two CPU cores; no GPU
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, memory, metrics, settings
+from common import artifacts, data, metrics, settings
 
 STEP = "01_baseline"
 NGRAM_RANGES = ((1, 1), (1, 2), (1, 3))
@@ -33,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def count_once(train_texts, validation_texts):
-    """Counts of all candidate n-grams in both parts; every candidate's features are columns of these."""
+    """Counts of all candidate n-grams in train and validation. Each candidate's features are columns of them."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     from common.baseline import TOKEN_PATTERN
@@ -67,17 +66,17 @@ def tune_naive_bayes(counts, labels, validation_labels) -> dict:
                 accuracy = MultinomialNB(alpha=alpha).fit(x, labels).score(x_validation, validation_labels)
                 setting = {"ngram_range": ngrams, "min_df": min_df, "sublinear_tf": sublinear, "alpha": alpha}
                 tried.append({"validation_accuracy": round(accuracy, 6), **setting})
-    return max(tried, key=lambda one: one["validation_accuracy"])
+    return max(tried, key=lambda trial: trial["validation_accuracy"])
 
 
 def log_count_ratio(x, labels):
-    """r = log((p/‖p‖₁)/(q/‖q‖₁)), p and q the smoothed counts by class (Wang & Manning 2012, section 2.2)."""
+    """r = log((p/‖p‖₁)/(q/‖q‖₁)) of the smoothed counts by class, p and q (Wang & Manning 2012, section 2.2)."""
     p, q = (1 + np.asarray(x[labels == label].sum(axis=0)).ravel() for label in (1, 0))
     return np.log((p / p.sum()) / (q / q.sum())).astype(np.float32)
 
 
 def fit_nb_svm(x, labels, c: float):
-    """(coefficients, intercept) of a linear classifier on x∘r; logistic loss, so that its scores are probabilities."""
+    """(coefficients, intercept) of a linear classifier on x∘r. The logistic loss makes its scores probabilities."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=c, solver="liblinear", dual=True, max_iter=1000, random_state=0).fit(x, labels)
@@ -95,7 +94,7 @@ def tune_nb_svm(counts, labels, validation_labels) -> dict:
     tried = []
     for (ngrams, min_df), chosen in columns.items():
         if min_df != min(MIN_DFS) or ngrams[1] == 1:
-            continue  # rare n-grams and bigrams helped in every trial, and each candidate costs seconds
+            continue  # rare n-grams and bigrams helped in every trial, and each candidate takes seconds
         x, x_validation = ((part[:, chosen] > 0).astype("float32").tocsr() for part in (train, validation))
         r = log_count_ratio(x, labels)
         x, x_validation = x.multiply(r).tocsr(), x_validation.multiply(r).tocsr()
@@ -105,11 +104,11 @@ def tune_nb_svm(counts, labels, validation_labels) -> dict:
                 accuracy = float((((x_validation @ interpolate(w, beta) + b) > 0) == validation_labels).mean())
                 setting = {"ngram_range": ngrams, "min_df": min_df, "c": c, "beta": beta}
                 tried.append({"validation_accuracy": round(accuracy, 6), **setting})
-    return max(tried, key=lambda one: one["validation_accuracy"])
+    return max(tried, key=lambda trial: trial["validation_accuracy"])
 
 
 def refit_naive_bayes(chosen: dict, texts, labels):
-    """The chosen naive Bayes on all given reviews."""
+    """Naive Bayes with the chosen settings, fitted on all these reviews."""
     from sklearn.naive_bayes import MultinomialNB
 
     from common.baseline import Baseline, make_tfidf
@@ -120,7 +119,7 @@ def refit_naive_bayes(chosen: dict, texts, labels):
 
 
 def refit_nb_svm(chosen: dict, texts, labels):
-    """The chosen NB-SVM on all given reviews; its ratios r are folded into the weights."""
+    """NB-SVM with the chosen settings, fitted on all these reviews. Its weights include the ratios r."""
     from common.baseline import Baseline, make_binary
 
     vectorizer = make_binary(chosen["ngram_range"], min_df=chosen["min_df"])
@@ -133,10 +132,7 @@ def refit_nb_svm(chosen: dict, texts, labels):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print("01_baseline.py with")
-    settings.show(args)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
+    settings.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "test"))
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
 
@@ -153,12 +149,12 @@ def main(argv: list[str] | None = None) -> None:
     texts, labels = [*train["text"], *validation["text"]], [*labels, *validation_labels]
     results = {}
     for name, refit in (("naive_bayes", refit_naive_bayes), ("nb_svm", refit_nb_svm)):
-        print(f"{name}: {chosen[name]}; refitting on train and validation", flush=True)
+        setting = ", ".join(f"{key} {value}" for key, value in chosen[name].items())
+        print(f"{name}: {setting}; refitting on train and validation", flush=True)
         model = refit(chosen[name], texts, np.array(labels))
         model.save(folder / name)
         results[name] = chosen[name] | {"test": metrics.describe(test["label"].to_numpy(), model.logits(test["text"]))}
-    artifacts.write_json(folder / "metrics.json", results)
-    artifacts.finish(args, folder, {"labels": data.LABELS}, memory.peak_mb())
+    artifacts.finish(args, folder, {"labels": data.LABELS}, results)
     for name, result in results.items():
         print(f"{name}: test accuracy {metrics.in_words(result['test'])}")
     print(f"next: {settings.next_command(args, '02_finetune_roberta.py')}")

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""02: the white-box teacher. Fine-tunes RoBERTa-large and saves what a student learns from.
+"""02: the white-box teacher. Fine-tunes RoBERTa-large and saves its outputs for a student.
 
-Trains on the labelled reviews (head+tail truncation), keeps the checkpoint with the best validation accuracy, then
-scores train, validation and the transfer set once: raw logits, and pooled hidden states of the layers that 04a maps.
+It trains on the labelled reviews (head+tail truncation) and keeps the checkpoint with the best validation accuracy.
+Then it scores train, validation and the transfer set once. It saves raw logits, and pooled hidden states of the layers
+that 04a maps.
 
 Reads   the reviews
 Writes  outputs/02_roberta/  model/  soft_labels/ (a table and features by split)  metrics.json  run.json
-Takes   on two T4s: planned 21 to 36 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 51 to 62 minutes (results/gpu/plan.csv), not measured yet
 
     python 02_finetune_roberta.py
     python 02_finetune_roberta.py --roberta-model path/to/folder --max-length 256
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings
+from common import artifacts, data, device, memory, metrics, models, scoring, settings
 
 STEP = "02_roberta"
 COLLAPSED = "pass --force with another --seed, a smaller --learning-rate or a larger --warmup-fraction"
@@ -30,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--roberta-model", help="hub name or folder of the encoder to fine-tune")
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
     settings.add_training_flags(parser, epochs=3, learning_rate=1e-5, batch_size=32, micro_batch_size=8)
-    add("--student-layers", type=settings.positive_int, default=6, help="depth of the student: which layers to save")
+    add("--student-layers", type=settings.positive_int, default=6, help="student's depth; decides the layers to save")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
@@ -38,11 +39,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def finetune(
     args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware: device.Hardware, folder: Path
 ) -> None:
-    """Fine-tune the encoder and save it with the weights of its best epoch on validation."""
+    """Fine-tune the encoder and save the weights of its best epoch on validation."""
     from common import training
 
     device.seed_everything(args.seed)
-    model = models.load_classifier(settings.locate(args, args.roberta_model))
+    model = models.load_classifier(args.roberta_model)
     train, validation = (
         training.ReviewDataset(models.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
         for part in (reviews.train, reviews.validation)
@@ -62,9 +63,9 @@ def finetune(
 def save_soft_labels(
     args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware, folder: Path
 ) -> tuple[dict, dict]:
-    """Raw logits by example_id of every split, and pooled states of the mapped layers of what a student trains on.
+    """Save raw logits by example_id for every split, and pooled states of the mapped layers for train and transfer.
 
-    Returns the teacher's figures on validation, and the facts that 04a must know.
+    Returns the teacher's figures on validation, and the facts that 04a needs.
     """
     from common import distill, training
 
@@ -79,10 +80,10 @@ def save_soft_labels(
 
     for split, saved in (("validation", []), ("train", layers), ("transfer", layers)):
         table = getattr(reviews, split)
-        own = {"feature_layers": saved, "texts": data.fingerprint(table)}
-        scoring.delete_unless_made_from(soft_labels, split, origin | own)
+        split_origin = origin | {"feature_layers": saved, "texts": data.fingerprint(table)}
+        scoring.delete_unless_made_from(soft_labels, split, split_origin)
         scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=saved))
-        if split == "validation":  # comes first: a collapsed teacher is refused before it scores 70,000 reviews
+        if split == "validation":  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
             _, logits = scoring.read_scores(soft_labels, split, scoring.LOGITS)
             training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
             scores = metrics.describe(table["label"].to_numpy(), logits)
@@ -95,28 +96,20 @@ def save_soft_labels(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    hardware = device.detect(args)
-    print("02_finetune_roberta.py with")
-    settings.show(args)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
+    hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
-    models.check_length(args.max_length, settings.locate(args, args.roberta_model))
-    tokenizer = models.load_tokenizer(settings.locate(args, args.roberta_model))
+    models.check_length(args.max_length, args.roberta_model)
+    tokenizer = models.load_tokenizer(args.roberta_model)
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     device.one_process_per_gpu(args, hardware, __file__, argv)
     if not (folder / "model").exists():
         finetune(args, reviews, tokenizer, hardware, folder)
         memory.free()
 
-    scores, facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
+    scores, layer_facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
 
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    artifacts.write_json(folder / "metrics.json", {"validation": scores})
-    made = {"teacher": args.roberta_model, "max_length": args.max_length}
-    artifacts.finish(args, folder, {"labels": data.LABELS} | made | facts, peak_mb)
+    facts = {"labels": data.LABELS, "teacher": args.roberta_model, "max_length": args.max_length} | layer_facts
+    artifacts.finish(args, folder, facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '03_finetune_mistral.py')} (or 04a_distill_from_roberta.py)")
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""03: the black-box teacher. Teaches a causal LM in 4 bits to answer one prompt with one of two words (QLoRA).
+"""03: the black-box teacher. Trains a causal LM in 4 bits to answer one prompt with one of two words (QLoRA).
 
-The base is quantised to nf4 and frozen; LoRA adapters on all linear projections learn. The prompt asks for the
-sentiment, only the review inside it is ever truncated, and the loss is on the label word alone: the next token.
+The base is quantised to nf4 and frozen. LoRA adapters on all linear projections learn. The prompt asks for the
+sentiment, and only the review inside it is truncated. The loss is on the next token only, the label word.
 
 Reads   the reviews (a stratified subset)
 Writes  outputs/03_mistral/  adapter/  validation.parquet (scores)  metrics.json  run.json
-Takes   on two T4s: planned 44 to 74 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 78 to 101 minutes (results/gpu/plan.csv), not measured yet
 
     python 03_finetune_mistral.py
     python 03_finetune_mistral.py --mistral-model path/to/any-causal-lm --max-train-samples 2000
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP = "03_mistral"
 COLLAPSED = "pass --force with another --seed or a smaller --learning-rate"
@@ -28,19 +28,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(max_train_samples="6000")
     add = parser.add_argument
     add("--mistral-model", help="hub name or folder of the causal LM")
-    add("--prompt", default=verbalizer.PROMPT, help="with {review} where the review goes")
-    add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="of negative and positive")
+    add("--prompt", default=verbalizer.PROMPT, help="question to the LLM, with {review} in the place of the review")
+    words = "words for negative and positive"
+    add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help=words)
     add("--max-length", type=settings.positive_int, default=512, help="tokens of the prompt with its review")
     settings.add_training_flags(parser, epochs=1, learning_rate=2e-4, batch_size=16, micro_batch_size=4)
     add("--lora-r", type=settings.positive_int, default=16, help="rank of the adapters")
-    add("--lora-alpha", type=settings.positive_int, default=32, help="their scale is lora_alpha / r")
-    add("--lora-dropout", type=settings.fraction, default=0.05, help="on their input")
-    add(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="less memory, a third slower",
-    )
+    add("--lora-alpha", type=settings.positive_int, default=32, help="numerator of the adapters' scale, lora_alpha / r")
+    add("--lora-dropout", type=settings.fraction, default=0.05, help="dropout on the adapters' input")
+    slower = "recompute activations: less memory, a third slower"
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help=slower)
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
@@ -65,13 +62,24 @@ def with_lora(args: argparse.Namespace, model):
 
 
 def finetune(
-    args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, label_ids, train, validation
+    args: argparse.Namespace,
+    hardware: device.Hardware,
+    folder: Path,
+    tokenizer,
+    label_ids: list[int],
+    reviews: data.Reviews,
 ) -> None:
-    """Train the adapters and save those of the best epoch on validation."""
+    """Train the adapters and save the best epoch's on validation."""
     from common import training
 
+    train, validation = (
+        training.ReviewDataset(
+            verbalizer.encode_prompts(tokenizer, part["text"].tolist(), args.prompt, args.max_length), part["label"]
+        )
+        for part in (reviews.train, reviews.validation)
+    )
     device.seed_everything(args.seed)
-    model = with_lora(args, models.load_llm(settings.locate(args, args.mistral_model), hardware))
+    model = with_lora(args, models.load_llm(args.mistral_model, hardware))
     model.print_trainable_parameters()
     checkpoints = folder / "checkpoints"
     trainer = training.LabelWordTrainer(
@@ -87,50 +95,41 @@ def finetune(
     training.save(model, tokenizer, folder / "adapter", checkpoints)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    hardware = device.detect(args)
-    print("03_finetune_mistral.py with")
-    settings.show(args)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
-    reviews = data.load_reviews(args, reads=("train",))
-    base = settings.locate(args, args.mistral_model)
-    models.check_length(args.max_length, base)
-    tokenizer = models.load_tokenizer(base)
-    label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
-    train_ids, validation_ids = (
-        verbalizer.encode_prompts(tokenizer, table["text"].tolist(), args.prompt, args.max_length)
-        for table in (reviews.train, reviews.validation)
-    )
-    labels = reviews.validation["label"].to_numpy()
-    # Every mistake in the flags is told before --force may delete anything.
-    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
-    device.one_process_per_gpu(args, hardware, __file__, argv)
-
+def score_validation(
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, label_ids: list[int], reviews
+) -> dict[str, float]:
+    """The adapter's figures on validation. It is reloaded onto a new 4-bit base, as in 04b and 05."""
     from common import training
 
-    if not (folder / "adapter").exists():
-        train = training.ReviewDataset(train_ids, reviews.train["label"])
-        validation = training.ReviewDataset(validation_ids, labels)
-        finetune(args, hardware, folder, tokenizer, label_ids, train, validation)
-        memory.free()
-
-    # The saved adapter is scored as 04b and 05 will score it: reloaded, on a fresh 4-bit base.
-    model = models.load_llm(base, hardware, folder / "adapter")
+    model = models.load_llm(args.mistral_model, hardware, folder / "adapter")
 
     def score(texts: list[str]) -> dict[str, np.ndarray]:
         ids = verbalizer.encode_prompts(tokenizer, texts, args.prompt, args.max_length)
         return {"scores": scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)}
 
-    scoring.in_chunks(folder, "validation", reviews.validation, scoring.LOG_PROBABILITIES, score, chunk=250)
+    scoring.in_chunks(folder, "validation", reviews, scoring.LOG_PROBABILITIES, score, chunk=250)
     _, log_p = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES)
+    labels = reviews["label"].to_numpy()
     training.refuse_collapse(log_p, labels, COLLAPSED)
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    scores = metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}
-    artifacts.write_json(folder / "metrics.json", {"validation": scores})
+    return metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    hardware = device.start(args, __file__)
+    reviews = data.load_reviews(args, reads=("train",))
+    models.check_length(args.max_length, args.mistral_model)
+    tokenizer = models.load_tokenizer(args.mistral_model)
+    label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
+    verbalizer.encode_prompts(tokenizer, [""], args.prompt, args.max_length)  # stops if --max-length is too short
+    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+    device.one_process_per_gpu(args, hardware, __file__, argv)
+
+    if not (folder / "adapter").exists():
+        finetune(args, hardware, folder, tokenizer, label_ids, reviews)
+        memory.free()
+    scores = score_validation(args, hardware, folder, tokenizer, label_ids, reviews.validation)
+
     facts = {
         "labels": data.LABELS,
         "base": args.mistral_model,
@@ -140,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         "max_length": args.max_length,
         "validation_accuracy": scores["accuracy"],
     }
-    artifacts.finish(args, folder, facts, peak_mb)
+    artifacts.finish(args, folder, facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '04b_distill_from_mistral.py')}")
 

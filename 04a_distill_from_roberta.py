@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""04a: the white-box student. DistilBERT learns RoBERTa's logits and hidden states, and a control learns without it.
+"""04a: the white-box student. DistilBERT learns RoBERTa's logits and hidden states; a control learns without them.
 
     loss = alpha · T² · KL(teacher ‖ student)  +  (1 − alpha) · cross-entropy  +  feature_weight · features
 
-The student trains on the labelled reviews and the transfer set together, from the files that 02 saved: no teacher is
-loaded. Cross-entropy counts where a gold label exists. The control is the same student on the labelled reviews alone,
-with cross-entropy alone, for up to as many steps, its epoch chosen on validation: what the teacher adds is the
-difference between the two.
+The student trains on the labelled reviews and the transfer set together, from the files that 02 saved. No teacher is
+loaded. Cross-entropy counts where a gold label exists. The control is the same student, trained on the labelled reviews
+with cross-entropy alone. It trains for up to as many steps, and validation chooses its epoch. The difference between
+the two is the teacher's contribution.
 
 Reads   the reviews, outputs/02_roberta/soft_labels/
 Writes  outputs/04a_student_from_roberta/  model/  control/  metrics.json  run.json
-Takes   on two T4s: planned 19 to 32 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 52 to 62 minutes (results/gpu/plan.csv), not measured yet
 
     python 04a_distill_from_roberta.py
     python 04a_distill_from_roberta.py --no-control --alpha 0.5 --temperature 4
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings
+from common import artifacts, data, device, metrics, models, scoring, settings
 
 STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
@@ -34,23 +34,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
     settings.add_training_flags(parser, epochs=4, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
     add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
-    add("--soft-loss", choices=("kl", "margin"), default="kl", help="margin: squared difference of the log-odds")
-    add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")
-    add("--feature-weight", type=settings.non_negative, default=0.1, help="weight of the hidden-state term; 0: without")
-    add("--control", action=argparse.BooleanOptionalAction, default=True, help="also train the student with no teacher")
+    soft_loss = "loss on the soft labels; margin: squared difference of the log-odds"
+    add("--soft-loss", choices=("kl", "margin"), default="kl", help=soft_loss)
+    add("--temperature", type=settings.positive, default=2.0, help="temperature of both softmaxes in the KL term")
+    add("--feature-weight", type=settings.non_negative, default=0.1, help="weight of the hidden-state term; 0: no term")
+    add("--control", action=argparse.BooleanOptionalAction, default=True, help="train a control too, with no teacher")
     args = settings.parse(parser, STEP, argv)
     if args.alpha == 0 and args.feature_weight == 0:
-        parser.error("--alpha 0 with --feature-weight 0 leaves the teacher out, as the control does: raise one of them")
+        parser.error(
+            "--alpha 0 with --feature-weight 0 uses no teacher, which only the control does: raise one of them"
+        )
     return args
 
 
 def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -> dict:
-    """The teacher's arrays for train followed by the transfer set: `teacher_logits`, and `teacher_features` on disk."""
+    """The teacher's arrays for train, then the transfer set: `teacher_logits`, and `teacher_features` from disk."""
     from common import distill
 
     folder = artifacts.require(args, TEACHER_STEP, "soft_labels")
     model = folder.with_name("model")
-    weights = {"weights": models.weights_digest(model)} if model.exists() else {}  # the teacher itself is not needed
+    weights = {"weights": models.weights_digest(model)} if model.exists() else {}  # the model itself is not needed
     logits, features = [], []
     for split in ("train", "transfer"):
         table = getattr(reviews, split)
@@ -58,8 +61,8 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
             continue
         artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}.parquet")
         scoring.refuse_stale(folder, split, weights, "02_finetune_roberta.py")
-        in_file, scores = scoring.read_scores(folder, split, scoring.LOGITS)
-        rows = distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")
+        file_ids, scores = scoring.read_scores(folder, split, scoring.LOGITS)
+        rows = distill.teacher_rows(file_ids, table["example_id"], split, "02_finetune_roberta.py")
         logits.append(scores[rows])
         if split == "train":
             distill.refuse_bad_teacher(logits[0], table["label"].to_numpy(), split)
@@ -67,7 +70,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
             distill.refuse_one_class(logits[-1])
         if args.feature_weight > 0:
             file = artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}_features.npy")
-            features.append((artifacts.read_array(file, len(in_file)), rows))
+            features.append((artifacts.read_array(file, len(file_ids)), rows))
     teacher = {"teacher_logits": np.concatenate(logits)}
     if features:
         saved = [facts["feature_layers"].index(layer) for layer in student_to_teacher_layers(args, facts)]
@@ -76,85 +79,61 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
 
 
 def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int]:
-    """The teacher's layer for each of the student's; stops when 02 saved others."""
+    """The teacher's layer for each student layer; stops if 02 did not save them all."""
     from common import distill
 
-    depth = models.load_config(settings.locate(args, args.student_model)).num_hidden_layers
+    depth = models.load_config(args.student_model).num_hidden_layers
     layers = distill.mapped_layers(depth, facts["teacher_layers"])
     if not set(layers) <= set(facts["feature_layers"]):
         settings.stop(
-            f"02 saved the states of layers {facts['feature_layers']}; a student of {depth} layers maps to {layers}: "
+            f"02 saved layers {facts['feature_layers']}, but a student of {depth} layers needs {layers}: "
             f"run 02_finetune_roberta.py --student-layers {depth} --force, or pass --feature-weight 0"
         )
     return layers
 
 
+def train_students(
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, teacher: dict, width: int
+) -> dict[str, np.ndarray]:
+    """Train the student, and the control unless --no-control; their (n, 2) validation logits by name."""
+    from common import distill, training
+
+    train, labelled, validation = distill.student_datasets(args, reviews, teacher)
+    print(f"student: {len(labelled):,} labelled and {len(train) - len(labelled):,} unlabelled reviews", flush=True)
+    weights = {"epochs": args.epochs, "alpha": args.alpha, "feature_weight": args.feature_weight}
+    weights["teacher_width"] = width if args.feature_weight > 0 else None
+    logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **weights)}
+    training.refuse_collapse(logits["student"], validation.labels, AT_CHANCE)
+    if args.control:
+        weights = {"epochs": args.epochs * len(train) / len(labelled), "alpha": 0.0}  # as many steps as the student
+        print(f"control: {len(labelled):,} labelled reviews, up to {weights['epochs']:.1f} epochs", flush=True)
+        logits["control"] = distill.train_student(args, hardware, folder / "control", labelled, validation, **weights)
+        training.refuse_collapse(logits["control"], validation.labels, f"the control is no measure; {AT_CHANCE}")
+    return logits
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    hardware = device.detect(args)
-    print("04a_distill_from_roberta.py with")
-    settings.show(args)
+    hardware = device.start(args, __file__)
     teacher_run = artifacts.read_run(args, TEACHER_STEP)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
-    inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
-    models.check_length(args.max_length, settings.locate(args, args.student_model))
-    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
+    models.check_length(args.max_length, args.student_model)
+    models.load_tokenizer(args.student_model)
     facts = teacher_run["facts"]
     teacher = read_teacher(args, reviews, facts)
+    inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
     folder = artifacts.begin(args, STEP, inputs)
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
-    from common import distill, training
+    logits = train_students(args, hardware, folder, reviews, teacher, facts["teacher_width"])
 
-    gold_ids, transfer_ids, validation_ids = (
-        models.encode(tokenizer, table["text"].tolist(), args.max_length)
-        for table in (reviews.train, reviews.transfer, reviews.validation)
-    )
-    gold, labels = reviews.train["label"].to_numpy(), reviews.validation["label"].to_numpy()
-    hard_labels = np.concatenate([gold, np.full(len(transfer_ids), distill.IGNORED)])
-    validation = training.ReviewDataset(validation_ids, labels)
-
-    print(f"student: {len(gold_ids):,} labelled and {len(transfer_ids):,} unlabelled reviews", flush=True)
-    logits = {
-        "student": distill.train_student(
-            args,
-            hardware,
-            folder / "model",
-            training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
-            validation,
-            epochs=args.epochs,
-            alpha=args.alpha,
-            feature_weight=args.feature_weight,
-            teacher_width=facts["teacher_width"] if args.feature_weight > 0 else None,
-        )
-    }
-    training.refuse_collapse(logits["student"], labels, AT_CHANCE)
-    if args.control:
-        epochs = args.epochs * len(hard_labels) / len(gold_ids)  # as many steps as the student
-        print(f"control: {len(gold_ids):,} labelled reviews, up to {epochs:.1f} epochs", flush=True)
-        logits["control"] = distill.train_student(
-            args,
-            hardware,
-            folder / "control",
-            training.ReviewDataset(gold_ids, gold),
-            validation,
-            epochs=epochs,
-            alpha=0.0,
-        )
-        training.refuse_collapse(logits["control"], labels, f"the control is no measure; {AT_CHANCE}")
-
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    scores = {name: metrics.describe(labels, of) for name, of in logits.items()}
-    artifacts.write_json(folder / "metrics.json", {"validation": scores})
-    made = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
-    artifacts.finish(args, folder, {"labels": data.LABELS} | made, peak_mb)
-    for name, one in scores.items():
-        print(f"{name}: validation accuracy {metrics.in_words(one)}")
+    labels = reviews.validation["label"].to_numpy()
+    scores = {name: metrics.describe(labels, student_logits) for name, student_logits in logits.items()}
+    models_used = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
+    artifacts.finish(args, folder, {"labels": data.LABELS} | models_used, {"validation": scores})
+    for name, figures in scores.items():
+        print(f"{name}: validation accuracy {metrics.in_words(figures)}")
     print(f"next: {settings.next_command(args, '04b_distill_from_mistral.py')} (or 05_benchmark.py)")
 
 

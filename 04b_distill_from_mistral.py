@@ -3,13 +3,13 @@
 
     loss = alpha · T² · KL(teacher ‖ student)  +  (1 − alpha) · cross-entropy
 
-The 4-bit LLM, with 03's adapter or as it is (--no-adapter), scores train, validation and the transfer set, one forward
-pass a batch, into raw label log-probabilities on disk; an interrupted run continues them. Calibration is applied when
-they are read. The student then trains on the labelled reviews and the transfer set together, with the trainer of 04a.
+The 4-bit LLM scores train, validation and the transfer set, with 03's adapter or without it (--no-adapter). It needs
+one forward pass per batch and saves raw label log-probabilities. An interrupted run continues them. Calibration is
+applied when they are read. The student then trains on the labelled reviews and the transfer set, with 04a's trainer.
 
 Reads   the reviews, outputs/03_mistral/adapter/
 Writes  outputs/04b_student_from_mistral/  soft_labels/ (a table by split)  model/  metrics.json  run.json
-Takes   on two T4s: planned 86 to 144 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 151 to 199 minutes (results/gpu/plan.csv), not measured yet
 
     python 04b_distill_from_mistral.py
     python 04b_distill_from_mistral.py --no-adapter --mistral-model path/to/any-causal-lm --max-transfer-samples 5000
@@ -20,13 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
-CANNOT_TEACH = "this LLM cannot teach: take another, or one that 03_finetune_mistral.py has taught more reviews"
+CANNOT_TEACH = "this LLM cannot teach: take another, or train it on more reviews with 03_finetune_mistral.py"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
 LOW_LABEL_MASS = 0.5
-OTHER_TEACHER = 0.03  # another precision moves the accuracy by less, another base by more
+# 03 decides four flags. FLAGS maps their names in 03's facts to this script's; DEFAULTS are their values without 03.
+FLAGS = {"base": "mistral_model", "prompt": "prompt", "label_words": "label_words", "max_length": "prompt_length"}
+DEFAULTS = {"prompt": verbalizer.PROMPT, "label_words": list(verbalizer.LABEL_WORDS), "max_length": 512}
+OTHER_TEACHER = 0.03  # another precision changes the accuracy by less, another base by more
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,44 +40,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
     settings.add_training_flags(parser, epochs=4, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
     add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
-    add("--soft-loss", choices=("kl", "margin"), default="kl", help="margin: squared difference of the log-odds")
-    add("--temperature", type=settings.positive, default=2.0, help="softens both sides of the KL term")
-    add(
-        "--calibration",
-        choices=("batch", "fitted", "none"),
-        default="batch",
-        help="of the label log-odds: their mean over the transfer set subtracted (no labels needed; assumes balanced "
-        "classes), or a bias and a temperature fitted on validation",
-    )
-    add("--adapter", action=argparse.BooleanOptionalAction, default=True, help="teach with 03's adapter on the LLM")
-    add("--mistral-model", help="with --no-adapter: hub name or folder of the causal LM; else 03's holds")
-    add(
-        "--prompt", default=verbalizer.PROMPT, help="with --no-adapter: {review} where the review goes; else 03's holds"
-    )
-    add("--label-words", nargs=2, default=list(verbalizer.LABEL_WORDS), metavar="WORD", help="likewise")
-    add("--prompt-length", type=settings.positive_int, default=512, help="likewise: tokens with the review")
+    soft_loss = "loss on the soft labels; margin: squared difference of the log-odds"
+    add("--soft-loss", choices=("kl", "margin"), default="kl", help=soft_loss)
+    add("--temperature", type=settings.positive, default=2.0, help="temperature of both softmaxes in the KL term")
+    calibration = "shift of the label log-odds; batch: subtract the mean over the transfer set (no labels, but "
+    calibration += "balanced classes needed); fitted: use a bias and a temperature fitted on validation"
+    add("--calibration", choices=("batch", "fitted", "none"), default="batch", help=calibration)
+    add("--adapter", action=argparse.BooleanOptionalAction, default=True, help="score with 03's adapter")
+    add("--mistral-model", help="hub name or folder of the causal LM; default for this and the next three: 03's value")
+    add("--prompt", help="question to the LLM, with {review} in the place of the review")
+    add("--label-words", nargs=2, metavar="WORD", help="words for negative and positive")
+    add("--prompt-length", type=settings.positive_int, help="tokens of the prompt with its review")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     args = settings.parse(parser, STEP, argv)
     if args.alpha == 0:
-        parser.error("--alpha 0 leaves the teacher out, as 04a's control does: raise it")
+        parser.error("--alpha 0 uses no teacher, which only 04a's control does: raise it")
     return args
 
 
 def find_llm(args: argparse.Namespace) -> dict:
-    """What the teacher is and what it is asked: 03's facts, which `args` takes on, or the flags of --no-adapter."""
-    flags = {"base": "mistral_model", "prompt": "prompt", "label_words": "label_words", "max_length": "prompt_length"}
-    if not args.adapter:
-        return {name: getattr(args, flag) for name, flag in flags.items()} | {"adapter": False}
-    facts, defaults = artifacts.read_run(args, TEACHER_STEP)["facts"], parse_args(["--preset", args.preset])
-    for name, flag in flags.items():
-        if getattr(args, flag) not in (getattr(defaults, flag), facts[name]):
-            settings.stop(f"03's adapter was trained with {flag} {facts[name]!r}: leave it so, or pass --no-adapter")
-        setattr(args, flag, facts[name])
-    return facts | {"adapter": True}
+    """The teacher and its prompt, also set in `args`. 03 decides them, or with --no-adapter the flags do."""
+    llm = {"base": settings.PRESETS[args.preset]["mistral_model"], **DEFAULTS}
+    if args.adapter:
+        llm = artifacts.read_run(args, TEACHER_STEP)["facts"]
+    for name, flag in FLAGS.items():
+        value = getattr(args, flag)
+        if args.adapter and value not in (None, llm[name]):
+            settings.stop(f"03's adapter was trained with {flag} {llm[name]!r}: drop the flag, or pass --no-adapter")
+        setattr(args, flag, llm[name] if value is None else value)
+    return llm | {name: getattr(args, flag) for name, flag in FLAGS.items()} | {"adapter": args.adapter}
 
 
 def check_prompt(base: str, llm: dict):
-    """The LLM's tokenizer and the label words' ids; stops when prompt, words or length cannot serve."""
+    """The LLM's tokenizer and the label words' ids; stops if prompt, words or length do not work."""
     tokenizer = models.load_tokenizer(base)
     label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
     verbalizer.encode_prompts(tokenizer, [""], llm["prompt"], llm["max_length"])
@@ -84,19 +82,20 @@ def check_prompt(base: str, llm: dict):
 def save_soft_labels(
     args: argparse.Namespace, reviews: data.Reviews, llm: dict, adapter: Path | None, hardware, folder: Path
 ) -> None:
-    """Raw label log-probabilities by example_id, of every split, by the LLM with its prompt and length.
+    """Save the LLM's raw label log-probabilities by example_id, for every split.
 
-    Those of other student settings took hours and still hold; those of another teacher or sample are deleted.
+    They take hours, so they stay when only the student's settings change. Those of another teacher or sample are
+    deleted.
     """
     origin = {"weights": models.weights_digest(adapter) if adapter else "no adapter"}
     origin |= {name: llm[name] for name in ("base", "prompt", "label_words", "max_length")}
     splits = [split for split in ("validation", "train", "transfer") if len(getattr(reviews, split))]
     for split in splits:
-        own = {"texts": data.fingerprint(getattr(reviews, split))}
-        scoring.delete_unless_made_from(folder, split, origin | own)
+        texts = data.fingerprint(getattr(reviews, split))
+        scoring.delete_unless_made_from(folder, split, origin | {"texts": texts})
     if device.share(all(scoring.is_scored(folder, split, len(getattr(reviews, split))) for split in splits)):
         return
-    base = settings.locate(args, llm["base"])
+    base = llm["base"]
     tokenizer, label_ids = check_prompt(base, llm)
     print(f"label words {llm['label_words']} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
     model = models.load_llm(base, hardware, adapter)
@@ -112,14 +111,14 @@ def save_soft_labels(
 def calibrate(
     chosen: str, log_odds: dict[str, np.ndarray], labels: np.ndarray
 ) -> tuple[float, float, dict[str, dict[str, float]]]:
-    """Bias and temperature of the chosen calibration, and how good the teacher is on validation with each of them."""
+    """Bias and temperature of the chosen calibration, and the teacher's figures on validation with each one."""
     bias = verbalizer.batch_calibration(log_odds.get("transfer", log_odds["train"]))
     calibrations = {"none": (0.0, 1.0), "batch": (bias, 1.0)}
     quality = {
         name: metrics.describe(labels, verbalizer.teacher_logits(log_odds["validation"], *shift))
         for name, shift in calibrations.items()
     }
-    # Of an LLM near chance a fit means nothing, and may not exist.
+    # For an LLM near chance a fit means nothing, and may not exist.
     if chosen == "fitted" or quality["batch"]["accuracy"] > 0.5 + 2 / np.sqrt(len(labels)):
         calibrations["fitted"] = verbalizer.fitted_calibration(log_odds["validation"], labels)
         held_out = verbalizer.out_of_fold(log_odds["validation"], labels)
@@ -128,9 +127,9 @@ def calibrate(
 
 
 def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, folder: Path) -> tuple[dict, dict, dict]:
-    """Teacher's arrays for train followed by the transfer set, calibrated; the calibration; its figures on validation.
+    """The teacher's calibrated arrays for train, then transfer; the calibration; the teacher's figures on validation.
 
-    Stops when the LLM is at chance or another than the one that 03 trained, instead of making a random student.
+    Stops if the LLM is at chance, or is not the one that 03 trained: its student would be random.
     """
     from common import distill, training
 
@@ -138,36 +137,36 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
     for split in ("train", "validation", "transfer"):
         table = getattr(reviews, split)
         if len(table):
-            in_file, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
-            rows = distill.teacher_rows(in_file, table["example_id"], split, "04b_distill_from_mistral.py")
+            file_ids, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
+            rows = distill.teacher_rows(file_ids, table["example_id"], split, "04b_distill_from_mistral.py")
             log_p[split] = scores[rows]
     log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
     labels = reviews.validation["label"].to_numpy()
     bias, temperature, quality = calibrate(args.calibration, log_odds, labels)
-    shared = np.concatenate([log_odds[split] for split in ("train", "transfer") if split in log_odds])
-    teacher_logits = verbalizer.teacher_logits(shared, bias, temperature)
+    train_odds = np.concatenate([log_odds[split] for split in ("train", "transfer") if split in log_odds])
+    teacher_logits = verbalizer.teacher_logits(train_odds, bias, temperature)
     mass = verbalizer.label_mass(log_p["validation"])
 
     print(f"label mass p(positive) + p(negative): {mass:.3f}")
     if mass < LOW_LABEL_MASS:
-        print("warning: the LLM would rather say something else than a label word; its ranking may still be good")
-    spread = np.percentile((shared - bias) / temperature, (5, 50, 95))
+        print("warning: the LLM prefers other words to the label words; its ranking may still be good")
+    spread = np.percentile((train_odds - bias) / temperature, (5, 50, 95))
     print("log-odds of the soft labels: 5% {:.2f}, median {:.2f}, 95% {:.2f}".format(*spread))
     for name, scores in quality.items():
-        note = f" (in use: {bias:.3f} subtracted, divided by {temperature:.3f})" if name == args.calibration else ""
+        note = f" (in use: minus {bias:.3f}, divided by {temperature:.3f})" if name == args.calibration else ""
         print(
             f"teacher on validation, calibration {name}: accuracy {metrics.in_words(scores)}, "
             f"NLL {scores['nll']:.3f}, ECE {scores['ece']:.3f}{note}"
         )
-    now, recorded = quality["none"]["accuracy"], llm.get("validation_accuracy")
-    if recorded is not None and abs(now - recorded) > OTHER_TEACHER:
+    accuracy, recorded = quality["none"]["accuracy"], llm.get("validation_accuracy")
+    if recorded is not None and abs(accuracy - recorded) > OTHER_TEACHER:
         settings.stop(
-            f"the LLM's validation accuracy is {now:.3f} here and was {recorded:.3f} in 03: "
+            f"the LLM's validation accuracy is {accuracy:.3f} here and was {recorded:.3f} in 03: "
             f"is {llm['base']} still the base that the adapter was trained on?"
         )
-    on_validation = verbalizer.teacher_logits(log_odds["validation"], bias, temperature)
-    distill.refuse_bad_teacher(on_validation, labels, "validation")
-    training.refuse_collapse(on_validation, labels, CANNOT_TEACH)
+    validation_logits = verbalizer.teacher_logits(log_odds["validation"], bias, temperature)
+    distill.refuse_bad_teacher(validation_logits, labels, "validation")
+    training.refuse_collapse(validation_logits, labels, CANNOT_TEACH)
     if "transfer" in log_odds:
         distill.refuse_one_class(verbalizer.teacher_logits(log_odds["transfer"], bias, temperature))
     calibration = {"calibration": args.calibration, "bias": bias, "calibration_temperature": temperature}
@@ -175,60 +174,51 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
     return {"teacher_logits": teacher_logits}, calibration, figures
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    hardware = device.detect(args)
-    print("04b_distill_from_mistral.py with")
-    llm = find_llm(args)
-    settings.show(args)
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
-    reviews = data.load_reviews(args, reads=("train", "transfer"))
+def check_inputs(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
+    """The fingerprints of everything that the step reads; stops if a model, a length or 03's split does not fit."""
     inputs = dict(reviews.fingerprints)
     if llm["adapter"]:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
-    models.check_length(llm["max_length"], settings.locate(args, llm["base"]), "--prompt-length")
-    check_prompt(settings.locate(args, llm["base"]), llm)
+    models.check_length(llm["max_length"], llm["base"], "--prompt-length")
+    check_prompt(llm["base"], llm)
+    models.check_length(args.max_length, args.student_model)
+    models.load_tokenizer(args.student_model)
+    return inputs
+
+
+def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: data.Reviews, teacher: dict) -> np.ndarray:
+    """Train the student on the teacher's arrays; its (n, 2) validation logits."""
+    from common import distill, training
+
+    train, labelled, validation = distill.student_datasets(args, reviews, teacher)
+    print(f"student: {len(labelled):,} labelled and {len(train) - len(labelled):,} unlabelled reviews", flush=True)
+    weights = {"epochs": args.epochs, "alpha": args.alpha}
+    logits = distill.train_student(args, hardware, folder / "model", train, validation, **weights)
+    training.refuse_collapse(logits, validation.labels, AT_CHANCE)
+    return logits
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    llm = find_llm(args)
+    hardware = device.start(args, __file__)
+    reviews = data.load_reviews(args, reads=("train", "transfer"))
+    inputs = check_inputs(args, llm, reviews)
     adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
-    models.check_length(args.max_length, settings.locate(args, args.student_model))
-    tokenizer = models.load_tokenizer(settings.locate(args, args.student_model))
     folder = artifacts.begin(args, STEP, inputs, keep="soft_labels")
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
-    from common import distill, training
-
     save_soft_labels(args, reviews, llm, adapter, hardware, folder / "soft_labels")
-    memory.free()  # the LLM's, for the student
+    memory.free()  # the LLM's memory, for the student
     teacher, calibration, figures = read_teacher(args, reviews, llm, folder / "soft_labels")
-    gold_ids, transfer_ids, validation_ids = (
-        models.encode(tokenizer, table["text"].tolist(), args.max_length)
-        for table in (reviews.train, reviews.transfer, reviews.validation)
-    )
-    gold, labels = reviews.train["label"].to_numpy(), reviews.validation["label"].to_numpy()
-    hard_labels = np.concatenate([gold, np.full(len(transfer_ids), distill.IGNORED)])
-    validation = training.ReviewDataset(validation_ids, labels)
+    logits = train_student(args, hardware, folder, reviews, teacher)
 
-    print(f"student: {len(gold_ids):,} labelled and {len(transfer_ids):,} unlabelled reviews", flush=True)
-    logits = distill.train_student(
-        args,
-        hardware,
-        folder / "model",
-        training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
-        validation,
-        epochs=args.epochs,
-        alpha=args.alpha,
-    )
-    training.refuse_collapse(logits, labels, AT_CHANCE)
-
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    one = metrics.describe(labels, logits)
-    artifacts.write_json(folder / "metrics.json", {"validation": {"student": one} | figures})
-    made = {"student": args.student_model, "teacher": llm["base"], "max_length": args.max_length, "llm": llm}
-    artifacts.finish(args, folder, {"labels": data.LABELS} | made | calibration, peak_mb)
-    print(f"student: validation accuracy {metrics.in_words(one)}")
+    scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
+    models_used = {"student": args.student_model, "teacher": llm["base"], "max_length": args.max_length, "llm": llm}
+    facts = {"labels": data.LABELS} | models_used | calibration
+    artifacts.finish(args, folder, facts, {"validation": {"student": scores} | figures})
+    print(f"student: validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '05_benchmark.py')}")
 
 

@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""05: one table of every model that outputs/ holds: accuracy, latency, throughput, size.
+"""05: one table of all models in outputs/ with accuracy, latency, throughput and size.
 
-Latency is one review at a time, text in, label out (MLPerf's SingleStream; the median). Throughput is all reviews at
-once, text in, labels out (MLPerf's Offline). Clocks are warmed up and wait for the GPU. Parameters and bytes of weights
-are counted. Every model reads the same test reviews, the LLM a stratified part of them; memory is freed in between.
+Latency is the median time of one review, from text to label (MLPerf's SingleStream). Throughput is the rate of all
+reviews at once, from texts to labels (MLPerf's Offline). Each model warms up first, and the clock waits for the GPU.
+Parameters and bytes of weights are counted. Every model reads the same test reviews, but the LLM only a stratified part
+of them. Memory is freed between models.
 
-Reads   the test reviews and every finished folder of steps 01 to 04b, whatever subset of them was run
-Writes  outputs/05_benchmark/  benchmark.csv  benchmark.md  predictions.parquet  environment.json  run.json
-Takes   on one T4: planned 9 to 16 minutes (results/gpu/plan.csv), not measured yet
+Reads   the test reviews and the finished folders of steps 01 to 04b, any subset of them
+Writes  outputs/05_benchmark/  benchmark.csv  benchmark.md  accuracy_latency.png  predictions.parquet
+        environment.json  run.json
+Takes   on one T4: planned 18 to 23 minutes (results/gpu/plan.csv), not measured yet
 
     python 05_benchmark.py
     python 05_benchmark.py --max-test-samples 2000 --max-llm-samples 500 --force
@@ -31,14 +33,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, data, demo, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, data, device, memory, metrics, models, report, scoring, settings, verbalizer
 
 STEP = "05_benchmark"
 WARM_UP_REVIEWS = 16
 TEACHER, CONTROL = "teacher, fine-tuned", "control, no teacher"
 STUDENTS = {"04a_student_from_roberta": "student, white-box", "04b_student_from_mistral": "student, black-box"}
 UNCALIBRATED = {"calibration": "none (no 04b)", "bias": 0.0, "calibration_temperature": 1.0}
-COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Loaded:
     logits: Callable[[list[str]], np.ndarray]  # texts to (n, 2)
     parameters: int
     weight_bytes: int
-    facts: dict = field(default_factory=dict)  # precision, max_length, calibration: the row says how it was run
+    facts: dict = field(default_factory=dict)  # more columns of its row: precision, max_length, calibration
 
 
 @dataclass
@@ -64,20 +65,15 @@ class Contender:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = settings.make_parser(__doc__, reads=("test",))
     add = parser.add_argument
-    add(
-        "--max-llm-samples",
-        type=settings.positive_int,
-        default=1000,
-        help="test reviews that the LLM reads, stratified",
-    )
+    add("--max-llm-samples", type=settings.positive_int, default=1000, help="test reviews for the LLM, stratified")
     add("--latency-samples", type=settings.positive_int, default=100, help="reviews timed one at a time")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     return settings.parse(parser, STEP, argv)
 
 
 def short(name: str) -> str:
-    """The last part of a hub name or folder: what was loaded, not what it stands for."""
-    return name.rstrip("/").split("/")[-1].replace(":", "-")
+    """The last part of a hub name or folder."""
+    return name.rstrip("/").split("/")[-1]
 
 
 def load_bag_of_words(folder: Path) -> Loaded:
@@ -103,7 +99,7 @@ def load_encoder(args: argparse.Namespace, hardware: device.Hardware, folder: Pa
 def load_mistral(
     args: argparse.Namespace, hardware: device.Hardware, adapter: Path | None, facts: dict, calibration: dict
 ) -> Loaded:
-    base = settings.locate(args, facts["base"])
+    base = facts["base"]
     tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, adapter)
     label_ids = verbalizer.label_token_ids(tokenizer, facts["prompt"], facts["label_words"])
 
@@ -113,53 +109,51 @@ def load_mistral(
         log_odds = verbalizer.log_odds(log_p)
         return verbalizer.teacher_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
 
-    ran = {
+    row_facts = {
         "precision": f"nf4, {hardware.precision}",
         "device": hardware.device,
         "max_length": facts["max_length"],
         "calibration": calibration["calibration"],
     }
-    return Loaded(logits, *models.count(model), ran)
+    return Loaded(logits, *models.count(model), row_facts)
 
 
 def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: dict[str, dict]) -> list[Contender]:
-    """One per model of the finished steps, in the order of the steps."""
+    """One contender per model of the finished steps, in the order of the steps."""
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
-    found = []
+    contenders = []
     if "01_baseline" in runs:
         for name, folder in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
-            found.append(Contender(name, "baseline", partial(load_bag_of_words, root / "01_baseline" / folder)))
+            contenders.append(Contender(name, "baseline", partial(load_bag_of_words, root / "01_baseline" / folder)))
     if "02_roberta" in runs:
         load = partial(load_encoder, args, hardware, root / "02_roberta" / "model", facts["02_roberta"]["max_length"])
-        found.append(Contender(short(facts["02_roberta"]["teacher"]), TEACHER, load))
+        contenders.append(Contender(short(facts["02_roberta"]["teacher"]), TEACHER, load))
     from_llm = facts.get("04b_student_from_mistral")
     if "03_mistral" in runs:
         calibration = from_llm if from_llm and from_llm["llm"]["adapter"] else UNCALIBRATED
         load = partial(load_mistral, args, hardware, root / "03_mistral" / "adapter", facts["03_mistral"], calibration)
-        found.append(Contender(short(facts["03_mistral"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True))
+        contenders.append(Contender(short(facts["03_mistral"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True))
     if from_llm and not from_llm["llm"]["adapter"]:
         load = partial(load_mistral, args, hardware, None, from_llm["llm"], from_llm)
-        found.append(Contender(short(from_llm["llm"]["base"]), "teacher, 4-bit zero-shot", load, is_llm=True))
+        contenders.append(Contender(short(from_llm["llm"]["base"]), "teacher, 4-bit zero-shot", load, is_llm=True))
     for step, kind in STUDENTS.items():
         if step in runs:
             student, teacher = short(facts[step]["student"]), short(facts[step]["teacher"])
-            for folder, row in (
-                ("model", (f"{student} from {teacher}", kind)),
-                ("control", (f"{student} control", CONTROL)),
-            ):
+            rows = {"model": (f"{student} from {teacher}", kind), "control": (f"{student} control", CONTROL)}
+            for folder, (name, row_kind) in rows.items():
                 if folder == "model" or (root / step / folder).is_dir():
                     load = partial(load_encoder, args, hardware, root / step / folder, facts[step]["max_length"])
-                    found.append(Contender(*row, load))
-    # Two folders may end alike (Kaggle's end in a version number); names key the predictions, so they must differ.
-    names = [contender.name for contender in found]
-    for contender in found:
+                    contenders.append(Contender(name, row_kind, load))
+    # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
+    names = [contender.name for contender in contenders]
+    for contender in contenders:
         if names.count(contender.name) > 1:
             contender.name = f"{contender.name} ({contender.kind})"
-    return found
+    return contenders
 
 
 def time_one_by_one(loaded: Loaded, texts: list[str], hardware: device.Hardware) -> np.ndarray:
-    """Milliseconds of each review, alone, from text to label."""
+    """Milliseconds of each review by itself, from text to label."""
     times = []
     for text in texts[: WARM_UP_REVIEWS // 4] + texts:
         hardware.synchronize()
@@ -204,27 +198,28 @@ def measure(
 
 
 def keep(file: Path, row: dict, logits: np.ndarray, measured_on: dict) -> None:
-    """Write a measured row with its logits, so that an interrupted benchmark does not measure it again."""
+    """Write a measured row and its logits, so that an interrupted benchmark does not measure it again."""
     with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
         np.savez(handle, logits=logits, about=json.dumps({"row": row, "measured_on": measured_on}))
 
 
 def read_kept(file: Path, contender: Contender, measured_on: dict) -> tuple[dict, np.ndarray] | None:
-    """A kept row of this contender, measured in the same environment, and its (n, 2) logits; else None."""
+    """This contender's kept row and its (n, 2) logits, if it was measured in the same environment; else None."""
     if not zipfile.is_zipfile(file):
         return None
     with np.load(file, allow_pickle=False) as kept:
-        about = json.loads(str(kept["about"]))
-        same = (about["row"]["Model"], about["row"]["Type"]) == (contender.name, contender.kind)
-        return (about["row"], kept["logits"]) if same and about["measured_on"] == measured_on else None
+        record = json.loads(str(kept["about"]))
+        row = record["row"]
+        same = (row["Model"], row["Type"], record["measured_on"]) == (contender.name, contender.kind, measured_on)
+        return (row, kept["logits"]) if same else None
 
 
 def measure_all(
     contenders: list[Contender], test: pd.DataFrame, args: argparse.Namespace, hardware: device.Hardware, folder: Path
 ) -> tuple[list[dict], pd.DataFrame]:
-    """A row for each contender, and the log-odds of each review by model.
+    """A row for each contender, and each model's log-odds of the reviews.
 
-    A broken model is a row that says so, not the end of the others. Rows that an earlier run measured are kept.
+    A model that fails gets a row with its error, and the others are still measured. An interrupted run's rows are kept.
     """
     order = data.stratified_order(test["label"], args.seed)
     llm_rows = np.sort(order[: args.max_llm_samples])
@@ -253,7 +248,7 @@ def measure_all(
 
 
 def compare(table: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
-    """Add the speed-ups over 02's row, and each row's McNemar p against the control on the reviews that both read."""
+    """Add speed-ups over 02's model, and McNemar's p against the control on the reviews that both models read."""
     teacher = table[(table["Type"] == TEACHER) & (table["status"] == "ok")]
     if len(teacher):
         table["Speedup (x)"] = (teacher["Latency (ms)"].item() / table["Latency (ms)"]).round(2)
@@ -265,14 +260,14 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
             correct[name] = ((predictions[name] > 0) == labels).where(predictions[name].notna())
         for row, name in table["Model"].items():
             if name in correct and name != control.item():
-                both = correct[name].notna()
-                pair = (correct[one][both].to_numpy(bool) for one in (name, control.item()))
+                shared = correct[name].notna()
+                pair = (correct[model][shared].to_numpy(bool) for model in (name, control.item()))
                 table.loc[row, "mcnemar_p_control"] = metrics.mcnemar_p(*pair)
     return table
 
 
 def environment(hardware: device.Hardware) -> dict:
-    """What the figures were measured on."""
+    """The machine and the libraries on which the figures are measured."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -291,37 +286,12 @@ def environment(hardware: device.Hardware) -> dict:
     }
 
 
-def as_markdown(table: pd.DataFrame) -> str:
-    """The table of the named columns with the accuracy's interval, for people."""
-    shown = table[COLUMNS].copy()
-    interval = [
-        f"{a:.4f} [{lo:.4f}, {hi:.4f}]" for a, lo, hi in zip(table["Accuracy"], table["ci_low"], table["ci_high"])
-    ]
-    shown["Accuracy"] = interval
-    shown["n"] = table["n"]
-    return markdown(shown)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table of any cells, padded so that it can be read in a terminal too."""
-    rows = ([("" if pd.isna(v) else str(v)) for v in row] for row in table.to_numpy(object))
-    cells = [list(map(str, table.columns)), *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    hardware = device.detect(args)
-    print("05_benchmark.py with")
-    settings.show(args)
+    hardware = device.start(args, __file__)
     finished = artifacts.finished_steps(args)
     if not finished:
-        settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py, or any other, first")
-    if args.preset == "demo":
-        demo.prepare(Path(args.output_dir, "demo"))
+        settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py or another script first")
     reviews = data.load_reviews(args, reads=("test",))
     runs = {step: artifacts.read_run(args, step) for step in finished}
     for run in runs.values():
@@ -332,21 +302,22 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     rows, predictions = measure_all(find_contenders(args, hardware, runs), reviews.test, args, hardware, folder)
-    columns = dict.fromkeys([*COLUMNS, "n", "ci_low", "ci_high", *(key for row in rows for key in row)])
+    columns = dict.fromkeys([*report.COLUMNS, "n", "ci_low", "ci_high", *(key for row in rows for key in row)])
     table = compare(pd.DataFrame(rows).reindex(columns=list(columns)), predictions)
     artifacts.write_table(folder / "benchmark.csv", table)
     artifacts.write_table(folder / "predictions.parquet", predictions)
     artifacts.write_json(folder / "environment.json", environment(hardware))
     with artifacts.whole(folder / "benchmark.md") as temporary:
-        temporary.write_text(as_markdown(table), encoding="utf-8")
-    print(as_markdown(table))
+        temporary.write_text(report.as_markdown(table), encoding="utf-8")
+    report.draw_accuracy_latency(table, folder / "accuracy_latency.png")
+    print(report.as_text(table))
     failed = [row["Model"] for row in rows if row["status"] != "ok"]
     if failed:
         print(f"error: {len(failed)} of {len(rows)} models failed ({', '.join(failed)}); see above", file=sys.stderr)
         return 1
     shutil.rmtree(folder / "rows")
-    artifacts.finish(args, folder, {}, memory.highest_peak_mb())
-    print(f"the table: {folder / 'benchmark.csv'}")
+    artifacts.finish(args, folder, {})
+    print(f"table: {folder / 'benchmark.csv'}, picture: {folder / 'accuracy_latency.png'}")
     return 0
 
 

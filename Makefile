@@ -11,6 +11,7 @@ SCRIPTS := 01_baseline 02_finetune_roberta 03_finetune_mistral 04a_distill_from_
 .PHONY: demo test test-slow kaggle-check results lint install clean
 
 demo: install
+	$(BIN)/python demo/make.py
 	@set -e; for script in $(SCRIPTS); do $(BIN)/python $$script.py --preset demo --output-dir $(OUTPUT); done
 
 test: lint
@@ -25,7 +26,7 @@ kaggle-check:
 results: install
 	@test -d "$(DATASET)" || { echo "error: pass DATASET=path/to/imdb, a folder of the reviews"; exit 2; }
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r experiments/requirements.txt
-	test -d outputs/weights || $(BIN)/python results/real_weights.py --output-dir outputs/weights
+	test -d outputs/weights || $(BIN)/python experiments/real_weights.py --output-dir outputs/weights
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash experiments/run.sh "$(DATASET)"
 	$(MAKE) demo
 	cp $(OUTPUT)/05_benchmark/benchmark.csv results/demo/

@@ -1,4 +1,4 @@
-"""Every path under outputs/: whole writes, started.json and run.json, and the errors that name the missing script."""
+"""Every path under outputs/: atomic writes, started.json and run.json, and errors that name the script to run."""
 
 import argparse
 import errno
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import device
+from common import device, memory
 from common.data import LABELS
 from common.settings import NOT_COMPARED, stop
 
@@ -32,13 +32,14 @@ SCRIPTS = {
 }
 OTHER = "the command that makes it"  # a step of experiments/
 PACKAGES = "torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
+REWRITE = "run the script that wrote it with --force"
 _process_started = time.time()
 _locks: dict[Path, object] = {}  # held by this process
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` to write a file or folder to; it takes its name only when all is on disk."""
+    """Yield a temporary path for a file or folder; it is renamed to `path` when all of it is on disk."""
     temporary = path.with_name(path.name + ".partial")
     if temporary.is_dir():
         shutil.rmtree(temporary)
@@ -65,34 +66,34 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file of an earlier step; a damaged one is a person's problem with a remedy."""
+    """Read a JSON file of an earlier step; stop if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        stop(f"{path} is damaged: delete its folder and run the step that made it again")
+        stop(f"{path} is damaged: delete its folder, then run the script that wrote it")
 
 
 def read_array(path: Path, rows: int) -> np.ndarray:
-    """Memory-map a .npy file of an earlier step, which must have as many rows as its table."""
+    """Memory-map a .npy file of an earlier step; stop unless it has as many rows as its table."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as problem:
-        stop(f"{path} is damaged ({problem}): run the script that made it again with --force")
+        stop(f"{path} is damaged ({problem}): {REWRITE}")
     if len(array) != rows:
-        stop(f"{path} has {len(array)} rows and its table {rows}: run the script that made it again with --force")
+        stop(f"{path} has {len(array)} rows and its table has {rows}: {REWRITE}")
     return array
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a parquet table of an earlier step."""
+    """Read a parquet table of an earlier step; stop if it is damaged."""
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as problem:  # pyarrow's errors are ValueErrors
-        stop(f"{path} is damaged ({problem}): run the script that made it again with --force")
+        stop(f"{path} is damaged ({problem}): {REWRITE}")
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV or parquet (by the name's ending), whole or not at all."""
+    """Write a table as CSV or parquet (by the suffix of `path`), whole or not at all."""
     with whole(path) as temporary:
         if path.suffix == ".csv":
             table.to_csv(temporary, index=False)
@@ -101,10 +102,10 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
-    """The path of a finished step's result; stops with the script to run when it is not there."""
+    """The path of a finished step's result; if it is missing, stops with the name of its script."""
     folder, script = Path(args.output_dir, step), SCRIPTS.get(step, OTHER)
     path = folder.joinpath(*parts)
-    if (folder / "started.json").exists() and not (folder / "run.json").exists():
+    if _is_interrupted(folder):
         stop(f"{folder}/ is not finished: run {script} again to continue it")
     shown = f"{path}{'' if path.suffix else '/'}"
     if not (folder / "run.json").exists():
@@ -119,25 +120,28 @@ def read_run(args: argparse.Namespace, step: str) -> dict:
     """The run.json of a finished step."""
     path = require(args, step, "run.json")
     run = read_json(path)
-    whole = isinstance(run, dict) and {"step", "settings", "inputs", "facts"} <= run.keys()
-    if not whole or "labels" not in run["facts"]:
+    complete = isinstance(run, dict) and {"step", "settings", "inputs", "facts"} <= run.keys()
+    if not complete or "labels" not in run["facts"]:
         stop(f"{path} is damaged: run {SCRIPTS.get(step, OTHER)} again with --force")
     return run
 
 
 def fingerprint(args: argparse.Namespace, step: str) -> str:
-    """What identifies a finished step: the SHA-256 of its run.json, which is written last and holds everything else."""
+    """The identity of a finished step: a SHA-256 of its run.json, which covers settings, inputs and file sizes."""
     return hashlib.sha256(require(args, step, "run.json").read_bytes()).hexdigest()[:16]
 
 
 def finished_steps(args: argparse.Namespace) -> list[str]:
-    """The steps before the benchmark whose run.json is there, in order; a step begun and not finished is named."""
-    steps = [step for step in SCRIPTS if step != "05_benchmark"]
-    for step in steps:
-        folder = Path(args.output_dir, step)
-        if (folder / "started.json").exists() and not (folder / "run.json").exists():
-            print(f"{folder}/ is not finished and left out: run {SCRIPTS[step]} again to continue it")
-    return [step for step in steps if Path(args.output_dir, step, "run.json").exists()]
+    """The finished steps before the benchmark, in order; prints the name of each unfinished one."""
+    folders = {step: Path(args.output_dir, step) for step in SCRIPTS if step != "05_benchmark"}
+    for step, folder in folders.items():
+        if _is_interrupted(folder):
+            print(f"{folder}/ is not finished and is left out: run {SCRIPTS[step]} again to continue it")
+    return [step for step, folder in folders.items() if (folder / "run.json").exists()]
+
+
+def _is_interrupted(folder: Path) -> bool:
+    return (folder / "started.json").exists() and not (folder / "run.json").exists()
 
 
 def refuse_conflict(
@@ -146,62 +150,59 @@ def refuse_conflict(
     fingerprints: dict[str, str],
     same: tuple[str, ...] = ("seed", "validation_samples"),
 ) -> None:
-    """Stop when an earlier step (its run.json) read other reviews, or split them otherwise, than this one would.
+    """Stop when an earlier step used other reviews, another split or another label order than this step.
 
-    Other reviews: its example_ids name other texts. Another split: it has trained on this step's validation reviews.
-    Another order of the labels: its logits mean the opposite.
+    `run` is the earlier step's run.json. With other reviews its example_ids name other texts. With another split it
+    trained on this step's validation reviews. With another label order its logits mean the opposite.
     """
     script = SCRIPTS[run["step"]]
     if run["facts"].get("labels") != list(LABELS):
         stop(f"{script} numbered the labels {run['facts'].get('labels')}, not {list(LABELS)}: run it again")
-    for split, ours in fingerprints.items():
-        if run["inputs"].get(split, ours) != ours:
+    for split, fingerprint_here in fingerprints.items():
+        if run["inputs"].get(split, fingerprint_here) != fingerprint_here:
             stop(f"{script} read other reviews ({split} differs): pass the --dataset that it read, or run it again")
     for name in same:
-        theirs, ours = run["settings"][name], getattr(args, name)
-        if theirs != ours:
-            stop(
-                f"{script} ran with {name} {theirs} and this step with {ours}: pass --{name.replace('_', '-')} {theirs}"
-            )
+        earlier, current, flag = run["settings"][name], getattr(args, name), f"--{name.replace('_', '-')}"
+        if earlier != current:
+            stop(f"{script} ran with {flag} {earlier} and this step with {current}: pass {flag} {earlier}")
 
 
 def refuse_stale(args: argparse.Namespace, run: dict) -> None:
-    """Stop when an earlier step that `run` read has been made again since, or made with other settings."""
+    """Stop when a step that `run` read has been made again since then."""
     for step in SCRIPTS:
         current = Path(args.output_dir, step, "run.json")
         if step in run["inputs"] and current.exists() and fingerprint(args, step) != run["inputs"][step]:
-            stop(f"{run['step']} learned from an earlier {step}: run {SCRIPTS[run['step']]} --force to make it anew")
+            stop(f"{step} was made again after {run['step']} read it: run {SCRIPTS[run['step']]} --force")
 
 
 def begin(args: argparse.Namespace, step: str, inputs: dict[str, str], keep: str | None = None) -> Path:
-    """Open the step's folder: a new one, or an interrupted one that began with the same settings and inputs.
+    """Open the step's folder: a new one, or an interrupted one with the same settings and inputs.
 
-    Leaves with exit code 0 when the step is finished already, and with 2 when it was made with other settings.
-    `inputs` maps the name of each thing read (dataset split, earlier step) to its fingerprint. `keep` names a subfolder
-    that --force spares, because the step itself checks whether it still holds. Of several processes the first one
-    opens the folder, which all must see.
+    Exits with code 0 if the step is finished, and with code 2 if it was made with other settings. `inputs` maps each
+    dataset split and earlier step that is read to its fingerprint. `keep` names a subfolder that --force spares,
+    because the step itself checks it. Rank 0 opens the folder, and every process must see it.
     """
     folder = Path(args.output_dir, step)
     if not device.begun_by_parent():
         device.first_alone(lambda: _begin(args, folder, inputs, keep))
     if not (folder / "started.json").exists():
-        stop(f"{folder}/ is not the first process's: pass an --output-dir on a disk that all machines share")
+        stop(f"process {device.rank()} cannot see {folder}/: pass an --output-dir on a disk that all machines share")
     return folder
 
 
 def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep: str | None) -> None:
     lock(folder)
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_COMPARED}
-    now = {"step": folder.name, "settings": settings, "inputs": inputs}
+    current = {"step": folder.name, "settings": settings, "inputs": inputs}
     if args.force and folder.exists():
-        print(f"--force: deleting {folder}/{f' but for {keep}/' if keep else ''}")
+        print(f"--force: deleting {folder}/{f' except {keep}/' if keep else ''}")
         _delete(folder, keep)
     for name, state in (("run.json", "finished"), ("started.json", "begun")):
         if (folder / name).exists():
-            _refuse_other(folder, state, read_json(folder / name), now)
+            _refuse_other(folder, state, read_json(folder / name), current)
             if state == "finished":
                 _refuse_missing(folder, folder, "pass --force")
-                for table in folder.glob("*.md"):  # the benchmark's
+                for table in folder.glob("*.md"):  # the benchmark's table
                     print(table.read_text(encoding="utf-8"))
                 print(f"{folder}/ is finished with these settings; --force redoes it.")
                 raise SystemExit(0)
@@ -209,11 +210,11 @@ def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep:
             return
     if folder.exists() and any(path.name != keep for path in folder.iterdir()):
         stop(f"{folder}/ holds files of an unknown run (no started.json): pass --force or another --output-dir")
-    write_json(folder / "started.json", now)
+    write_json(folder / "started.json", current)
 
 
 def lock(folder: Path) -> None:
-    """Hold `folder` for this process until it ends, however it ends; stops when another process holds it."""
+    """Lock `folder` until this process ends; stop if another process holds the lock."""
     path = folder.with_name(f".{folder.name}.lock")
     if path in _locks:
         return
@@ -230,7 +231,7 @@ def lock(folder: Path) -> None:
 
 
 def _delete(folder: Path, keep: str | None) -> None:
-    """Delete a step's results. They change their name first: what a kill leaves behind is never taken for results."""
+    """Delete a step's results. They are renamed first, so that a kill leaves nothing that looks like results."""
     deleted = folder.with_name(f".{folder.name}.deleted")
     if deleted.exists():
         shutil.rmtree(deleted)
@@ -242,7 +243,7 @@ def _delete(folder: Path, keep: str | None) -> None:
 
 
 def _refuse_missing(folder: Path, part: Path, remedy: str) -> None:
-    """Stop when a file of `part` that the finished step in `folder` wrote is gone or has another size."""
+    """Stop when a file under `part` that the finished step in `folder` wrote is missing or has another size."""
     run = read_json(folder / "run.json")
     for name, size in (run.get("files", {}) if isinstance(run, dict) else {}).items():
         file = folder / name
@@ -250,8 +251,8 @@ def _refuse_missing(folder: Path, part: Path, remedy: str) -> None:
             stop(f"{file} is missing or damaged though its step is finished: {remedy} to make it again")
 
 
-def _refuse_other(folder: Path, state: str, then: dict, now: dict) -> None:
-    old, new = ({**about.get("settings", {}), **about.get("inputs", {})} for about in (then, now))
+def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> None:
+    old, new = ({**run.get("settings", {}), **run.get("inputs", {})} for run in (recorded, current))
     differing = [
         f"{name} was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
         for name in sorted((old.keys() | new.keys()) - NOT_COMPARED)
@@ -263,11 +264,20 @@ def _refuse_other(folder: Path, state: str, then: dict, now: dict) -> None:
         )
 
 
-def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: float) -> None:
-    """Write run.json, whose presence means "finished". `facts` are what later steps must match."""
-    for leftover in folder.glob("*checkpoints"):  # of a run that was killed between saving a model and deleting them
+def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | None = None) -> None:
+    """Write metrics.json, then run.json, whose presence means "finished". All processes call it; rank 0 writes.
+
+    `facts` are what later steps must match. `figures` are what this step measured.
+    """
+    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
+    if device.rank() > 0:
+        return
+    if figures is not None:
+        write_json(folder / "metrics.json", figures)
+    for leftover in folder.glob("*checkpoints"):  # from a kill between saving the model and deleting its checkpoints
         shutil.rmtree(leftover)
     started = read_json(folder / "started.json")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
     run = {
         **started,
         "settings": dict(sorted(vars(args).items())),
@@ -275,21 +285,17 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, peak_memory_mb: 
         "seed": args.seed,
         **made_with(),
         "wall_time_s": round(time.time() - _process_started, 1),
-        "peak_memory_mb": round(peak_memory_mb),
-        "files": {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)},
+        "peak_memory_mb": round(peak_mb),
+        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
     }
     write_json(folder / "run.json", run)
     print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
 
 
 def made_with() -> dict:
-    """The versions and the commit that write a file now."""
+    """The package versions and the git commit that are in use."""
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     return {"versions": versions, "git_commit": _git_commit()}
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
 
 
 def _version(package: str) -> str | None:
@@ -300,9 +306,9 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the scripts, with "+" when they differ from it; None outside a git checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    """The commit of the scripts ("+" marks uncommitted changes); None outside a git checkout."""
+    scripts = str(Path(__file__).parent)
+    command = ["git", "-C", scripts, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -9,7 +9,7 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from common.artifacts import read_json, whole, write_json
 from common.settings import stop
 
-TOKEN_PATTERN = r"\w+|[!?]"  # "!" and "?" are worth half a point on IMDB, and "I" or "7" are words
+TOKEN_PATTERN = r"\w+|[!?]"  # "!" and "?" add half a point on IMDB; "I" and "7" are words too
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Baseline:
         return {"weights": self.weights, "bias": self.bias} | idf
 
     def count(self) -> tuple[int, int]:
-        """Parameters, and bytes of parameters (float32, as saved) and vocabulary."""
+        """The number of parameters, and the bytes of parameters (float32, as saved) and vocabulary."""
         arrays = self._arrays().values()
         vocabulary = sum(len(term.encode()) for term in self.vectorizer.vocabulary_)
         return sum(array.size for array in arrays), 4 * sum(array.size for array in arrays) + vocabulary
@@ -73,7 +73,7 @@ def make_tfidf(ngram_range: tuple[int, int], sublinear_tf: bool, **options: obje
 
 
 def make_binary(ngram_range: tuple[int, int], **options: object) -> CountVectorizer:
-    """NB-SVM's features: an n-gram stands in the review or not."""
+    """NB-SVM's features: whether the review contains an n-gram."""
     return CountVectorizer(
         ngram_range=ngram_range, binary=True, token_pattern=TOKEN_PATTERN, dtype=np.float32, **options
     )

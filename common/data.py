@@ -1,4 +1,4 @@
-"""Reviews: load, clean, de-duplicate, split, draw stratified subsets; every review has a stable example_id."""
+"""Reviews: load, clean, de-duplicate and split them, and draw stratified subsets. Each has a stable example_id."""
 
 import argparse
 import hashlib
@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from common import hub
-from common.settings import locate, stop
+from common.settings import stop
 
 LABELS = ("negative", "positive")  # their index is the label: 0, 1
 UNLABELLED = -1
 MIN_TRAIN = 16
-# What people call the three files, and the columns, elsewhere (the IMDB CSV of Kaggle has "review" and "sentiment").
+# Common names of the three files and of the columns. Kaggle's IMDB CSV has "review" and "sentiment".
 FILE_NAMES = {
     "train": ("train",),
     "test": ("test",),
@@ -34,26 +34,25 @@ LABEL_VALUES = {
 
 @dataclass(frozen=True)
 class Reviews:
-    """Four tables with the columns example_id, text, label (transfer: label -1); those not asked for are empty."""
+    """Tables with the columns example_id, text and label (-1 in transfer). A split that is not read is empty."""
 
     train: pd.DataFrame
     validation: pd.DataFrame
     transfer: pd.DataFrame
     test: pd.DataFrame
-    fingerprints: dict[str, str]  # of what was read, by split, before any subset
+    fingerprints: dict[str, str]  # by split, taken before subsets are drawn
 
 
 def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
     """Load the splits named in `reads` (train, transfer, test) and draw the subsets that the flags ask for.
 
-    Test texts are removed from train and transfer, train texts from transfer, duplicates and empty texts from both;
-    test stays as it is. Validation is drawn from train before --max-train-samples, so that it is the same for all.
+    Test texts leave train and transfer, and train texts leave transfer. Both lose duplicates and empty texts. Test
+    stays as it is. Validation is drawn before --max-train-samples, so it is the same for every number of samples.
     """
-    name = locate(args, args.dataset)
-    # The test split is read even where only train is asked for: its texts must leave train and transfer.
-    needed = list(dict.fromkeys((*reads, "test")))
-    read = _read_folder(Path(name), needed) if Path(name).is_dir() else _read_hub(name, needed)
-    splits = {split: _clean(table, split) for split, table in read.items()}
+    name, seed = args.dataset, args.seed
+    needed = list(dict.fromkeys((*reads, "test")))  # always test, because its texts leave train and transfer
+    tables = _read_folder(Path(name), needed) if Path(name).is_dir() else _read_hub(name, needed)
+    splits = {split: _clean(table, split) for split, table in tables.items()}
     fingerprints = {f"dataset/{split}": fingerprint(table) for split, table in splits.items()}
 
     seen = set(splits["test"]["text"].str.lower())
@@ -62,27 +61,25 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
             splits[split] = _without_repeats(splits[split], seen, split)
             seen |= set(splits[split]["text"].str.lower())
 
-    nothing = splits["test"].iloc[:0]
-    train = validation = nothing
+    train = validation = transfer = test = splits["test"].iloc[:0]
     if "train" in reads:
-        train, validation = _split_train(splits["train"], args.validation_samples, args.max_train_samples, args.seed)
-    transfer = splits["transfer"] if "transfer" in reads else nothing
-    if "transfer" in reads and args.max_transfer_samples:
-        transfer = transfer.iloc[np.sort(stratified_order(transfer["label"], args.seed)[: args.max_transfer_samples])]
-    test = nothing
+        train, validation = _split_train(splits["train"], args.validation_samples, args.max_train_samples, seed)
+    if "transfer" in reads:
+        transfer = splits["transfer"]
+        transfer = transfer.iloc[np.sort(stratified_order(transfer["label"], seed)[: args.max_transfer_samples])]
     if "test" in reads:
-        test = stratified_subset(splits["test"], args.max_test_samples, args.seed, "test")
-    print(
-        f"reviews: train {len(train):,}, validation {len(validation):,}, transfer {len(transfer):,}, test {len(test):,}"
+        test = stratified_subset(splits["test"], args.max_test_samples, seed, "test")
+    subsets = {"train": train, "validation": validation, "transfer": transfer, "test": test}
+    print("reviews:", ", ".join(f"{split} {len(table):,}" for split, table in subsets.items()))
+    return Reviews(
+        **{split: table.reset_index(drop=True) for split, table in subsets.items()}, fingerprints=fingerprints
     )
-    tables = (table.reset_index(drop=True) for table in (train, validation, transfer, test))
-    return Reviews(*tables, fingerprints=fingerprints)
 
 
 def stratified_order(labels: pd.Series | np.ndarray, seed: int) -> np.ndarray:
-    """Row numbers shuffled so that every prefix holds each class in its share, to within one review.
+    """Row numbers, shuffled so that every prefix holds each class in its share, to within one review.
 
-    Prefixes of one seed are nested: the 500 reviews of a small run are among the 2,000 of a larger one.
+    Prefixes of one seed are nested: a run on 2,000 reviews includes the 500 of a smaller run.
     """
     labels = np.asarray(labels)
     shuffled = np.random.default_rng(seed).permutation(len(labels))
@@ -92,7 +89,7 @@ def stratified_order(labels: pd.Series | np.ndarray, seed: int) -> np.ndarray:
 
 
 def stratified_subset(table: pd.DataFrame, n: int | None, seed: int, split: str) -> pd.DataFrame:
-    """`n` rows (None: all) with the classes in their shares, in the table's order; both classes must be there."""
+    """`n` rows (None: all) in the table's order, with each class in its share; stops if a class is missing."""
     if n is not None and n < len(table):
         table = table.iloc[np.sort(stratified_order(table["label"], seed)[:n])]
     missing = [name for label, name in enumerate(LABELS) if not (table["label"] == label).any()]
@@ -109,29 +106,29 @@ def _split_train(
     if n_train is not None and n_train < MIN_TRAIN:
         stop(f"--max-train-samples {n_train} is too few to train on: pass at least {MIN_TRAIN}")
     if n_validation < MIN_TRAIN:
-        stop(f"--validation-samples {n_validation} is too few to choose by: pass at least {MIN_TRAIN}")
+        stop(f"--validation-samples {n_validation} is too few to choose a checkpoint: pass at least {MIN_TRAIN}")
     order = stratified_order(table["label"], seed)
     validation = stratified_subset(table.iloc[np.sort(order[:n_validation])], None, seed, "validation")
-    # The rest keeps the shuffled order, so that a prefix of train is never one class, whatever reads it.
+    # Train keeps the shuffled order, so that no prefix of it is of one class.
     return stratified_subset(table.iloc[order[n_validation:][:n_train]], None, seed, "train"), validation
 
 
 def _read_folder(folder: Path, needed: list[str]) -> dict[str, pd.DataFrame]:
-    """Each split's files: train.csv, or parts like train-00000-of-00002.parquet, joined in order of name."""
-    found = {}
+    """The table of each split, from one file (train.csv) or from parts (train-00000-of-00002.parquet)."""
+    tables = {}
     for split in needed:
         named = re.compile(rf"({'|'.join(FILE_NAMES[split])})([-_]?\d+(-of-\d+)?)?", re.IGNORECASE)
         files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES and named.fullmatch(file.stem)]
         if len({file.suffix for file in files}) > 1:
             stop(f"{folder} has {split} in several formats ({', '.join(file.name for file in files)}): keep one")
         if files:
-            found[split] = pd.concat([_read_file(file) for file in files], ignore_index=True)
+            tables[split] = pd.concat([_read_file(file) for file in files], ignore_index=True)
         elif split == "transfer":
             print(f"{folder} has no unlabelled reviews (unsupervised.*): the transfer set is empty")
-            found[split] = pd.DataFrame({"text": [], "label": []})
+            tables[split] = pd.DataFrame({"text": [], "label": []})
         else:
             stop(f"{folder} has no {split} file: name it {split}.parquet, {split}.csv or {split}.jsonl")
-    return found
+    return tables
 
 
 def _read_file(file: Path) -> pd.DataFrame:
@@ -139,9 +136,9 @@ def _read_file(file: Path) -> pd.DataFrame:
         if file.suffix == ".parquet":
             return pd.read_parquet(file)
         if file.suffix == ".csv":
-            with warnings.catch_warnings():  # a row with more cells than the header: an unquoted comma in its text
+            with warnings.catch_warnings():  # pandas warns of a row with too many cells: its text has an unquoted comma
                 warnings.simplefilter("error", pd.errors.ParserWarning)
-                # "NA" and "null" are words of reviews; no column is an index
+                # "NA" and "null" are words of a review, and no column is an index.
                 return pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
         lines = file.suffix == ".jsonl" or file.read_text(encoding="utf-8").lstrip()[:1] == "{"
         return pd.read_json(file, lines=lines, dtype=False, convert_dates=False)
@@ -150,34 +147,34 @@ def _read_file(file: Path) -> pd.DataFrame:
 
 
 def _read_hub(name: str, needed: list[str]) -> dict[str, pd.DataFrame]:
-    """Each split of a dataset on the model hub (or in its cache), by the `datasets` library."""
+    """The table of each split of a dataset from the model hub or its cache."""
+    import datasets
+
     if Path(name).is_file():
         stop(f"{name} is a file: pass --dataset the folder that holds it, with train and test files")
     if name.count("/") != 1 or name.startswith((".", "/")):
         stop(f"the dataset folder {name} does not exist: pass --dataset a folder or a hub name like stanfordnlp/imdb")
-    import datasets
-
     datasets.utils.logging.disable_progress_bar()
-    instead = "pass --dataset a folder of parquet or CSV files"
+    remedy = "pass --dataset a folder of parquet or CSV files"
     try:
-        with hub.explained(f"the dataset {name}", instead):
-            tables = datasets.load_dataset(name)
-    # DatasetsError: a file that is no table; RuntimeError: a dataset that is a script
+        with hub.explained(f"the dataset {name}", remedy):
+            dataset = datasets.load_dataset(name)
+    # DatasetsError: a file that is not a table; RuntimeError: a dataset that is a script
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as problem:
-        stop(f"the dataset {name} cannot be read ({hub.reason(problem)}): {instead}")
-    found = {}
+        stop(f"the dataset {name} cannot be read ({hub.reason(problem)}): {remedy}")
+    tables = {}
     for split in needed:
-        parts = [tables[key].to_pandas() for key in tables if key in FILE_NAMES[split]]
+        parts = [dataset[key].to_pandas() for key in dataset if key in FILE_NAMES[split]]
         if not parts and split != "transfer":
             stop(f"the dataset {name} has no {split} split: pass --dataset a folder with a {split} file")
         if not parts:
             print(f"the dataset {name} has no unlabelled reviews (unsupervised): the transfer set is empty")
-        found[split] = pd.concat(parts) if parts else pd.DataFrame({"text": [], "label": []})
-    return found
+        tables[split] = pd.concat(parts) if parts else pd.DataFrame({"text": [], "label": []})
+    return tables
 
 
 def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
-    """One table with example_id, text (no <br />, single spaces) and label (0, 1 or -1)."""
+    """A table with example_id, text (no <br />, single spaces) and label (0, 1 or -1)."""
     text_column = next((name for name in TEXT_COLUMNS if name in table), None)
     label_column = next((name for name in LABEL_COLUMNS if name in table), None)
     if text_column is None or label_column is None and split != "transfer":
@@ -186,19 +183,17 @@ def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
     if table.loc[~missing, text_column].map(lambda text: isinstance(text, bytes | list | dict | np.ndarray)).any():
         stop(f"the {split} reviews hold bytes or lists where text should be: decode them to strings first")
     texts = ["" if absent else str(text) for text, absent in zip(table[text_column], missing)]
-    # split() and join() are 2x faster than a regular expression for white space over 100,000 reviews.
+    # On 100,000 reviews split() and join() are twice as fast as a regular expression for white space.
     texts = [" ".join(text.replace("<br />", " ").replace("<br>", " ").replace("<br/>", " ").split()) for text in texts]
     labels = UNLABELLED if split == "transfer" else _parse_labels(table[label_column], split)
     ids = [f"{split}/{row:05d}" for row in range(len(texts))]
-    cleaned = pd.DataFrame({"example_id": ids, "text": texts, "label": labels}).astype(
-        {"text": "str", "label": "int64"}
-    )
-    if split != "test":
-        empty = cleaned["text"] == ""
-        if empty.any():
-            print(f"{split}: {empty.sum()} reviews without text left out")
-        cleaned = cleaned[~empty]
-    return cleaned
+    cleaned = pd.DataFrame({"example_id": ids, "text": texts, "label": labels})
+    cleaned = cleaned.astype({"text": "str", "label": "int64"})
+    empty = cleaned["text"] == ""
+    if split == "test" or not empty.any():
+        return cleaned
+    print(f"{split}: left out {empty.sum()} reviews without text")
+    return cleaned[~empty]
 
 
 def _parse_labels(column: pd.Series, split: str) -> np.ndarray:
@@ -214,17 +209,16 @@ def _parse_labels(column: pd.Series, split: str) -> np.ndarray:
 
 def _without_repeats(table: pd.DataFrame, seen: set[str], split: str) -> pd.DataFrame:
     keys = table["text"].str.lower()
-    known, repeated = keys.isin(seen), keys.duplicated()
+    known = keys.isin(seen)
+    repeated = keys.duplicated() & ~known
     if known.any() or repeated.any():
         earlier = "test" if split == "train" else "test or train"
-        print(
-            f"{split}: {known.sum()} reviews that stand in {earlier} and {(repeated & ~known).sum()} repeats left out"
-        )
+        print(f"{split}: left out {known.sum()} reviews that {earlier} holds too, and {repeated.sum()} duplicates")
     return table[~known & ~repeated]
 
 
 def fingerprint(table: pd.DataFrame) -> str:
-    """SHA-256 over ids, texts and labels of a split, in order."""
+    """SHA-256 over the ids, texts and labels of a split, in order."""
     digest = hashlib.sha256("\0".join(table["example_id"]).encode())
     digest.update("\0".join(table["text"]).encode("utf-8", "surrogatepass"))
     digest.update(table["label"].to_numpy().tobytes())

@@ -1,7 +1,6 @@
-"""The device, the precision, the seed and one process per GPU, decided in one place and printed."""
+"""The device, the precision, the seed and one process per GPU, all decided and printed here."""
 
 import argparse
-import atexit
 import ctypes
 import datetime
 import logging
@@ -16,29 +15,28 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from common import patches, settings
 from common.settings import stop
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# Set in the processes that `one_process_per_gpu` starts: their parent has told and begun everything up to there.
+# Set in the processes that `one_process_per_gpu` starts. Their parent has printed the settings and opened the folder.
 STARTED = "SENTIMENT_STARTED_BY"
-# What one process does alone while the others wait: the longest is joining 75,000 reviews' features on a slow disk.
+# How long processes wait for rank 0. Its longest task is joining 75,000 reviews' features on a slow disk.
 PATIENCE = datetime.timedelta(hours=2)
-
-
-_deadline = math.inf  # by time.monotonic(); `detect` sets it from --max-hours
+_deadline = math.inf  # on the clock of time.monotonic(); `detect` sets it from --max-hours
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and in what precision a model runs."""
+    """The device and the precision in which a model runs."""
 
-    device: str  # "cuda" (this process's own GPU) or "cpu"
+    device: str  # "cuda" (this process's GPU) or "cpu"
     precision: str  # "fp32", "bf16" or "fp16"
     name: str
-    processes: int = 1  # of this run, on all machines together
+    processes: int = 1  # in this run, on all machines together
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -49,17 +47,17 @@ class Hardware:
 
     @property
     def batch_tokens(self) -> int:
-        """Padded tokens of a batch in scoring: enough to fill a GPU, few enough for a CPU's caches."""
+        """Padded tokens per scoring batch: enough to fill a GPU, few enough for a CPU's caches."""
         return 8192 if self.device == "cuda" else 2048
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision for a forward pass of fp32 weights; does nothing in fp32."""
+        """A context for mixed precision on fp32 weights; it does nothing in fp32."""
         import torch
 
         return torch.autocast(self.device, self.dtype, enabled=self.precision != "fp32")
 
     def synchronize(self) -> None:
-        """Wait for the GPU; without this a clock measures the launch alone."""
+        """Wait for the GPU. Without this a clock measures only the launch."""
         import torch
 
         if self.device == "cuda":
@@ -67,31 +65,45 @@ class Hardware:
 
 
 def world_size() -> int:
-    """How many processes share this step (torchrun's count); 1 under plain python."""
-    return int(os.environ["WORLD_SIZE"]) if _started_together() else 1
+    """The number of processes that share this step: torchrun's count, or 1 under plain python."""
+    return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else 1
 
 
 def rank() -> int:
-    """This process's number among them; 0 is the first, which speaks and writes."""
-    return int(os.environ["RANK"]) if _started_together() else 0
+    """This process's number among them. Rank 0 prints and writes."""
+    return int(os.environ["RANK"]) if _under_torchrun() else 0
 
 
-def _started_together() -> bool:
-    """Some schedulers set WORLD_SIZE or RANK alone: without the other and an address there is nothing to join."""
+def _under_torchrun() -> bool:
+    """Whether all of torchrun's variables are set. Some schedulers set WORLD_SIZE or RANK alone."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
-def detect(args: argparse.Namespace) -> Hardware:
-    """The hardware at hand, after joining the other processes where there are some; nothing may touch CUDA before it.
+def start(args: argparse.Namespace, script: str) -> Hardware:
+    """Detect the hardware, then print the settings; only rank 0 prints."""
+    hardware = detect(args)
+    settings.start(args, script)
+    return hardware
 
-    --precision auto is fp16 on a GPU before compute capability 8.0 (a T4: torch counts its emulated bf16 as support),
-    bf16 from there on, fp32 on a CPU. A script without --num-processes runs on one GPU.
-    """
+
+def detect(args: argparse.Namespace) -> Hardware:
+    """Join the other processes, if there are any, and detect the hardware. Nothing may touch CUDA before this call."""
     global _deadline
     _deadline = time.monotonic() + 3600 * (getattr(args, "max_hours", None) or math.inf)
     if begun_by_parent():
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C reaches all; the parent tells of it
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C reaches every process; the parent reports it
     _quiet_libraries()
+    gpus, processes = _join_or_count(args)
+    if getattr(args, "batch_size", 0) % processes:
+        stop(f"--batch-size {args.batch_size} does not divide by {processes} processes: pass a multiple of {processes}")
+    hardware = _on_gpu(args.precision, processes) if gpus else _on_cpu(args.precision, processes)
+    name = f"{processes} x {hardware.name}" if processes > 1 else hardware.name
+    print(f"running on {name} in {hardware.precision}{', one process each' if processes > 1 else ''}")
+    return hardware
+
+
+def _join_or_count(args: argparse.Namespace) -> tuple[int, int]:
+    """The GPUs in sight and the number of processes. A script without --num-processes runs on one GPU."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -99,75 +111,78 @@ def detect(args: argparse.Namespace) -> Hardware:
         if "num_processes" not in args:
             stop("this script measures one process on one GPU: start it with python instead of torchrun")
         _join(gpus)
-        processes = world_size()
-    else:
-        processes = getattr(args, "num_processes", 1) or max(1, gpus)
-        if gpus and processes > gpus:
-            stop(f"--num-processes {processes} is more than the {gpus} GPUs in sight")
-        if processes == 1:
-            # With two GPUs in sight Trainer falls into nn.DataParallel, and a 4-bit model would split.
-            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if getattr(args, "batch_size", 0) % processes:
-        stop(f"--batch-size {args.batch_size} cannot be shared by {processes} processes: pass a multiple of it")
-    if gpus:
-        capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
-        auto = "bf16" if capability[0] >= 8 else "fp16"
-        hardware = Hardware("cuda", auto if args.precision == "auto" else args.precision, name, processes)
-        if hardware.precision == "bf16" and capability[0] < 8:
-            stop(f"{name} has no bf16 arithmetic: pass --precision fp16 or leave it at auto")
-    else:
-        precision = "fp32" if args.precision == "auto" else args.precision
-        hardware = Hardware("cpu", precision, f"CPU, {torch.get_num_threads()} threads", processes)
-        if hardware.precision == "fp16":
-            stop(
-                "fp16 needs a GPU and none is in sight: pass --precision fp32, or bf16 on a processor with AVX512-BF16"
-            )
-    times = f"{processes} x " if processes > 1 else ""
-    print(f"running on {times}{hardware.name} in {hardware.precision}{', a process each' if times else ''}")
-    return hardware
+        return gpus, world_size()
+    processes = getattr(args, "num_processes", 1) or max(1, gpus)
+    if gpus and processes > gpus:
+        stop(f"--num-processes {processes} is more than the {gpus} GPUs in sight")
+    if processes == 1:
+        # With two GPUs in sight Trainer would use nn.DataParallel, and a 4-bit model would be split.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return gpus, processes
+
+
+def _on_gpu(precision: str, processes: int) -> Hardware:
+    """--precision auto is bf16 from compute capability 8.0 on, and fp16 below. torch says that a T4 supports bf16."""
+    import torch
+
+    name, old = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0] < 8
+    if old and precision == "bf16":
+        stop(f"{name} has no bf16 arithmetic: pass --precision fp16 or leave it at auto")
+    auto = "fp16" if old else "bf16"
+    return Hardware("cuda", auto if precision == "auto" else precision, name, processes)
+
+
+def _on_cpu(precision: str, processes: int) -> Hardware:
+    import torch
+
+    if precision == "fp16":
+        stop("fp16 needs a GPU and none is in sight: pass --precision fp32, or bf16 on a processor with AVX512-BF16")
+    name = f"CPU, {torch.get_num_threads()} threads"
+    return Hardware("cpu", "fp32" if precision == "auto" else precision, name, processes)
 
 
 def one_process_per_gpu(args: argparse.Namespace, hardware: Hardware, script: str, argv: list[str] | None) -> None:
-    """Start the same command once per GPU and leave with its exit code; return where one process does all the work.
+    """Start the same command once per GPU and exit with its exit code; with one process just return.
 
-    A script calls it when its flags and inputs are checked and its folder is begun. The started processes come by the
-    same lines, in silence, and return from here. Under torchrun, which has started them already, all return.
+    A script calls it after it has checked flags and inputs and opened its folder. The new processes run the same lines
+    silently and return from here. Under torchrun the processes exist already, and all return.
     """
     if world_size() > 1:
         if rank() == 0:
             sys.stdout = sys.__stdout__
-        return
-    if hardware.processes == 1:
-        return
+    elif hardware.processes > 1:
+        _launch(hardware.processes, [script, *(sys.argv[1:] if argv is None else argv)])
+
+
+def _launch(processes: int, command: list[str]) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     os.environ[STARTED] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // hardware.processes)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # an exit code of 2 has been explained
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # exit code 2 has printed its error
     sys.stdout.flush()
-    # The loopback address: not every container can resolve its own host name.
-    where = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={hardware.processes}"]
-    command = sys.argv[1:] if argv is None else argv
-    # --force has deleted what it should; a second time it would delete what the first process has begun.
-    again = ["--no-force"]
+    # The loopback address is given because some containers cannot resolve their own host name.
+    torchrun_flags = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    # This process has done what --force asks. A second --force would delete the folder that it opened.
+    overrides = ["--no-force"]
     if _deadline < math.inf:
-        again.append(f"--max-hours={max(seconds_left(), 1) / 3600}")
+        overrides.append(f"--max-hours={max(seconds_left(), 1) / 3600}")
     try:
-        torchrun([*where, script, *command, *again])
+        torchrun([*torchrun_flags, *command, *overrides])
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
         if failure.exitcode < 0:
-            killed = signal.Signals(-failure.exitcode).name
-            guess = " (often for lack of memory)" if killed == "SIGKILL" else ""
+            killer = signal.Signals(-failure.exitcode).name
+            guess = " (often out of memory)" if killer == "SIGKILL" else ""
             print(
-                f"error: process {failure.local_rank} was ended by {killed}{guess}: the same command continues",
+                f"error: {killer} ended process {failure.local_rank}{guess}: the same command continues",
                 file=sys.stderr,
             )
         raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
     except SignalException as interrupted:
-        print(f"{interrupted.sigval.name}: all processes ended; the same command continues", file=sys.stderr)
+        print(f"{interrupted.sigval.name} ended all processes: the same command continues", file=sys.stderr)
         raise SystemExit(128 + interrupted.sigval) from None
     finally:
         del os.environ[STARTED]
@@ -175,18 +190,18 @@ def one_process_per_gpu(args: argparse.Namespace, hardware: Hardware, script: st
 
 
 def begun_by_parent() -> bool:
-    """Whether the process that started this one has begun the step, and holds its folder."""
+    """Whether the parent process has opened the step's folder and holds its lock."""
     return STARTED in os.environ and world_size() > 1
 
 
 def first_alone(action: Callable[[], T]) -> T | None:
-    """Let the first process act while all others wait, and leave with its exit code if it stops. They get None."""
+    """Run `action` on rank 0 while the other ranks wait and get None. If it stops, all exit with its exit code."""
     if world_size() == 1:
         return action()
     from torch.distributed import is_initialized
 
     if not is_initialized():
-        stop("this script works as one process: start it with python instead of torchrun")
+        stop("this script runs as one process: start it with python instead of torchrun")
     result = code = None
     if rank() == 0:
         try:
@@ -200,31 +215,31 @@ def first_alone(action: Callable[[], T]) -> T | None:
 
 
 def seconds_left() -> float:
-    """What --max-hours leaves of this process's time; infinite without the flag."""
+    """The seconds that --max-hours leaves; infinite without the flag."""
     return _deadline - time.monotonic()
 
 
 def out_of_time() -> bool:
-    """Whether the time of --max-hours is over by the first process's clock: the same answer in all."""
+    """Whether --max-hours is over by rank 0's clock, so that all processes agree."""
     return _deadline < math.inf and share(seconds_left() <= 0)
 
 
 def stop_for_time() -> NoReturn:
-    """Leave with exit code 3, all processes together: the work on disk is whole and can be continued."""
+    """Exit with code 3 in all processes together. The work on disk is complete, and another run continues it."""
     print("out of time (--max-hours): the same command continues", flush=True)
-    gather(None, last=True)  # the first process speaks before any leaves, for the first exit ends all
+    gather(None, last=True)  # rank 0 prints before any process exits, because the first exit ends all
     raise SystemExit(3)
 
 
 def share(value: T) -> T:
-    """The first process's value, in all."""
+    """Rank 0's value, on every rank."""
     return gather(value)[0]
 
 
 def gather(value: T, last: bool = False) -> list[T]:
-    """The values of all processes, in all, by rank. After the `last` time they have nothing more to say to each other.
+    """The values of all ranks in order, on every rank. After the `last` call the ranks cannot communicate.
 
-    NCCL warns of a process group that nobody destroys. One that fails must not: it could wait there for the others.
+    NCCL warns of a process group that is not destroyed. A failing process must not do it: it might wait for the others.
     """
     if world_size() == 1:
         return [value]
@@ -238,13 +253,13 @@ def gather(value: T, last: bool = False) -> list[T]:
 
 
 def _join(gpus: int) -> None:
-    """Join the other processes; only the first one speaks, and where a parent has spoken, not before its work."""
+    """Join the other processes. Only rank 0 prints; if a parent has printed the settings, rank 0 waits with it too."""
     import torch
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if gpus:
         if local_rank >= gpus:
-            stop(f"process {local_rank} of this machine has no GPU of its own: {gpus} in sight")
+            stop(f"process {local_rank} of this machine has no GPU: {gpus} in sight")
         torch.cuda.set_device(local_rank)
     if STARTED in os.environ:
         _die_with_parent(int(os.environ[STARTED]))
@@ -254,18 +269,15 @@ def _join(gpus: int) -> None:
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
         warnings.simplefilter("ignore")
     if gpus:
-        own = torch.device("cuda", local_rank)
-        torch.distributed.init_process_group("nccl", timeout=PATIENCE, device_id=own)
+        gpu = torch.device("cuda", local_rank)
+        torch.distributed.init_process_group("nccl", timeout=PATIENCE, device_id=gpu)
     else:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-        # gloo's threads let go of their tensors a moment after the last collective; where the interpreter is gone by
-        # then, SIGABRT ends a process that has done its work (pytorch pull request 179291). With torch 2.13 and two
-        # cores that met 8 of 24 pairs like those of tests/test_processes.py. destroy_process_group() is no cure.
-        atexit.register(time.sleep, 0.5)
+        patches.pause_at_exit()
 
 
 def _die_with_parent(parent: int) -> None:
-    """Ask the kernel (Linux) to end this process when its parent is killed: a kill -9 must leave no orphan on a GPU."""
+    """Ask Linux to end this process when its parent dies, so that kill -9 leaves no orphan on a GPU."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
@@ -273,11 +285,11 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Silence what a user cannot act on, at its source; errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a warning at every fork
+    """Silence messages that a user cannot act on; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # otherwise every fork prints a warning
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel is not installed
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.modeling_utils")  # peft's old call
-    # Checkpoints of the same second are told apart by their numbers, as they should be (a warning or a log by version).
+    # Trainer orders checkpoints of the same second by number, which is right. It warns or logs, depending on version.
     warnings.filterwarnings("ignore", message="mtime may not be reliable")
     logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.getMessage())
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import device, models, scoring, settings, training
-from common.data import LABELS
+from common import device, models, patches, scoring, settings, training
+from common.data import LABELS, Reviews
 
 IGNORED = -100  # the label of a review without a gold label, as in torch's cross_entropy
 
@@ -27,9 +27,9 @@ def soft_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
 
 
 def margin_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the log-odds, which are all that two classes' logits say (cf. Ba & Caruana 2014).
+    """Mean squared difference of the log-odds, the only information in two-class logits (cf. Ba & Caruana 2014).
 
-    It weighs a confident teacher's log-odds in full, where the KL term's gradient vanishes with its saturated softmax.
+    A confident teacher's log-odds count in full. In the KL term their gradient vanishes, as the softmax saturates.
     """
     student, teacher = (logits[:, 1] - logits[:, 0] for logits in (student_logits, teacher_logits))
     return F.mse_loss(student, teacher)
@@ -38,8 +38,8 @@ def margin_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> t
 def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, labelled_share: float) -> torch.Tensor:
     """Cross-entropy summed over a batch's labelled reviews, divided by batch size × labelled share of the whole set.
 
-    Dividing by the expected number of labelled reviews, not by this batch's, makes the mean over micro-batches and
-    processes equal to that over the batch, however the labelled reviews fall.
+    The divisor is the expected number of labelled reviews, not this batch's number. So the mean over micro-batches and
+    processes equals the mean over the batch, wherever the labelled reviews fall.
     """
     total = F.cross_entropy(student_logits, hard_labels, ignore_index=IGNORED, reduction="sum")
     return total / (len(hard_labels) * labelled_share)
@@ -48,8 +48,8 @@ def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, lab
 def feature_loss(student_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
     """Squared distance of L2-normalised pooled states, summed over the width (PKD, Sun et al. 2019, equation 7).
 
-    Both are (n, layers, poolings, width), the student's after its projection; the mean is over all but the width.
-    A mean over 1,024 dimensions too would make the term vanish beside the others.
+    Both are (n, layers, poolings, width), the student's after its projection. The mean is over all axes but the width.
+    A mean over 1,024 dimensions would make this term vanish next to the others.
     """
     student, teacher = F.normalize(student_features, dim=-1), F.normalize(teacher_features, dim=-1)
     return (student - teacher).square().sum(dim=-1).mean()
@@ -61,12 +61,12 @@ def mapped_layers(student_layers: int, teacher_layers: int) -> list[int]:
 
 
 class Student(nn.Module):
-    """The student, and while it learns from features one projection per layer into the teacher's width."""
+    """The student. To learn from features it gets one projection per layer into the teacher's width."""
 
     def __init__(self, model: PreTrainedModel, teacher_width: int | None = None):
         super().__init__()
         self.model = model
-        self.accepts_loss_kwargs = False  # see common/models.py: else Trainer skips the division by accumulation
+        patches.divide_loss_by_accumulation(self)
         width, layers = model.config.hidden_size, model.config.num_hidden_layers
         count = layers if teacher_width is not None else 0
         self.projections = nn.ModuleList(nn.Linear(width, teacher_width or 0, bias=False) for _ in range(count))
@@ -74,10 +74,10 @@ class Student(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """`logits` (n, 2), and in training with projections `features` (n, layers, 2, teacher width)."""
-        wanted = self.training and len(self.projections) > 0
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=wanted)
-        if not wanted:
+        """`logits` (n, 2); in training with projections also `features` (n, layers, 2, teacher width)."""
+        with_features = self.training and len(self.projections) > 0
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=with_features)
+        if not with_features:
             return {"logits": output.logits}
         layers = zip(self.projections, output.hidden_states[1:], strict=True)
         projected = [projection(models.pool(hidden, attention_mask)) for projection, hidden in layers]
@@ -85,10 +85,10 @@ class Student(nn.Module):
 
 
 class DistillationTrainer(training.ReviewTrainer):
-    """alpha·soft + (1 − alpha)·CE + feature_weight·features, from a teacher's outputs in the dataset.
+    """Minimises alpha·soft + (1 − alpha)·CE + feature_weight·features; no teacher model is loaded.
 
-    `soft_loss` is "kl" (T²·KL) or "margin". The control is the same trainer with alpha 0 and no teacher in the dataset.
-    No teacher model is ever loaded.
+    The teacher's outputs are arrays of the dataset. `soft_loss` is "kl" (T²·KL) or "margin". For the control, alpha is
+    0 and the dataset has no teacher.
     """
 
     def __init__(self, *args, alpha: float, temperature: float, feature_weight: float, soft_loss: str = "kl", **kwargs):
@@ -105,7 +105,7 @@ class DistillationTrainer(training.ReviewTrainer):
         return_outputs: bool = False,
         num_items_in_batch: object = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum in training; in evaluation, which has no teacher, the mean cross-entropy."""
+        """The weighted sum in training. Evaluation has no teacher: there it is the mean cross-entropy."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         logits = outputs["logits"].float()
         if not model.training:
@@ -127,7 +127,7 @@ class DistillationTrainer(training.ReviewTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args, **kwargs):
-        """Train; the terms of the trial step before it are none of the training's."""
+        """Train, without the loss terms that the memory trial has left."""
         self._terms.clear()
         return super().train(*args, **kwargs)
 
@@ -139,61 +139,85 @@ class DistillationTrainer(training.ReviewTrainer):
         super().log(logs, *args, **kwargs)
 
 
-def teacher_rows(in_file: pd.Index, wanted: pd.Series, split: str, script: str) -> np.ndarray:
-    """Where each wanted example_id stands in a file of soft labels."""
-    if not in_file.is_unique:
+def student_datasets(
+    args: argparse.Namespace, reviews: Reviews, teacher: dict[str, np.ndarray]
+) -> tuple[training.ReviewDataset, training.ReviewDataset, training.ReviewDataset]:
+    """The student's dataset, the control's and validation's, with the ids of the student's tokenizer.
+
+    The student's holds the labelled reviews, then the transfer set, and the teacher's arrays in this order. The
+    control's holds the labelled reviews alone.
+    """
+    tokenizer = models.load_tokenizer(args.student_model)
+    gold_ids, transfer_ids, validation_ids = (
+        models.encode(tokenizer, table["text"].tolist(), args.max_length)
+        for table in (reviews.train, reviews.transfer, reviews.validation)
+    )
+    gold = reviews.train["label"].to_numpy()
+    hard_labels = np.concatenate([gold, np.full(len(transfer_ids), IGNORED)])
+    return (
+        training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
+        training.ReviewDataset(gold_ids, gold),
+        training.ReviewDataset(validation_ids, reviews.validation["label"]),
+    )
+
+
+def teacher_rows(file_ids: pd.Index, example_ids: pd.Series, split: str, script: str) -> np.ndarray:
+    """The row of each example_id in a file of soft labels; stops if one is missing or comes twice."""
+    if not file_ids.is_unique:
         settings.stop(f"the soft labels of {split} hold an example_id twice: run {script} --force")
-    rows = in_file.get_indexer(wanted)
-    if (rows < 0).any():
-        missing = int((rows < 0).sum())
+    rows = file_ids.get_indexer(example_ids)
+    missing = int((rows < 0).sum())
+    if missing:
         settings.stop(
-            f"{missing} of {len(wanted)} {split} reviews have no soft label: run {script} with the same sample counts"
+            f"{missing} of {len(rows)} {split} reviews have no soft label: run {script} with the same sample counts"
         )
     return rows
 
 
 class FeatureRows:
-    """The teacher's pooled states by training row, read from memory-mapped files as they are needed.
+    """The teacher's pooled states by training row, read from memory-mapped files on demand.
 
-    `parts` are (array (n, saved layers, 2, width), rows) pairs, one after the other; `layers` picks the mapped ones.
+    `parts` are pairs of an array (n, saved layers, 2, width) and its rows, in training order. `layers` are indices of
+    saved layers.
     """
 
     def __init__(self, parts: list[tuple[np.ndarray, np.ndarray]], layers: list[int]):
         self.files = [array for array, _ in parts]
-        self.place = [(part, row) for part, (_, rows) in enumerate(parts) for row in rows]
+        self.locations = [(part, file_row) for part, (_, rows) in enumerate(parts) for file_row in rows]
         self.layers = layers
 
     def __getitem__(self, row: int) -> np.ndarray:
-        part, place = self.place[row]
-        return self.files[part][place, self.layers]
+        part, file_row = self.locations[row]
+        return self.files[part][file_row, self.layers]
 
 
 def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: str) -> None:
-    """Stop when soft labels cannot teach: not numbers, constant, or against the gold labels (swapped order)."""
-    if not np.isfinite(teacher_logits).all():
-        settings.stop(f"the teacher's logits on {split} are not all finite: redo the teacher's step with --force")
+    """Stop when soft labels cannot teach: not finite, constant, or the opposite of the gold labels."""
+    _refuse_not_finite(teacher_logits, split)
     if float(np.ptp(teacher_logits[:, 1] - teacher_logits[:, 0])) < 1e-6:
-        settings.stop(
-            f"the teacher's logits on {split} are constant: its scoring or training failed; redo the teacher's step"
-        )
+        settings.stop(f"the teacher's logits on {split} are constant: run the teacher's step again with --force")
     accuracy = float((teacher_logits.argmax(axis=1) == labels).mean())
     if accuracy < 0.5 - 1 / np.sqrt(len(labels)):
         settings.stop(f"the teacher's {split} accuracy is {accuracy:.3f}, below chance: its label order is swapped")
 
 
 def refuse_one_class(teacher_logits: np.ndarray) -> None:
-    """Stop when the teacher calls (nearly) all of the transfer set one class: a student would learn to say it always.
+    """Stop when the teacher puts 98% or more of the transfer set into one class: a student would always predict it.
 
-    A label-sorted slice did so in earlier versions of this recipe: 0.51.
+    An earlier version of this recipe took a slice of a label-sorted set. Its student reached 0.51.
     """
-    if not np.isfinite(teacher_logits).all():
-        settings.stop("the teacher's logits on transfer are not all finite: redo the teacher's step with --force")
+    _refuse_not_finite(teacher_logits, "transfer")
     share = float((teacher_logits.argmax(axis=1) == 1).mean())
     if not 0.02 <= share <= 0.98:
         settings.stop(
             f"the teacher calls {max(share, 1 - share):.0%} of the transfer set {LABELS[round(share)]}: pass a "
-            "--dataset whose unlabelled reviews are of both kinds, or look at the teacher's calibration"
+            "--dataset whose unlabelled reviews hold both classes, or check the teacher's calibration"
         )
+
+
+def _refuse_not_finite(teacher_logits: np.ndarray, split: str) -> None:
+    if not np.isfinite(teacher_logits).all():
+        settings.stop(f"the teacher's logits on {split} are not all finite: run its step again with --force")
 
 
 def train_student(
@@ -208,20 +232,20 @@ def train_student(
     feature_weight: float = 0.0,
     teacher_width: int | None = None,
 ) -> np.ndarray | None:
-    """Train a student (alpha 0, no teacher: the control), save it to `target` and return its (n, 2) validation logits.
+    """Train a student (or the control: alpha 0, no teacher), save it, and return its (n, 2) validation logits.
 
-    A student that is saved already is only scored. Without validation reviews the last epoch's weights are kept.
+    A student that `target` already holds is only scored. If `validation` is None, it keeps the last epoch's weights.
     """
-    name = settings.locate(args, args.student_model)
+    name = args.student_model
     tokenizer = models.load_tokenizer(name)
     if not target.exists():
         device.seed_everything(args.seed)
         student = Student(models.load_classifier(name), teacher_width)
         checkpoints = target.with_name(f"{target.name}_checkpoints")
-        own = {"num_train_epochs": epochs} | (training.WITHOUT_VALIDATION if validation is None else {})
+        overrides = {"num_train_epochs": epochs} | (training.WITHOUT_VALIDATION if validation is None else {})
         trainer = DistillationTrainer(
             model=student,
-            args=training.training_arguments(args, hardware, checkpoints, len(train), **own),
+            args=training.training_arguments(args, hardware, checkpoints, len(train), **overrides),
             train_dataset=train,
             eval_dataset=None if validation is None else validation.longest_first(),
             data_collator=training.Collator(tokenizer.pad_token_id),

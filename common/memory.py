@@ -1,4 +1,4 @@
-"""Memory: give it back between models, say how much was used at the peak, find the micro-batch that fits."""
+"""Memory: free it between models, measure its peak, find the micro-batch that fits."""
 
 import gc
 import re
@@ -11,7 +11,7 @@ _earlier_peak = 0.0
 
 
 def free() -> None:
-    """Drop what no name holds any more and return cached GPU memory; call it after `del model`."""
+    """Collect garbage and return cached GPU memory; call it once no variable holds the model."""
     global _earlier_peak
     gc.collect()
     torch = sys.modules.get("torch")
@@ -22,7 +22,7 @@ def free() -> None:
 
 
 def peak_mb() -> float:
-    """Peak memory in MB (10⁶ bytes): of the GPU since the last `free`, or of this process where no GPU is in use."""
+    """Peak memory in MB (10⁶ bytes): the GPU's since the last `free`, or this process's if it uses no GPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
@@ -31,12 +31,12 @@ def peak_mb() -> float:
 
 
 def highest_peak_mb() -> float:
-    """The peak over the whole step, whatever was freed in between."""
+    """The peak over the whole step, across all calls of `free`."""
     return max(_earlier_peak, peak_mb())
 
 
 def largest_that_fits(step: Callable[[int], None], micro_batch: int) -> int | None:
-    """Halve the micro-batch until `step(micro_batch)` finds enough memory; None when not even one review does."""
+    """Halve the micro-batch until `step(micro_batch)` fits in memory; None if not even one review fits."""
     while micro_batch:
         try:
             step(micro_batch)

@@ -1,4 +1,4 @@
-"""What a careful reader asks of a classifier: accuracy with its interval, F1, NLL, ECE, paired comparisons."""
+"""A classifier's figures: accuracy with its interval, F1, NLL, ECE, and McNemar's test for two classifiers."""
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def expected_calibration_error(labels: np.ndarray, logits: np.ndarray, bins: int
 
 
 def mcnemar_p(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
-    """Exact two-sided p of McNemar's test: are the discordant pairs split evenly (binomial)?"""
+    """Exact two-sided p of McNemar's test, a binomial test that the discordant pairs split evenly."""
     from scipy.stats import binomtest
 
     only_a, only_b = int(np.sum(correct_a & ~correct_b)), int(np.sum(~correct_a & correct_b))
@@ -46,7 +46,7 @@ def mcnemar_p(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
 
 
 def in_words(scores: dict[str, float | int]) -> str:
-    """The accuracy of `describe` for a person, with its interval and n."""
+    """The accuracy that `describe` returns, as text with its interval and n."""
     return f"{scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}"
 
 

@@ -1,4 +1,4 @@
-"""Many reviews through one model, fast: sorted by length, batched by tokens, shared by the processes, resumable."""
+"""Score many reviews fast: sorted by length, batched by tokens, shared between processes, resumable."""
 
 import shutil
 import time
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS = ("logit_negative", "logit_positive")  # columns of an encoder's soft labels
-LOG_PROBABILITIES = ("log_p_negative", "log_p_positive")  # columns of an LLM's: raw, of the two label words
+LOG_PROBABILITIES = ("log_p_negative", "log_p_positive")  # columns of an LLM's soft labels: raw, per label word
 
-# From texts to named arrays with a row a text: `scores` (n, 2), and `features` where asked for.
+# Maps texts to named arrays with one row per text: `scores` (n, 2), and `features` if requested.
 Score = Callable[[list[str]], dict[str, np.ndarray]]
 
 
 def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Row numbers in batches of similar length, the longest first (memory fails early); padded, each has at most
-    `batch_tokens` tokens, or one review."""
+    """Row numbers in batches of similar length. A batch has at most `batch_tokens` padded tokens, or one review.
+
+    The longest reviews come first, so that a lack of memory shows early.
+    """
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
@@ -42,9 +44,11 @@ def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray
 def padded_batches(
     ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens: int | None, left: bool = False
 ) -> Iterator[tuple[np.ndarray, "torch.Tensor", "torch.Tensor"]]:
-    """Row numbers, ids and mask of each batch, on the device; copied from pinned memory, so that a GPU computes while
-    the next batch is padded and copied."""
-    for rows in batches_by_length(np.array([len(one) for one in ids]), batch_tokens or hardware.batch_tokens):
+    """The row numbers, ids and mask of each batch, on the device.
+
+    Copies from pinned memory let a GPU compute while the next batch is padded and copied.
+    """
+    for rows in batches_by_length(np.array([len(review) for review in ids]), batch_tokens or hardware.batch_tokens):
         tensors = models.pad([ids[row] for row in rows], pad_id, left)
         if hardware.device == "cuda":
             tensors = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in tensors)
@@ -55,10 +59,7 @@ def in_order(batches: list["torch.Tensor"], order: list[np.ndarray]) -> np.ndarr
     """The rows of all batches in the order of the reviews; `order` holds each batch's row numbers."""
     import torch
 
-    joined = torch.cat(batches).cpu().numpy()
-    in_place = np.empty_like(joined)
-    in_place[np.concatenate(order)] = joined
-    return in_place
+    return torch.cat(batches).cpu().numpy()[np.argsort(np.concatenate(order))]
 
 
 def score_encoder(
@@ -69,13 +70,13 @@ def score_encoder(
     batch_tokens: int | None,
     feature_layers: list[int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """`scores`: (n, 2) float32 logits in the order of `ids`; `features`: (n, layers, 2, width) float16 of named layers.
+    """`scores`, (n, 2) float32 logits, and `features`, (n, layers, 2, width) float16, in the order of `ids`.
 
-    Layer 0 is the embeddings' output, layer i the i-th block's.
+    Layer 0 is the embeddings' output; layer i is the i-th block's output.
     """
     import torch
 
-    order, logits, features = [], [], []  # on the device until the end: no batch waits for the copy of another
+    order, logits, features = [], [], []  # stay on the device until the end, so that no batch waits for a copy
     with torch.inference_mode(), hardware.autocast():
         for rows, input_ids, mask in padded_batches(ids, pad_id, hardware, batch_tokens):
             output = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(feature_layers))
@@ -97,7 +98,7 @@ def score_llm(
     hardware: Hardware,
     batch_tokens: int | None,
 ) -> np.ndarray:
-    """Raw label log-probabilities, (n, 2) float32, in the order of `ids`."""
+    """Raw log-probabilities of the label words, (n, 2) float32, in the order of `ids`."""
     import torch
 
     order, log_p = [], []
@@ -111,8 +112,8 @@ def score_llm(
 
 
 def _require_finite(scores: np.ndarray) -> None:
-    if not np.isfinite(scores).all():
-        bad = int((~np.isfinite(scores).all(axis=1)).sum())
+    bad = int((~np.isfinite(scores).all(axis=1)).sum())
+    if bad:
         raise FloatingPointError(f"{bad} of {len(scores)} reviews scored NaN or infinite: try --precision fp32")
 
 
@@ -121,66 +122,67 @@ def in_chunks(
 ) -> None:
     """Score a split in chunks on disk and join them: `scores` into `split`.parquet, others into `split`_KEY.npy.
 
-    The processes take turns with the chunks, and the first one joins them. A restart keeps whole chunks, whoever made
-    them; `delete_unless_made_from` has seen to it that they are of this model, prompt, truncation and texts. The
-    table, written last, means that the split is finished. Host memory holds one chunk, whatever the number of reviews.
+    The processes take turns with the chunks, and rank 0 joins them. A restart keeps complete chunks of any process.
+    They are of this model, prompt, truncation and texts: `delete_unless_made_from` has deleted all others. The table is
+    written last and means that the split is finished. Host memory holds one chunk, whatever the number of reviews.
     """
-    n, parts = len(reviews), folder / f"{split}_chunks"
+    n, chunks = len(reviews), folder / f"{split}_chunks"
     if n == 0 or device.share(is_scored(folder, split, n)):
-        device.first_alone(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a kill between the table and this
+        # Chunks remain after a kill between the table and their deletion.
+        device.first_alone(lambda: shutil.rmtree(chunks, ignore_errors=True))
         return
     started, scored = time.time(), 0
-    a_turn = chunk * device.world_size()
-    for turn in range(0, n, a_turn):  # as many turns in all processes, since they agree on the time after each
+    turn_size = chunk * device.world_size()
+    for turn in range(0, n, turn_size):  # every process takes every turn, because all check the time together
         begin = turn + chunk * device.rank()
         texts = reviews["text"].iloc[begin : begin + chunk].tolist()
-        part = parts / f"{begin:07d}.npz"
-        if texts and not zipfile.is_zipfile(part):
-            if part.exists():
-                print(f"{part} is damaged: scoring its reviews again")
+        file = chunks / f"{begin:07d}.npz"
+        if texts and not zipfile.is_zipfile(file):
+            if file.exists():
+                print(f"{file} is damaged: scoring its reviews again")
             arrays = score(texts)
-            with whole(part) as temporary, open(temporary, "wb") as handle:
+            with whole(file) as temporary, open(temporary, "wb") as handle:
                 np.savez(handle, **arrays)
             scored += len(texts)
             rate = scored / (time.time() - started) * device.world_size()
-            done = min(n, chunk * len(list(parts.glob("*.npz"))))
+            done = min(n, chunk * len(list(chunks.glob("*.npz"))))
             print(
                 f"  {split}: {done:,} of {n:,} scored, {rate:.1f} reviews/s, {(n - done) / rate / 60:.0f} min left",
                 flush=True,
             )
-        # A run makes at least one chunk, so that runs that are too short come to an end all the same.
-        if turn + a_turn < n and device.out_of_time() and any(device.gather(scored)):
+        # Each run scores at least one chunk, so that even very short runs finish some time.
+        if turn + turn_size < n and device.out_of_time() and any(device.gather(scored)):
             device.stop_for_time()
-    device.gather(None)  # all chunks are there
-    device.first_alone(lambda: _join(folder, split, parts, reviews["example_id"], columns))
+    device.gather(None)  # waits for the last chunks
+    device.first_alone(lambda: _join(folder, split, chunks, reviews["example_id"], columns))
 
 
-def _join(folder: Path, split: str, parts: Path, example_ids: pd.Series, columns: tuple[str, str]) -> None:
-    """The chunks as one table, and as one .npy file per further array; then they go."""
-    files = sorted(parts.glob("*.npz"))
+def _join(folder: Path, split: str, chunks: Path, example_ids: pd.Series, columns: tuple[str, str]) -> None:
+    """Join the chunks into a table, and into one .npy file per further array; then delete them."""
+    files = sorted(chunks.glob("*.npz"))
     with np.load(files[0], allow_pickle=False) as first:
-        further = {key: first[key] for key in first.files if key != "scores"}
-    for key, like in further.items():
-        header = {"descr": like.dtype.str, "fortran_order": False, "shape": (len(example_ids), *like.shape[1:])}
+        others = {key: first[key] for key in first.files if key != "scores"}
+    for key, sample in others.items():
+        header = {"descr": sample.dtype.str, "fortran_order": False, "shape": (len(example_ids), *sample.shape[1:])}
         with whole(folder / f"{split}_{key}.npy") as temporary, open(temporary, "wb") as handle:
-            # Written chunk by chunk: the pages of a memory map would count as this process's memory.
+            # Written chunk by chunk, because the pages of a memory map would count as this process's memory.
             np.lib.format.write_array_header_1_0(handle, header)
             for array in _arrays(files, key):
                 array.tofile(handle)
     table = pd.DataFrame(np.concatenate(list(_arrays(files, "scores"))), columns=list(columns))
     table.insert(0, "example_id", example_ids.to_numpy())
     write_table(folder / f"{split}.parquet", table)
-    shutil.rmtree(parts)
+    shutil.rmtree(chunks)
 
 
 def _arrays(files: list[Path], key: str) -> Iterator[np.ndarray]:
     for file in files:
-        with np.load(file, allow_pickle=False) as part:
-            yield part[key]
+        with np.load(file, allow_pickle=False) as arrays:
+            yield arrays[key]
 
 
 def is_scored(folder: Path, split: str, n: int) -> bool:
-    """Whether a split's table and arrays are there and whole; damaged ones are deleted with a notice."""
+    """Whether a split's table and arrays are complete; a damaged table is deleted with a notice."""
     table = folder / f"{split}.parquet"
     if not table.exists():
         return False
@@ -198,9 +200,9 @@ def is_scored(folder: Path, split: str, n: int) -> bool:
 
 
 def delete_unless_made_from(folder: Path, split: str, origin: dict[str, object]) -> None:
-    """Record what a split's soft labels in `folder` are made from; delete those that something else has made.
+    """Record the origin of a split's soft labels in `folder`, and delete soft labels of another origin.
 
-    `origin` names everything that decides a score: the weights' digest, the prompt, the truncation, the texts.
+    `origin` names everything that decides a score: the weights' digest, the prompt, the truncation and the texts.
     """
 
     def check() -> None:
@@ -209,7 +211,7 @@ def delete_unless_made_from(folder: Path, split: str, origin: dict[str, object])
         if recorded.get(split) == origin:
             return
         for path in folder.glob(f"{split}[._]*"):
-            print(f"deleting {path}, which is of unknown origin or of other weights, texts or settings")
+            print(f"deleting {path}: its weights, texts or settings are others, or unknown")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(record, recorded | {split: origin})
 
@@ -217,12 +219,12 @@ def delete_unless_made_from(folder: Path, split: str, origin: dict[str, object])
 
 
 def refuse_stale(folder: Path, split: str, origin: dict[str, object], script: str) -> None:
-    """Stop when a split's soft labels were not made from `origin` (its keys; others are not compared)."""
+    """Stop when a split's soft labels are of another origin; only the keys of `origin` are compared."""
     recorded = read_json(folder / "made_from.json").get(split, {})
     for name, value in origin.items():
         if recorded.get(name) != value:
             stop(
-                f"{folder}/{split}.parquet was made from another {name} ({recorded.get(name)}, now {value}): "
+                f"{folder}/{split}.parquet was made with other {name} ({recorded.get(name)}, now {value}): "
                 f"run {script} --force"
             )
 

@@ -1,4 +1,4 @@
-"""The prompt, the label words, and what a causal LM's next-token probabilities say about a review."""
+"""The prompt, the label words, and a review's score from a causal LM's next-token probabilities."""
 
 from typing import TYPE_CHECKING
 
@@ -16,32 +16,32 @@ LABEL_WORDS = ("negative", "positive")  # by label: 0, 1
 
 
 def prompt_parts(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> tuple[list[int], str]:
-    """The ids before the review, beginning-of-text included, and the text after it."""
+    """The ids before the review, with beginning-of-text, and the text after it."""
     if prompt.count("{review}") != 1:
         stop("--prompt needs {review} once, where the review goes")
     before, after = prompt.split("{review}")
-    # The space before a review is its first token's; SentencePiece tokenizers put one before any text by themselves.
+    # The space before a review belongs to its first token. SentencePiece tokenizers add a space before any text.
     start = tokenizer(before.rstrip(" "))["input_ids"]
     (first, *_) = tokenizer.tokenize("x")
     if first.startswith(("▁", "Ġ")):
         after = after.removeprefix(" ")
-    return [one for one in start if one != tokenizer.eos_token_id], after
+    return [token_id for token_id in start if token_id != tokenizer.eos_token_id], after
 
 
 def encode_prompts(
     tokenizer: "PreTrainedTokenizerFast", texts: list[str], prompt: str, max_length: int
 ) -> list[np.ndarray]:
-    """The one way from a review to the LLM's input, in training (03), scoring (04b) and the benchmark (05).
+    """The LLM's input for each review, the same in training (03), scoring (04b) and the benchmark (05).
 
-    Each prompt is an int32 array of at most `max_length` ids. Review and prompt are encoded apart: only the review is
-    ever truncated (head and tail kept), and nothing in it can change the prompt around it.
+    Each prompt is an int32 array of at most `max_length` ids. Review and prompt are encoded separately. So only the
+    review is truncated (head and tail stay), and no review can change the prompt around it.
     """
     start, after = prompt_parts(tokenizer, prompt)
     end = tokenizer(after, add_special_tokens=False)["input_ids"]
     budget = max_length - len(start) - len(end)
     if budget < 8:
         used = len(start) + len(end)
-        stop(f"{max_length} tokens leave too little for a review beside the prompt's {used}: pass a larger length")
+        stop(f"{max_length} tokens are too few for a review and the prompt's {used} tokens: pass a larger length")
     encoded = []
     for begin in range(0, len(texts), 1000):
         for ids in token_ids(tokenizer, texts[begin : begin + 1000]):
@@ -50,9 +50,9 @@ def encode_prompts(
 
 
 def label_token_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, label_words: tuple[str, str]) -> list[int]:
-    """The id of each label word as it follows the prompt; stops unless each is one token and they differ.
+    """The id of each label word after the prompt; stops unless each is one token and the two differ.
 
-    The word alone would mislead: with SentencePiece `encode(" positive")[0]` is the lone "▁" for both words.
+    A word by itself cannot be encoded: with SentencePiece `encode(" positive")[0]` is "▁" for both words.
     """
     after = prompt_parts(tokenizer, prompt)[1]
     bare = tokenizer(after, add_special_tokens=False)["input_ids"]
@@ -63,7 +63,7 @@ def label_token_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, label_wor
         continued = tokenizer(f"{after} {word}", add_special_tokens=False)["input_ids"]
         if continued[: len(bare)] != bare or len(continued) != len(bare) + 1:
             pieces = tokenizer.convert_ids_to_tokens(continued[len(bare) :])
-            stop(f"the label word {word!r} is not one token after the prompt but {pieces}: pass other --label-words")
+            stop(f"the label word {word!r} is not one token after the prompt, but {pieces}: pass other --label-words")
         ids.append(continued[-1])
     if ids[0] == ids[1]:
         stop(f"the label words {' and '.join(label_words)} share their token: pass other --label-words")
@@ -71,7 +71,7 @@ def label_token_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, label_wor
 
 
 def label_log_probabilities(logits: "torch.Tensor", label_ids: list[int]) -> "torch.Tensor":
-    """log p(label word | prompt) over the whole vocabulary: (n, vocabulary) logits to (n, 2), in float32."""
+    """log p(label word | prompt), normalised over the vocabulary: (n, vocabulary) logits to (n, 2), in float32."""
     return logits.float().log_softmax(dim=-1)[:, label_ids]
 
 
@@ -81,15 +81,15 @@ def log_odds(log_probabilities: np.ndarray) -> np.ndarray:
 
 
 def label_mass(log_probabilities: np.ndarray) -> float:
-    """Mean of p(positive) + p(negative): how much the LLM says of either label word, rather than anything else."""
+    """Mean of p(positive) + p(negative): the share of the LLM's probability that goes to the two label words."""
     return float(np.exp(log_probabilities.astype(np.float64)).sum(axis=1).mean())
 
 
 def batch_calibration(unlabelled_log_odds: np.ndarray) -> float:
     """The bias that batch calibration subtracts: the mean log-odds over reviews.
 
-    After Zhou et al. 2023, who take the mean of the probabilities instead, log(mean p(positive) / mean p(negative)).
-    It needs no labels, and assumes that the two classes are equally frequent among these reviews.
+    Zhou et al. 2023 average probabilities instead: log(mean p(positive) / mean p(negative)). It needs no labels. It
+    assumes that both classes are equally frequent among these reviews.
     """
     return float(np.mean(unlabelled_log_odds))
 
@@ -97,7 +97,7 @@ def batch_calibration(unlabelled_log_odds: np.ndarray) -> float:
 def fitted_calibration(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Bias b and temperature T of p(positive) = sigmoid((log_odds − b) / T), fitted on labelled reviews.
 
-    Platt scaling with Platt's smoothed targets (Platt 1999, equation 10), which keep T above 0 on separable reviews.
+    This is Platt scaling. Its smoothed targets (Platt 1999, equation 10) keep T above 0 on separable reviews.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -110,14 +110,14 @@ def fitted_calibration(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float,
     )
     slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0:
-        stop("the LLM's log-odds fall where the labels rise: its label words are swapped, or it cannot teach")
+        stop("the LLM's log-odds are higher on negative reviews: its label words are swapped, or it cannot teach")
     return -intercept / slope, 1 / slope
 
 
 def out_of_fold(log_odds: np.ndarray, labels: np.ndarray, folds: int = 5) -> np.ndarray:
-    """(n,) log-odds calibrated by a bias and a temperature that were fitted on the other folds, with no review's own.
+    """(n,) log-odds, calibrated in each fold by a bias and a temperature that were fitted on the other folds.
 
-    What `fitted_calibration` is worth: on the reviews that it was fitted on, its figures would flatter it.
+    They show how good `fitted_calibration` is. On the reviews of its own fit its figures would be too good.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -129,6 +129,6 @@ def out_of_fold(log_odds: np.ndarray, labels: np.ndarray, folds: int = 5) -> np.
 
 
 def teacher_logits(log_odds: np.ndarray, bias: float = 0.0, calibration_temperature: float = 1.0) -> np.ndarray:
-    """(n, 2) logits whose softmax is the two words' distribution, of log-odds less `bias`, over the temperature."""
+    """(n, 2) logits with the calibrated log-odds (log_odds − bias) / calibration_temperature."""
     half = (log_odds - bias) / calibration_temperature / 2
     return np.stack([-half, half], axis=1).astype(np.float32)

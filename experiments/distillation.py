@@ -138,7 +138,7 @@ def finish(args, folder: Path, splits: dict[str, pd.DataFrame], log_odds: dict[s
     """Write a run's predictions.parquet (example_id, split, label, log_odds), and last its run.json."""
     tables = [table.drop(columns="text").assign(split=name, log_odds=log_odds[name]) for name, table in splits.items()]
     artifacts.write_table(folder / "predictions.parquet", pd.concat(tables, ignore_index=True))
-    artifacts.finish(args, folder, {"labels": data.LABELS} | facts, memory.highest_peak_mb())
+    artifacts.finish(args, folder, {"labels": data.LABELS} | facts)
 
 
 def settings_of(study: Study, run: str, seed: int, **recipe: object) -> argparse.Namespace:
@@ -403,7 +403,7 @@ def pretrain(study: Study, args: argparse.Namespace) -> Path:
     )
     training.train(trainer, study.hardware)
     training.save(model, tokenizer, folder / "model", checkpoints)
-    artifacts.finish(args, folder, {"labels": data.LABELS}, memory.highest_peak_mb())
+    artifacts.finish(args, folder, {"labels": data.LABELS})
     return folder / "model"
 
 

@@ -1,14 +1,13 @@
 #!/usr/bin/env python
 """The tables of results in README.md and results/README.md, made from the CSVs: no figure there is typed by hand.
 
-    python experiments/readme.py            # rewrite them
+    python experiments/readme.py            # rewrite them, and draw README's picture
     python experiments/readme.py --check    # exit code 1 when they differ (the tests ask so)
 
 A table stands between `<!-- FILE -->`, which names its CSV, and `<!-- end -->`.
 """
 
 import argparse
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -16,11 +15,12 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import settings
+from common import report, settings
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", ROOT / "results" / "README.md")
-TABLE = re.compile(r"<!-- (?P<file>results/\S+\.csv) -->\n.*?<!-- end -->", re.DOTALL)
+SCREEN = ROOT / "results" / "cpu_imdb"  # whose benchmark is on README's first screen
+TABLE = re.compile(r"<!-- (?P<file>results/\S+\.csv)(?P<short>: first screen)? -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def by_run(table: pd.DataFrame) -> pd.DataFrame:
@@ -65,16 +65,27 @@ def by_labels(table: pd.DataFrame) -> pd.DataFrame:
     return wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None).reset_index()
 
 
+def first_screen(table: pd.DataFrame) -> str:
+    """The better baseline, the fine-tuned teacher, the control and the students, in few columns."""
+    table = table[table["Type"] != "teacher, 4-bit + LoRA"].copy()
+    baseline = table["Type"] == "baseline"
+    table = table[~baseline | (table["Accuracy"] == table.loc[baseline, "Accuracy"].max())]
+    figures = {"ms a review": "Latency (ms)", "reviews/s": "Throughput (samp/s)", "MB": "Size (MB)"}
+    shown = table[["Model", "Type"]].rename(columns={"Model": "model", "Type": "role"})
+    intervals = zip(table["Accuracy"], table["ci_low"], table["ci_high"])
+    shown["accuracy [95%]"] = [f"{accuracy:.3f} [{low:.3f}, {high:.3f}]" for accuracy, low, high in intervals]
+    for name, column in figures.items():
+        shown[name] = table[column].map("{:,.1f}".format)
+    return report.markdown(shown.assign(n=table["n"].map("{:,}".format))).strip()
+
+
 def as_markdown(table: pd.DataFrame) -> str:
     """A README's form of a CSV, by what its columns are."""
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "05_benchmark.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     if "Model" in table:
-        return benchmark.as_markdown(table).strip()
+        return report.as_markdown(table).strip()
     forms = {"lead": by_claim, "labels": by_labels, "seed": by_run}
     form = next((form for column, form in forms.items() if column in table), lambda table: table)
-    return benchmark.markdown(form(table)).strip()
+    return report.markdown(form(table)).strip()
 
 
 def with_tables(text: str) -> str:
@@ -83,7 +94,10 @@ def with_tables(text: str) -> str:
     def table(found: re.Match) -> str:
         if not (ROOT / found["file"]).exists():
             settings.stop(f"{found['file']} is missing: make it by experiments/run.sh")
-        return f"<!-- {found['file']} -->\n{as_markdown(pd.read_csv(ROOT / found['file']))}\n<!-- end -->"
+        form = first_screen if found["short"] else as_markdown
+        return (
+            f"<!-- {found['file']}{found['short'] or ''} -->\n{form(pd.read_csv(ROOT / found['file']))}\n<!-- end -->"
+        )
 
     return TABLE.sub(table, text)
 
@@ -98,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         differ |= made != text
         if not check:
             file.write_text(made, encoding="utf-8")
+    if not check:
+        report.draw_accuracy_latency(pd.read_csv(SCREEN / "benchmark.csv"), SCREEN / "accuracy_latency.png")
     return int(check and differ)
 
 

@@ -3,7 +3,7 @@
 # the environment of `make install`:
 #
 #     pip install -r experiments/requirements.txt
-#     python results/real_weights.py --output-dir outputs/weights
+#     python experiments/real_weights.py --output-dir outputs/weights
 #     bash experiments/run.sh path/to/imdb [part]   # cpu_imdb scoring white_box black_box few_labels more_unlabelled
 #
 # Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 45 core hours. Run it again to continue.

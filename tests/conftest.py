@@ -84,8 +84,10 @@ def stops(capsys):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """The demo's three base checkpoints, not pre-trained: enough for everything but accuracy."""
-    from common import demo
+    from demo import make
 
     folder = tmp_path_factory.mktemp("tiny") / "demo"
-    demo.prepare(folder, sizes={"train": 200, "test": 2, "unsupervised": 200}, effort=0.0)
+    make.make(folder, sizes={"train": 200, "test": 2, "unsupervised": 200}, effort=0.0)
+    for role in ("roberta", "mistral", "distilbert"):
+        (folder / role).symlink_to(f"demo-{role}")
     return folder

@@ -41,7 +41,7 @@ def test_a_folder_takes_its_name_whole_and_replaces_the_old_one(tmp_path):
 
 def test_finished_with_the_same_settings_stops_with_exit_code_0(args, capsys):
     folder = artifacts.begin(args, "02_roberta", INPUTS)
-    artifacts.finish(args, folder, {"labels": ["negative", "positive"]}, peak_memory_mb=1)
+    artifacts.finish(args, folder, {"labels": ["negative", "positive"]})
     args.precision = "bf16"  # how, not what
     with pytest.raises(SystemExit) as left:
         artifacts.begin(args, "02_roberta", INPUTS)
@@ -59,7 +59,7 @@ def test_interrupted_with_the_same_settings_continues(args):
 def test_other_settings_or_inputs_are_named_and_nothing_is_deleted(args, stops, finished):
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     if finished:
-        artifacts.finish(args, folder, {}, peak_memory_mb=1)
+        artifacts.finish(args, folder, {})
     args.epochs = 3
     stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "epochs was 2, is 3", "--force", "--output-dir")
     args.epochs = 2
@@ -77,7 +77,7 @@ def test_a_folder_of_an_unknown_run_is_never_adopted(args, stops):
 def test_a_finished_step_whose_files_are_gone_or_cut_says_so(args, stops):
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     (folder / "weights").write_text("12345")
-    artifacts.finish(args, folder, {}, peak_memory_mb=1)
+    artifacts.finish(args, folder, {})
     for damage in (lambda: (folder / "weights").write_text("123"), (folder / "weights").unlink):
         damage()
         stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "weights is missing or damaged", "--force")
@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(args, stops, tmp_path):
 
 def test_run_json_holds_what_a_reader_needs(args):
     folder = artifacts.begin(args, "02_roberta", INPUTS)
-    artifacts.finish(args, folder, {"max_length": 512}, peak_memory_mb=12.3)
+    artifacts.finish(args, folder, {"max_length": 512})
     run = json.loads((folder / "run.json").read_text())
     assert {"settings", "inputs", "facts", "seed", "versions", "git_commit", "wall_time_s", "peak_memory_mb"} <= set(
         run
@@ -150,7 +150,7 @@ def test_run_json_holds_what_a_reader_needs(args):
 def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(args, stops):
     args.validation_samples = 20
     folder = artifacts.begin(args, "02_roberta", INPUTS)
-    artifacts.finish(args, folder, {"labels": ["negative", "positive"]}, peak_memory_mb=1)
+    artifacts.finish(args, folder, {"labels": ["negative", "positive"]})
     run = artifacts.read_json(folder / "run.json")
     artifacts.refuse_conflict(args, run, INPUTS)
     swapped = run | {"facts": {"labels": ["positive", "negative"]}}
@@ -175,5 +175,5 @@ def test_a_step_of_no_script_names_the_command_that_makes_it(args, stops):
     """experiments/ keeps its runs by the same functions."""
     folder = artifacts.begin(args, "runs/final-1", INPUTS)
     stops(lambda: artifacts.require(args, "runs/final-1"), "is not finished", "the command that makes it")
-    artifacts.finish(args, folder, {}, peak_memory_mb=1)
+    artifacts.finish(args, folder, {})
     stops(lambda: artifacts.read_run(args, "runs/final-1"), "damaged", "the command that makes it")

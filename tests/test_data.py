@@ -81,7 +81,7 @@ def test_reviews_without_text_leave_train_but_stay_in_test(data_args, reviews_fo
         table.to_parquet(reviews_folder / f"{split}.parquet")
     reviews = data.load_reviews(data_args, ALL)
     assert len(reviews.train) + len(reviews.validation) == 79 and len(reviews.test) == 20
-    assert "train: 1 reviews without text left out" in capsys.readouterr().out
+    assert "train: left out 1 reviews without text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@ import random
 import pandas as pd
 import pytest
 
-from common import data, demo
+from common import data
+from demo import make as demo
 
 SMALL = {"train": 60, "test": 40, "unsupervised": 50}
 
@@ -41,11 +42,11 @@ def test_reviews_of_both_labels_use_the_same_words():
         assert 0.15 < share < 0.85, word
 
 
-def test_prepare_makes_what_load_reviews_reads_and_a_second_time_does_nothing(tiny, capsys):
+def test_the_demo_is_what_load_reviews_reads_and_is_made_once(tiny, capsys):
     before = {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}
-    demo.prepare(tiny)
+    demo.main(["--output-dir", str(tiny)])
     assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == before
-    assert capsys.readouterr().out == ""
+    assert "exists already" in capsys.readouterr().out
     assert set(data._read_folder(tiny / "reviews", ["train", "test", "transfer"])) == {"train", "test", "transfer"}
 
 
@@ -64,7 +65,7 @@ def test_the_checkpoints_are_of_the_true_architectures(tiny, role, architecture)
 
 def test_the_same_seed_gives_the_same_weights_and_vocabularies(tmp_path):
     for name in ("first", "again"):
-        demo.prepare(tmp_path / name, sizes=SMALL, effort=0.01)
+        demo.make(tmp_path / name, sizes=SMALL, effort=0.01)
     files = [path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file()]
     assert {"model.safetensors", "tokenizer.json", "train.parquet"} <= {file.name for file in files}
     for file in files:

@@ -1,10 +1,11 @@
+import inspect
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from common import device, models
+from common import device, models, patches
 
 CPU = device.Hardware("cpu", "fp32", "test")
 
@@ -119,3 +120,15 @@ def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at
         (tmp_path / name).touch()
     models.load_llm(str(tiny / "mistral"), device.Hardware("cuda", "fp16", "pretended", 2), tmp_path)
     assert loaded == {"device_map": {"": "cuda:1"}, "torch_device": "cuda:1", "loads_in_turn": "1"}
+
+
+def test_below_8_0_grouped_queries_are_repeated(monkeypatch):
+    from transformers.integrations import sdpa_attention
+
+    if not hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+        pytest.skip("this transformers repeats them always")
+    keys = [torch.ones(1, 2, 4, 8)] * (len(inspect.signature(sdpa_attention.use_gqa_in_sdpa).parameters) - 1)
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    assert sdpa_attention.use_gqa_in_sdpa(None, *keys)  # without a mask, as in a batch of equal lengths
+    patches.avoid_gqa_kernel()
+    assert not sdpa_attention.use_gqa_in_sdpa(None, *keys)

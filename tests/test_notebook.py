@@ -26,6 +26,8 @@ def names(tmp_path):
     project.mkdir()
     (project / "requirements.txt").write_text("# a comment\ntorch>=2.6\nscikit-learn>=1.5\n")
     (project / "01_works.py").write_text("import sys; print('args', sys.argv[1:])")
+    (project / "demo").mkdir()
+    (project / "demo" / "make.py").write_text("print('the demo')")
     (project / "02_fails.py").write_text("import sys; print('its cause', file=sys.stderr); sys.exit(2)")
     modules = {"Path": Path, "subprocess": subprocess, "shutil": __import__("shutil")}
     settings = {"PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None, "HOURS": 1.0}
@@ -44,7 +46,7 @@ def test_the_notebook_is_valid_and_committed_without_outputs():
 def test_the_notebook_names_only_files_that_exist(cells):
     text = NOTEBOOK.read_text(encoding="utf-8")
     for name in set(re.findall(r"\w+\.(?:py|txt|md)\b", text)):
-        assert (ROOT / name).exists(), name
+        assert list(ROOT.glob(f"**/{name}")), name
     settings = {}
     exec(cells["settings"], settings)
     assert [len(list(ROOT.glob(f"{step}_*.py"))) for step in settings["STEPS"]] == [1] * 6
@@ -122,7 +124,8 @@ def test_an_earlier_sessions_steps_are_copied_once_and_can_be_written(cells, nam
     copy = outputs / "02_roberta" / "checkpoints" / "checkpoint-5" / "optimizer.pt"
     assert copy.read_text() == "earlier"
     assert all(path.stat().st_mode & 0o200 for path in (copy, copy.parent, outputs / "02_roberta"))
-    names["EARLIER_OUTPUTS"] = str(tmp_path / "project")
+    (tmp_path / "no_outputs").mkdir()
+    names["EARLIER_OUTPUTS"] = str(tmp_path / "no_outputs")
     with pytest.raises(FileNotFoundError, match="above 01_baseline/"):
         exec(cells["earlier"], names)
 

@@ -48,7 +48,7 @@ def test_run_all_ends_with_the_table_of_seven_models_and_a_plot(first):
     _, cells = first
     assert shows_the_table_and_a_plot(cells["results"])
     for step, script in artifacts.SCRIPTS.items():
-        assert f"$ python {script} --preset demo" in text(cells["run"])
+        assert f"{script} --preset demo" in text(cells["run"])
         assert f"{step}/ is finished in" in text(cells["run"])
 
 

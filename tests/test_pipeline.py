@@ -125,7 +125,9 @@ def test_04b_tells_how_good_its_teacher_is_with_each_calibration(outputs):
 
 def test_nothing_is_pickled(outputs):
     kinds = {path.suffix for path in outputs.rglob("*") if path.is_file()}
-    assert kinds <= {".lock", ".json", ".csv", ".md", ".parquet", ".npy", ".safetensors", ".jinja", ".txt"}, kinds
+    assert kinds <= {".lock", ".json", ".csv", ".md", ".parquet", ".npy", ".safetensors", ".jinja", ".txt", ".png"}, (
+        kinds
+    )
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -499,7 +501,12 @@ def test_a_teacher_that_cannot_teach_ends_04a_with_the_cause(
 
 
 def test_another_prompt_than_03s_is_refused_beside_its_adapter(outputs, flags, script, stops):
-    wrongs = (["--prompt", "{review} Good or bad?"], ["--label-words", "bad", "good"], ["--prompt-length", "64"])
+    wrongs = (
+        ["--prompt", "{review} Good or bad?"],
+        ["--label-words", "bad", "good"],
+        ["--prompt-length", "64"],
+        ["--prompt-length", "512"],
+    )
     for wrong in (*wrongs, ["--mistral-model", "another/model"]):
         stops(lambda wrong=wrong: script("04b").main([*flags["04b"], *wrong]), "03's adapter", "--no-adapter")
 
@@ -526,7 +533,7 @@ def test_soft_labels_of_other_weights_are_refused(outputs, flags, script, stops,
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), "another weights", "02_finetune")
+    stops(lambda: script("04a").main([*flags["04a"], "--output-dir", str(tmp_path)]), "other weights", "02_finetune")
 
 
 def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stops, tmp_path):

@@ -191,7 +191,7 @@ def test_soft_labels_of_another_origin_are_deleted_and_those_of_the_same_stay(tm
     assert (folder / "train.parquet").exists() and (folder / "train_chunks").exists()
     assert not list(folder.glob("transfer*"))
     scoring.refuse_stale(folder, "train", {"weights": "a"}, "02_finetune_roberta.py")
-    stops(lambda: scoring.refuse_stale(folder, "train", {"weights": "b"}, "02_finetune_roberta.py"), "another weights")
+    stops(lambda: scoring.refuse_stale(folder, "train", {"weights": "b"}, "02_finetune_roberta.py"), "other weights")
 
 
 MEMORY = """

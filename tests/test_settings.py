@@ -23,8 +23,8 @@ def test_each_preset_key_is_a_real_flag(preset, script):
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(number, script):
     parse = script(number).parse_args
     assert parse([]).dataset == "stanfordnlp/imdb"
-    assert parse(["--preset", "demo"]).dataset == "demo:reviews"
-    assert parse(["--preset=demo"]).dataset == "demo:reviews"
+    assert parse(["--preset", "demo"]).dataset == "outputs/demo/reviews"
+    assert parse(["--preset=demo"]).dataset == "outputs/demo/reviews"
     assert parse(["--preset", "demo", "--dataset", "mine"]).dataset == "mine"
 
 
@@ -42,7 +42,8 @@ def test_help_shows_every_default_and_imports_no_torch(script_name):
     code += "except SystemExit: pass\nassert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert "(default: demo:reviews)" in shown.stdout and "(default: None)" not in shown.stdout
+    words = " ".join(shown.stdout.split())
+    assert "(default: outputs/demo/reviews)" in words and "(default: None)" not in words
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,18 @@ def test_a_student_without_a_teacher_is_called_the_control(number, flags, script
         script(number).parse_args(flags)
     assert left.value.code == 2 and "control" in capsys.readouterr().err
     assert script("04a").parse_args(["--alpha", "0"]).feature_weight > 0  # hidden states alone are a teacher's too
+
+
+def test_settings_that_differ_from_the_defaults_come_first(script, capsys):
+    settings.start(script("02").parse_args(["--epochs", "7", "--max-hours", "2"]), "/somewhere/02_finetune_roberta.py")
+    changed, defaults = capsys.readouterr().out.split("and the defaults")
+    assert changed.splitlines() == ["02_finetune_roberta.py with", "  epochs = 7.0", "  max_hours = 2.0"]
+    assert "batch_size = 32" in defaults and "max_train_samples = all" in defaults and "epochs" not in defaults
+    assert max(map(len, defaults.splitlines())) <= 98
+
+
+def test_without_the_demo_its_preset_names_what_makes_it(script, stops, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = script("02").parse_args(["--preset", "demo", "--dataset", "mine"])
+    stops(lambda: settings.start(args, "02.py"), "outputs/demo/demo-roberta", "run python demo/make.py first")
+    settings.start(script("02").parse_args(["--preset", "demo", "--dataset", "a", "--roberta-model", "b"]), "02.py")

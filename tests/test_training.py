@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+import re
 import shutil
 import time
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from common import device, models, training
+from common import callbacks, device, models, training
 
 CPU = device.Hardware("cpu", "fp32", "test")
 
@@ -205,7 +206,7 @@ def test_a_checkpoint_of_an_fp16_run_needs_its_gradient_scaler(tiny, tmp_path, a
     assert recorded["stateful_callbacks"]["fp16"] is False
     assert training.newest_checkpoint(folder) == newest  # a run in fp32 or bf16 has none
     trainer.args.fp16 = True  # arithmetic that a CPU has not: from here on by its record
-    (recording,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, training.SaveOften))
+    (recording,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, callbacks.SaveOften))
     recording.on_train_begin(trainer.args, trainer.state, trainer.control)
     trainer.state.save_to_json(str(newest / "trainer_state.json"))
     torch.save(torch.amp.GradScaler("cpu").state_dict(), newest / "scaler.pt")
@@ -301,16 +302,29 @@ def test_a_training_that_time_stops_again_and_again_ends_with_the_weights_of_an_
 
 
 def test_training_tells_how_long_the_rest_takes_and_whether_the_time_will_do(tiny, tmp_path, args, monkeypatch, capsys):
-    monkeypatch.setattr(training, "FORECAST_STEPS", 2)
+    monkeypatch.setattr(callbacks, "FORECAST_STEPS", 2)
     monkeypatch.setattr(device, "_deadline", time.monotonic() + 3600)
     training.train(make_trainer(tiny, tmp_path / "enough", args), CPU)
     out = capsys.readouterr().out
     assert out.count("minutes of training are left") == 1 and "warning" not in out
     monkeypatch.setattr(device, "_deadline", time.monotonic())
-    monkeypatch.setattr(training, "FORECAST_STEPS", 1)
+    monkeypatch.setattr(callbacks, "FORECAST_STEPS", 1)
     with pytest.raises(SystemExit) as left:
         training.train(make_trainer(tiny, tmp_path / "short", args), CPU)
     assert left.value.code == 3 and "warning: --max-hours is too short" in capsys.readouterr().out
+
+
+def test_each_log_and_each_evaluation_is_one_line_without_a_dictionary(tiny, tmp_path, args, capsys):
+    training.train(make_trainer(tiny, tmp_path, args, logging_steps=2), CPU)
+    lines = capsys.readouterr().out.splitlines()[1:]  # the first tells of the trial step
+    number = r"[\d.e+-]+"
+    log = rf"  step \d/8, epoch {number}, loss {number}, gradient {number}, lr {number}, "
+    log += rf"{number} reviews/s, \d+ min left"
+    evaluation = rf"  after epoch [12]: validation accuracy {number}, loss {number}"
+    kinds = "".join(
+        "L" if re.fullmatch(log, line) else "E" if re.fullmatch(evaluation, line) else "?" for line in lines
+    )
+    assert kinds == "LLELLE"
 
 
 def test_an_epoch_whose_evaluation_was_interrupted_is_evaluated_all_the_same(tiny, tmp_path, args):

@@ -1,65 +1,120 @@
-import importlib.util
-import sys
+import functools
+import gc
+import re
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bitsandbytes import matmul_4bit
+from transformers import Trainer
 
-from common import device, memory, models
+from common import device, memory, models, settings
+from experiments import plan, simulate, true_size
 
 CPU = device.Hardware("cpu", "fp32", "test")
-FILE = Path(__file__).parent.parent / "results" / "true_size.py"
+ONE_OF_TWO = device.Hardware("cpu", "fp32", "test", processes=2)
+GIB = 2**30
 
 
-@pytest.fixture(scope="module")
-def true_size():
-    spec = importlib.util.spec_from_file_location("true_size", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_each_step_gets_its_rows_of_finite_figures(true_size, tmp_path, monkeypatch):
+def few_steps(monkeypatch) -> None:
     monkeypatch.setattr(true_size, "WARM_UP_STEPS", 1)
     monkeypatch.setattr(true_size, "TIMED_STEPS", 2)
+
+
+def test_each_step_gets_its_rows_of_finite_figures(tmp_path, monkeypatch):
+    few_steps(monkeypatch)
     flash = torch.backends.cuda.flash_sdp_enabled()
     true_size.main(["--tiny", "--modes", "as_t4", "--output-dir", str(tmp_path)])
     table = pd.read_csv(tmp_path / "true_size.csv", dtype={"step": str})
-    assert list(zip(table["step"], table["work"])) == [(s, w) for s in true_size.STEPS for w in true_size.WORKS]
+    rows = [(w, s) for w in ("training", "scoring", "scoring a mix") for s in ("02", "03", "04a")]
+    assert list(zip(table["work"], table["step"])) == rows
     figures = table[["tokens", "micro_batch", "peak_gib", "reserved_gib", "reviews_per_second", "tflops"]].to_numpy()
     assert np.isfinite(figures).all() and (figures > 0).all()
-    assert table["fits"].all()
+    assert table["fits"].all() and "error" not in table
     assert torch.backends.cuda.flash_sdp_enabled() == flash  # a mode leaves nothing behind
 
 
-def test_without_memory_a_row_says_so_and_the_next_is_measured(true_size, tmp_path, monkeypatch):
+def test_a_row_that_fails_says_why_in_one_line_and_the_next_is_measured(tmp_path, monkeypatch):
     def measure(step, work, *_):
-        if work == "training":
-            raise torch.OutOfMemoryError("too large")
+        if (step, work) == ("02", "training"):
+            raise torch.OutOfMemoryError("too\nlarge")
+        if step == "03":
+            settings.stop("no adapter")
+        if (step, work) == ("04a", "training"):
+            raise ImportError("no Trainer") from ValueError("no version")
         return {"fits": True, "reviews_per_second": 1.0}
 
+    @contextmanager
+    def without_peft(*_):
+        raise ModuleNotFoundError("no peft")
+
     monkeypatch.setattr(true_size, "measure", measure)
-    table = true_size.run(tmp_path, ["02"], ["as_itself"], tiny=True)
-    assert table["fits"].tolist() == [False, True, True]
-    assert np.isnan(table["reviews_per_second"][0])
+    true_size.main(["--tiny", "--output-dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "true_size.csv")
+    assert table["mode"].tolist() == ["as_t4"] * 9 + ["as_itself"] * 9
+    assert table["fits"].tolist() == [False, False, False, True, False, True, True, False, True] * 2
+    assert table["error"].dropna().tolist()[:3] == [
+        "OutOfMemoryError: too large",
+        "Stop: no adapter",
+        "ImportError: no Trainer (from ValueError: no version)",
+    ]
+    monkeypatch.setattr(true_size, "random_weights", without_peft)
+    table = true_size.run(tmp_path, ["02"], ["as_t4"], tiny=True)
+    assert table["error"].tolist() == ["ModuleNotFoundError: no peft"] * 3
 
 
-def test_the_shapes_are_those_of_the_real_models(true_size):
+def training_of(step: str, hardware: device.Hardware, folder: Path, watch) -> "Trainer":
+    """A tiny training as it is timed; `watch` is called before each of its micro-steps."""
+    configs, args = plan.shapes(tiny=True), true_size.defaults(step, tiny=True)
+    with true_size.random_weights(configs):
+        trainer = true_size.make_trainer(step, args, configs, hardware, folder)
+        micro_step = trainer.training_step
+        trainer.training_step = lambda *all, **named: (watch(trainer), micro_step(*all, **named))[1]
+        assert true_size.time_training(trainer, args, hardware) > 0
+    return trainer
+
+
+@pytest.mark.parametrize("step", ["02", "04a"])
+def test_neither_a_checkpoint_nor_a_log_falls_into_the_timed_steps(tmp_path, monkeypatch, step):
+    few_steps(monkeypatch)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *_, **__: pytest.fail("a checkpoint was written"))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a second backward pass was made"))
+    trainer = training_of(step, CPU, tmp_path, watch=lambda _: None)
+    assert trainer.state.global_step == 3
+    assert not any("loss" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("hardware, held", [(CPU, False), (ONE_OF_TWO, True)])
+def test_one_of_two_processes_trains_its_share_and_holds_the_buckets(tmp_path, monkeypatch, hardware, held):
+    few_steps(monkeypatch)
+    seen = set()
+
+    def watch(trainer):
+        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        seen.add(any(type(o) is torch.Tensor and o.shape == (trainable,) for o in gc.get_objects()))
+
+    trainer = training_of("02", hardware, tmp_path, watch)
+    batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    assert seen == {held}
+    assert batch * hardware.processes == 4 and trainer.state.global_step == 3
+
+
+def test_the_shapes_are_those_of_the_real_models():
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     millions = {}
-    for step, config in true_size.shapes(tiny=False).items():
+    for step, config in plan.shapes().items():
         kind = AutoModelForCausalLM if step == "03" else AutoModelForSequenceClassification
         with init_empty_weights():
             model = kind.from_config(config)
         millions[step] = round(model.num_parameters() / 1e6, 1)
         blocks = sum(p.numel() for name, p in model.named_parameters() if "layer" in name and p.ndim == 2)
-        assert blocks == config.num_hidden_layers * sum(a * b for a, b in true_size.matrices(config))
+        assert blocks == config.num_hidden_layers * sum(a * b for a, b in plan.matrices(config))
     # RobertaForSequenceClassification has 355.4 M with its head, DistilBert's 67.0 M, Mistral 7,241.7 M
     assert millions == {"02": 355.4, "03": 7241.7, "04a": 67.0}
 
@@ -81,25 +136,25 @@ def counted(model, tokens: int, learn: bool = False) -> int:
 
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("step", ["02", "04a"])
-def test_the_formula_counts_what_torch_counts_in_an_encoder(true_size, step, learn):
-    configs = true_size.shapes(tiny=True)
+def test_the_formula_counts_what_torch_counts_in_an_encoder(step, learn):
+    configs = plan.shapes(tiny=True)
     with true_size.random_weights(configs):
-        assert true_size.flop(configs[step], 24, learn) == counted(models.load_classifier(step), 24, learn)
+        assert plan.flop(configs[step], 24, learn) == counted(models.load_classifier(step), 24, learn)
 
 
 @pytest.mark.parametrize("learn, checkpointing", [(False, False), (True, False), (True, True)])
-def test_the_formula_counts_what_torch_counts_in_an_llm_with_lora(true_size, learn, checkpointing):
+def test_the_formula_counts_what_torch_counts_in_an_llm_with_lora(learn, checkpointing):
     from transformers import AutoModelForCausalLM
 
-    config, args = true_size.shapes(tiny=True)["03"], true_size.defaults("03", tiny=True)
+    config, args = plan.shapes(tiny=True)["03"], true_size.defaults("03", tiny=True)
     args.gradient_checkpointing = checkpointing
     ours, torchs = [], []
     for layers in (2, 3):
         config.num_hidden_layers = layers
         model = AutoModelForCausalLM.from_config(config)  # unquantised: torch cannot see into products in 4 bits
         model.is_loaded_in_4bit = True  # else peft leaves checkpointing off
-        torchs.append(counted(true_size.script("03").with_lora(args, model), 24, learn))
-        ours.append(true_size.flop(config, 24, learn, args.lora_r, checkpointing))
+        torchs.append(counted(plan.script("03").with_lora(args, model), 24, learn))
+        ours.append(plan.flop(config, 24, learn, args.lora_r, checkpointing))
     # A block is counted to the operation, but for its last product: no gradient asks to have it computed again.
     last = 2 * 24 * args.lora_r * config.hidden_size if checkpointing else 0
     assert ours[1] - ours[0] == torchs[1] - torchs[0] + last
@@ -108,7 +163,7 @@ def test_the_formula_counts_what_torch_counts_in_an_llm_with_lora(true_size, lea
     assert -1e-3 <= (ours[0] - torchs[0]) / ours[0] <= learn * 0.2
 
 
-def test_an_llm_made_in_4_bits_is_built_as_a_loaded_one(true_size, tiny):
+def test_an_llm_made_in_4_bits_is_built_as_a_loaded_one(tiny):
     from bitsandbytes.nn import Linear4bit
 
     def described(model):
@@ -135,36 +190,134 @@ def test_an_llm_made_in_4_bits_is_built_as_a_loaded_one(true_size, tiny):
         assert made(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
-def test_a_measured_model_leaves_memory_before_the_next(true_size, tmp_path, monkeypatch):
-    monkeypatch.setattr(true_size, "TIMED_STEPS", 1)
-    configs, args = true_size.shapes(tiny=True), true_size.defaults("03", tiny=True)
-    with true_size.random_weights(configs):
-        trainer = true_size.make_trainer("03", args, configs, CPU, tmp_path)
-        true_size.time_training(trainer, args, CPU)
-    trainer.args.optim, trainer.optimizer = "paged_adamw_8bit", None
-    trainer.create_optimizer()  # a GPU's, which keeps the embeddings
+def test_a_measured_model_leaves_memory_before_the_next(tmp_path, monkeypatch):
+    few_steps(monkeypatch)
+    trainer = training_of("03", CPU, tmp_path, watch=lambda _: None)
     parts = [weakref.ref(module) for module in trainer.model.modules()]
     del trainer
     memory.free()
     assert not any(part() for part in parts)
 
 
-def test_the_plan_adds_up_and_stays_under_its_limit(true_size, tmp_path, capsys):
+def test_live_bytes_are_those_of_tensors_that_something_holds():
+    with simulate.fake_tensors() as live:
+        kept = torch.empty(1000)  # 4,000 bytes, in blocks of 512
+        view = kept[:10]
+        assert live.now == 4096
+        (kept + 1).sum()
+        assert (live.now, live.peak) == (4096, 4096 * 2 + 512)
+        del kept
+        assert live.now == 4096  # the view holds it
+        del view
+        assert live.now == 0
+
+
+@functools.cache
+def simulated(step: str, work: str, model: str, layers: int) -> dict:
+    """A row of full width and few layers."""
+    configs = plan.shapes()
+    for config in configs.values():
+        config.num_hidden_layers = layers
+    return true_size.simulate(step, work, model, False, configs)
+
+
+ROBERTA_LAYER = 12 * 1024**2 + 13 * 1024  # weights; the second term is biases and LayerNorms
+ROBERTA_REST = (50265 + 514 + 3 + 1026) * 1024  # word, position and token-type embeddings, their LayerNorm; the head
+MISTRAL_LAYER = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+MISTRAL_REST = 2 * 32000 * 4096  # embeddings, head
+ADAPTER_LAYER = 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+IN_4_BITS = 1 / 2 + 1 / 64  # bytes of a weight: half of one, and one for the scale of 64
+
+
+@pytest.mark.parametrize(
+    "row, layers, by_hand",
+    [
+        # weights, Adam's two moments and the buckets: 16 bytes a parameter
+        (("02", "training", "02"), 2, 16 * (ROBERTA_REST + 2 * ROBERTA_LAYER)),
+        # all but the embeddings in fp16
+        (("05", "scoring, RoBERTa", "02"), 2, 2 * (ROBERTA_REST + 2 * ROBERTA_LAYER) + 2 * (50265 + 514) * 1024),
+        # what is not quantised is in float32 in training, in fp16 in scoring
+        (("03", "training", "03"), 1, IN_4_BITS * MISTRAL_LAYER + 4 * MISTRAL_REST + 16 * ADAPTER_LAYER),
+        (("04b", "scoring, Mistral", "03"), 1, IN_4_BITS * MISTRAL_LAYER + 2 * MISTRAL_REST + 2 * ADAPTER_LAYER),
+    ],
+)
+def test_resident_memory_is_what_arithmetic_by_hand_gives(row, layers, by_hand):
+    assert simulated(*row, layers)["resident_gib"] * GIB == pytest.approx(by_hand, rel=0.02)
+
+
+def test_a_layer_keeps_for_its_backward_pass_what_arithmetic_by_hand_gives():
+    n, width = 8 * 512, 1024  # tokens of a micro-batch
+    # Bytes a token and width: inputs of queries, keys and values, and these three (12), attention's output (2), dropout
+    # masks (2), the inputs of both LayerNorms (8) and of the feed-forward (2), the latter before and after GELU (16).
+    kept = 42 * n * width + 2 * 512 * n + 2 * 12 * width**2  # the attention mask; weights as autocast casts them
+    two, three = (simulated("02", "training", "02", layers)["peak_gib"] * GIB for layers in (2, 3))
+    # and 20 bytes a parameter: resident ones, and the first micro-step's gradients
+    assert three - two == pytest.approx(kept + 20 * ROBERTA_LAYER, rel=0.01)
+
+
+def test_a_product_in_4_bits_takes_its_dequantised_weights_too():
+    from bitsandbytes.nn import Params4bit
+
+    how = vars(Params4bit(torch.empty(0), quant_type="nf4"))
+    with simulate.fake_tensors() as live:
+        weights = simulate.in_4_bits(torch.empty(4096, 1024, dtype=torch.float16), how)
+        inputs = torch.empty(2048, 1024, dtype=torch.float16)
+        live.peak = before = live.now
+        matmul_4bit(inputs, weights, quant_state=weights.quant_state)
+        # the weights and the product in fp16, a float32 scale for 64 weights
+        assert live.peak - before == 2 * 4096 * 1024 + 2 * 2048 * 4096 + 4 * 4096 * 1024 // 64
+
+
+@pytest.mark.slow
+def test_every_default_fits_one_of_two_t4s(tmp_path, capsys):
+    true_size.main(["--simulate", "--output-dir", str(tmp_path)])
+    now, committed = (
+        pd.read_csv(folder / "memory.csv", dtype={"step": str}) for folder in (tmp_path, plan.ROOT / "results" / "gpu")
+    )
+    assert now["fits"].all()
+    assert now.drop(columns=["resident_gib", "peak_gib"]).equals(committed.drop(columns=["resident_gib", "peak_gib"]))
+    assert np.allclose(now["resident_gib"], committed["resident_gib"], rtol=0.02)
+    assert np.allclose(now["peak_gib"], committed["peak_gib"], rtol=0.05)  # other versions keep a little more or less
+    printed = capsys.readouterr().out
+    assert "Simulated" in printed and "Left out: CUDA's context" in printed and "14.5" in printed
+
+
+def test_the_plan_adds_up_and_stays_under_a_session_of_kaggle(tmp_path, capsys):
     true_size.main(["--plan", "--output-dir", str(tmp_path)])
-    plan = pd.read_csv(tmp_path / "plan.csv", dtype={"step": str})
-    assert sorted(set(plan["step"])) == ["01", "02", "03", "04a", "04b", "05"]
-    reviews = plan.set_index(["step", "work"])["reviews"]
-    assert reviews["02", "RoBERTa, soft labels"] == 75_000
-    assert reviews["04b", "Mistral, soft labels"] == 45_000
-    assert reviews["04a", "student, training"] == reviews["04a", "control, training"] == 4 * 72_500
-    on_gpus = plan[plan["gpus"] > 0]
-    for rate in true_size.RATES:
+    table = pd.read_csv(tmp_path / "plan.csv", dtype={"step": str})
+    assert sorted(set(table["step"])) == ["01", "02", "03", "04a", "04b", "05"]
+    rows = table.set_index(["step", "work"])
+    assert rows["reviews"]["02", "RoBERTa, soft labels"] == 75_000
+    assert rows["reviews"]["04b", "Mistral, soft labels"] == 45_000
+    assert rows["reviews"]["04a", "student, training"] == rows["reviews"]["04a", "control, training"] == 4 * 72_500
+    assert rows["gb"]["02", "RoBERTa, checkpoints"] == pytest.approx(12 * 4.26, rel=0.01)
+    assert rows["gb"]["02", "RoBERTa, gradient exchange"] == pytest.approx(3 * 22_500 / 32 * 1.42, rel=0.01)
+    assert rows["gb"]["03", "Mistral, download"] == pytest.approx(14.5, rel=0.01)
+    on_gpus, moved = table[table["gpus"] > 0], table[table["gb"].notna()]
+    assert plan.RATES == (9, 12) and plan.LIMIT_HOURS == 12
+    for rate in plan.RATES:
         minutes = on_gpus["pflop"] * 1e15 / (rate * 1e12 * on_gpus["gpus"]) / 60
         assert np.allclose(minutes, on_gpus[f"minutes_at_{rate}"], atol=0.002)
-        assert plan[f"minutes_at_{rate}"].sum() < 60 * true_size.LIMIT_HOURS
-    assert f"under {true_size.LIMIT_HOURS} h" in capsys.readouterr().out
+        assert np.allclose(moved["gb"] / moved["gb_per_s"] / 60, moved[f"minutes_at_{rate}"], atol=0.002)
+        assert table[f"minutes_at_{rate}"].sum() < 60 * 12
+    assert capsys.readouterr().out.count("under 12 h") == 2
 
 
-def test_a_batch_in_dataset_order_is_padded_to_its_longest(true_size):
-    assert true_size.padded([10, 20], 1) == [15]
-    assert true_size.padded([10, 20], 2) == [17.5]  # of four pairs one is short
+def test_readme_and_scripts_promise_what_the_plan_says():
+    table = pd.read_csv(plan.ROOT / "results" / "gpu" / "plan.csv", dtype={"step": str})
+    hours = [f"{table[f'minutes_at_{rate}'].sum() / 60:.1f}" for rate in plan.RATES]
+    readme = " ".join((plan.ROOT / "README.md").read_text().split())
+    assert f"{hours[0]} hours at 9 TFLOP/s" in readme and f"{hours[1]} at 12" in readme
+    for step, minutes in table.groupby("step")[["minutes_at_12", "minutes_at_9"]].sum().iterrows():
+        if step != "01":
+            text = next(plan.ROOT.glob(f"{step}_*.py")).read_text()
+            planned = re.search(r"planned (\d+) to (\d+) minutes", text).groups()
+            assert planned == tuple(f"{value:.0f}" for value in minutes), step
+
+
+def test_the_committed_memory_is_what_the_code_takes_now():
+    table = pd.read_csv(plan.ROOT / "results" / "gpu" / "memory.csv", dtype={"step": str})
+    assert table["fits"].all()
+    assert list(zip(table["step"], table["work"])) == [(step, work) for step, work, _ in true_size.SIMULATED]
+    now = true_size.simulate("05", "scoring, student", "04a", False, plan.shapes())
+    assert now["peak_gib"] == pytest.approx(table["peak_gib"].iloc[-1], rel=0.05)

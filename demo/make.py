@@ -1,21 +1,32 @@
-"""The offline demo: a made-up review corpus, and tiny base checkpoints of the three architectures.
+#!/usr/bin/env python
+"""Make the offline demo: a made-up review corpus, and tiny base checkpoints of the three architectures.
 
-The reviews come from a grammar of this project, not from any corpus. It holds what a bag of words cannot read: a
-negation some words before its adjective ("I did not find the script very funny"), a contrast in which one half counts
-("although the cast is warm, the story is dull"), a verdict that overrules what came before, and plot that means
-nothing. The grammar decides the label. The checkpoints are pre-trained for seconds on text of the same grammar, so that
-fine-tuning and LoRA have something to adapt.
+A grammar of this project writes the reviews and decides their labels. They contain what a bag of words cannot read:
+
+- a negation some words before its adjective ("I did not find the script very funny"),
+- a contrast in which one half counts ("although the cast is warm, the story is dull"),
+- a verdict that overrules the rest, and a plot that means nothing.
+
+The checkpoints are pre-trained for seconds on text of the same grammar, so that fine-tuning and LoRA can adapt them.
+
+Writes  outputs/demo/  reviews/  demo-roberta/  demo-mistral/  demo-distilbert/
+Takes   about a minute on two CPU cores
+
+    python demo/make.py
+    python 01_baseline.py --preset demo --output-dir outputs/demo_run
 """
 
+import argparse
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from common import device
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.artifacts import lock, whole
 from common.verbalizer import LABEL_WORDS, PROMPT
 
@@ -30,7 +41,7 @@ ADJECTIVES = (  # by label: negative, positive
     "boring dull clumsy tedious flat silly weak bland messy shallow".split(),
     "funny moving clever gripping charming fresh beautiful warm witty subtle".split(),
 )
-# The same adverbs stand in plain and negated clauses: "very funny" says nothing about "did not find it very funny".
+# Plain and negated clauses have the same adverbs, so that "very funny" does not predict the label.
 ADVERBS = ("really ", "very ", "truly ", "quite ", "terribly ", "")
 PLAIN = ("the {x} is {a}", "the {x} seemed {a}", "I found the {x} {a}", "most people will find the {x} {a}")
 NEGATED = (
@@ -59,8 +70,8 @@ PLOTS = (
     "a {who} from {place} {event} and {then} {when}|{when} a {who} {event}, then {then} in {place}|"
     "we follow a {who} who {event} {when} in {place}|it begins when a {who} {event} near {place}"
 ).split("|")
-# Pre-training: (share of the steps, texts a batch). Clauses at first, then contrasts, then whole reviews: in this order
-# negation is learnt in seconds, all at once in many minutes.
+# Pre-training: (share of the steps, texts per batch). Clauses come first, then contrasts, then whole reviews. In this
+# order the models learn negation in seconds; with everything at once it takes many minutes.
 CURRICULUM = {"clause": (0.35, 64), "contrast": (0.25, 48), "review": (0.4, 32)}
 
 
@@ -78,9 +89,9 @@ def _opinion(rng: random.Random, label: int, negation: float, contrast: float) -
 
 
 def _plot(rng: random.Random) -> str:
-    event, then = rng.sample(EVENTS, 2)
+    event, second_event = rng.sample(EVENTS, 2)
     words = {"who": rng.choice(PEOPLE), "place": rng.choice(PLACES), "when": rng.choice(TIMES)}
-    return rng.choice(PLOTS).format(event=event, then=then, **words)
+    return rng.choice(PLOTS).format(event=event, then=second_event, **words)
 
 
 def _text(sentences: list[str]) -> str:
@@ -88,16 +99,16 @@ def _text(sentences: list[str]) -> str:
 
 
 def write_review(rng: random.Random, label: int) -> str:
-    """One review that means `label` (0 negative, 1 positive): two opinions around a plot, and perhaps a verdict."""
+    """One review with this `label` (0 negative, 1 positive): two opinions around a plot, and perhaps a verdict."""
     has_verdict = rng.random() < 0.3
-    dissent = rng.randrange(2) if has_verdict and rng.random() < 0.5 else None  # only a verdict makes up for one
+    dissent = rng.randrange(2) if has_verdict and rng.random() < 0.5 else None  # only a verdict can overrule it
     opinions = [_opinion(rng, 1 - label if place == dissent else label, 0.2, 0.4) for place in range(2)]
     verdict = [f"{rng.choice(VERDICTS)}, {_clause(rng, label, WHOLES, negation=0.2)}"] if has_verdict else []
     return _text([opinions[0], _plot(rng), opinions[1], *verdict])
 
 
 def write_reviews(sizes: dict[str, int], seed: int) -> dict[str, pd.DataFrame]:
-    """A table of text and label for each split, sorted by label like IMDB; no text occurs twice in any of them."""
+    """A table of text and label for each split, sorted by label like IMDB. No text occurs twice."""
     rng, seen, splits = random.Random(seed), set(), {}
     for split, size in sizes.items():
         rows = []
@@ -113,7 +124,7 @@ def write_reviews(sizes: dict[str, int], seed: int) -> dict[str, pd.DataFrame]:
 
 
 def _pretraining_text(rng: random.Random, stage: str, prompts: bool) -> str:
-    """A text, and a recommendation or an answered prompt that agree with it: what a base model has read on the web."""
+    """A text with a matching recommendation or an answered prompt, as a base model would have read on the web."""
     label = rng.randrange(2)
     if stage == "review":
         text = write_review(rng, label)
@@ -121,7 +132,7 @@ def _pretraining_text(rng: random.Random, stage: str, prompts: bool) -> str:
         sentences = [_opinion(rng, label, negation=0.2, contrast=0.6 if stage == "contrast" else 0.0)]
         sentences = [_plot(rng)] * (rng.random() < 0.4) + sentences + [_plot(rng)] * (rng.random() < 0.4)
         text = _text(sentences)
-    if prompts and rng.random() < 0.5:  # with two spaces: encode_prompts() encodes a review apart from its prompt
+    if prompts and rng.random() < 0.5:  # two spaces, because encode_prompts() encodes review and prompt separately
         return f"{PROMPT.format(review=' ' + text)} {LABEL_WORDS[label]}"
     return f"{text} {RECOMMENDATIONS[label]} it."
 
@@ -132,7 +143,7 @@ def _roberta_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # in RoBERTa's order: its positions count from the pad id
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's order, because positions count from the pad id
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -148,7 +159,7 @@ def _distilbert_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
 
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     pieces = (piece for text in texts for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    words = sorted(set(pieces))  # by hand: WordPieceTrainer gives other ids, and other pieces, each time it runs
+    words = sorted(set(pieces))  # made here, because WordPieceTrainer gives other ids and pieces in each run
     letters = sorted(set("".join(words)))
     special = {
         "pad_token": "[PAD]",
@@ -180,7 +191,7 @@ def _mistral_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
     tokenizer.decoder = decoders.Sequence(parts)
     template = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", 1)]}
     tokenizer.post_processor = processors.TemplateProcessing(**template)
-    state = json.loads(tokenizer.to_str())  # the byte tokens were special only so that training kept them
+    state = json.loads(tokenizer.to_str())  # byte tokens were special only so that training kept them
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in bytes_]
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
     return _wrap(Tokenizer.from_str(json.dumps(state)), **names, padding_side="left")
@@ -230,16 +241,16 @@ def _ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int | None]:
 
 
 ROLES = {  # tokenizer, model, pre-training steps, peak learning rate
-    "roberta": (_roberta_tokenizer, _roberta, 380, 1e-3),
-    "mistral": (_mistral_tokenizer, _mistral, 170, 1e-3),
-    "distilbert": (_distilbert_tokenizer, _distilbert, 300, 1.5e-3),
+    "demo-roberta": (_roberta_tokenizer, _roberta, 380, 1e-3),
+    "demo-mistral": (_mistral_tokenizer, _mistral, 170, 1e-3),
+    "demo-distilbert": (_distilbert_tokenizer, _distilbert, 300, 1.5e-3),
 }
 
 
 def _pretrain(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", steps: int, learning_rate: float, seed: int
 ) -> None:
-    """Masked or causal language modelling; the words that need the whole text weigh most, the grammar is soon known."""
+    """Masked or causal language modelling. Words that depend on the whole text weigh most; grammar is learnt soon."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -276,38 +287,47 @@ def _pretrain(
             optimizer.zero_grad()
 
 
-def prepare(folder: Path, sizes: dict[str, int] = SIZES, effort: float = 1.0, seed: int = 42) -> None:
-    """Make `folder`/reviews and the base checkpoints `folder`/{roberta,mistral,distilbert}, once, whole or not at all.
+def make(folder: Path, sizes: dict[str, int] = SIZES, effort: float = 1.0, seed: int = 42) -> None:
+    """Write `folder`/reviews and a base checkpoint for each role, whole or not at all.
 
-    `effort` scales the pre-training steps. About a minute on two cores at 1.
+    `effort` multiplies the pre-training steps.
     """
-    if not device.share(folder.exists()):
-        device.first_alone(lambda: _make(folder, sizes, effort, seed))
-
-
-def _make(folder: Path, sizes: dict[str, int], effort: float, seed: int) -> None:
-    lock(folder)
-    if folder.exists():  # another process has made it while this one came here
-        return
     import torch
     import transformers
 
-    print("making the demo's reviews and tiny base checkpoints (once, about a minute)", flush=True)
+    lock(folder)
     started, rng = time.time(), random.Random(seed)
     corpus = write_reviews(sizes, seed)
-    read = [*corpus["unsupervised"]["text"], *(_pretraining_text(rng, "review", prompts=True) for _ in range(1000))]
+    texts = [*corpus["unsupervised"]["text"], *(_pretraining_text(rng, "review", prompts=True) for _ in range(1000))]
     transformers.logging.disable_progress_bar()
     with whole(folder) as temporary:
         (temporary / "reviews").mkdir(parents=True)
         for split, table in corpus.items():
             table.to_parquet(temporary / "reviews" / f"{split}.parquet", index=False)
-        for role, (make_tokenizer, make_model, steps, learning_rate) in ROLES.items():
+        for name, (make_tokenizer, make_model, steps, learning_rate) in ROLES.items():
             torch.manual_seed(seed)
-            tokenizer = make_tokenizer(read)
+            tokenizer = make_tokenizer(texts)
             model = make_model(tokenizer)
             _pretrain(model, tokenizer, round(effort * steps), learning_rate, seed)
-            model.save_pretrained(temporary / role)
-            tokenizer.save_pretrained(temporary / role)
-            print(
-                f"  {role}: {model.num_parameters() / 1e6:.2f} M parameters, {time.time() - started:.0f} s", flush=True
-            )
+            model.save_pretrained(temporary / name)
+            tokenizer.save_pretrained(temporary / name)
+            millions = model.num_parameters() / 1e6
+            print(f"  {name}: {millions:.2f} M parameters, {time.time() - started:.0f} s", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    folder_help = "folder of the demo (default: %(default)s, which --preset demo reads)"
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"), help=folder_help)
+    folder = parser.parse_args(argv).output_dir
+    if folder.exists():
+        print(f"{folder}/ exists already; delete it to make it again.")
+        return
+    print("making the demo's reviews and tiny base checkpoints; this takes about a minute", flush=True)
+    make(folder)
+    print("next: python 01_baseline.py --preset demo --output-dir outputs/demo_run")
+
+
+if __name__ == "__main__":
+    main()

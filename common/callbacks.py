@@ -1,0 +1,96 @@
+"""Trainer's callbacks: checkpoints, the time limit, one printed line per log, a stop when the loss becomes NaN."""
+
+import math
+import time
+
+from transformers import TrainerCallback, TrainerState
+
+from common import device
+from common.settings import stop
+
+DIVERGED = "the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32"
+FORECAST_STEPS = 50  # training prints its remaining time after this many steps
+
+
+def within_epoch(state: TrainerState) -> bool:
+    """Whether training continues within this epoch.
+
+    At an epoch's end the checkpoint must wait for the evaluation. A run that resumed from an earlier one would skip it.
+    """
+    return state.epoch % 1 != 0 and state.global_step < state.max_steps
+
+
+class SaveOften(TrainerCallback):
+    """Saves a checkpoint at least every tenth of the run, in addition to one per epoch."""
+
+    def on_train_begin(self, args, state, control, **_):
+        # trainer_state.json stores this. training._damage then expects a gradient scaler in fp16 checkpoints.
+        state.stateful_callbacks["fp16"] = args.fp16
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step % math.ceil(state.max_steps / 10) == 0 and within_epoch(state):
+            control.should_save = True
+
+
+class MaxHours(TrainerCallback):
+    """Ends training with a checkpoint after the step in which --max-hours is over."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args, state, control, **_):
+        steps = state.global_step - self.first_step
+        if steps == FORECAST_STEPS:
+            seconds = (time.monotonic() - self.started) / steps * (state.max_steps - state.global_step)
+            print(f"about {seconds / 60:.0f} minutes of training are left, without evaluations", flush=True)
+            if seconds > device.seconds_left():
+                print("warning: --max-hours is too short; the run will stop with a checkpoint", flush=True)
+        if within_epoch(state) and device.out_of_time():
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **_):
+        if within_epoch(state):  # Trainer would evaluate and save a stopped epoch like a complete one
+            control.should_evaluate = control.should_save = False
+        elif device.out_of_time():
+            control.should_training_stop = True
+
+
+class RefuseNaN(TrainerCallback):
+    """Stops training when the loss is not finite in two logs in a row (a tenth of the run).
+
+    A single log may hold a batch that overflowed in fp16. The gradient scaler skips such a batch.
+    """
+
+    def on_log(self, args, state, control, **_):
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry][-2:]
+        if len(losses) == 2 and not any(map(math.isfinite, losses)):
+            stop(DIVERGED)
+
+
+class Progress(TrainerCallback):
+    """Prints one line per log and per evaluation, the same in a terminal and in a notebook."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.started = self.logged = time.monotonic()
+        self.first_step = self.logged_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        clock, step = time.monotonic(), state.global_step
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rate = (step - self.logged_step) * batch / (clock - self.logged)
+        left = (clock - self.started) / (step - self.first_step) * (state.max_steps - step)
+        terms = ", ".join(f"{name} {logs[name]:.3f}" for name in ("kl", "margin", "ce", "features") if name in logs)
+        print(
+            f"  step {step:,}/{state.max_steps:,}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}"
+            f"{f' ({terms})' if terms else ''}, gradient {logs.get('grad_norm', math.nan):.2f}, "
+            f"lr {logs['learning_rate']:.1e}, {rate:.1f} reviews/s, {left / 60:.0f} min left",
+            flush=True,
+        )
+        self.logged, self.logged_step = clock, step
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        if state.is_world_process_zero:
+            accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
+            print(f"  after epoch {state.epoch:.2g}: validation accuracy {accuracy:.4f}, loss {loss:.4f}", flush=True)

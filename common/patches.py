@@ -1,0 +1,85 @@
+"""Repairs of faults in libraries. Each one names the versions that need it and the test that shows the fault."""
+
+import atexit
+import os
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def divide_loss_by_accumulation(model: "nn.Module") -> None:
+    """transformers 5.0 to 5.23: Trainer believes that a classifier with **kwargs normalises its own loss.
+
+    It then skips the division by the accumulation steps and multiplies by the number of processes.
+    Test: test_accumulation_changes_neither_the_loss_nor_the_gradient.
+    """
+    model.accepts_loss_kwargs = False
+
+
+def save_weights_by_todays_names(model: "PreTrainedModel") -> None:
+    """transformers 5.0.0, not 5.23: a loaded model saves its LayerNorms as gamma and beta, which Trainer cannot read.
+
+    Trainer would restore checkpoints without them. With its record of old names deleted, the model saves today's names.
+    Test: test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one, by `make kaggle-check`.
+    """
+    vars(model).pop("_weight_conversions", None)
+
+
+def load_weights_in_turn() -> None:
+    """transformers 5.0.0, not 5.23: threads copy weights to the GPU faster than it can quantise them.
+
+    Seven billion unquantised weights do not fit (transformers issue 43032).
+    Test: test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at_a_time, for the setting only.
+    """
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+
+
+def keep_4bit_differentiable(model: "nn.Module") -> None:
+    """bitsandbytes 0.50, with AVX512-BF16: the first forward pass in eval() repacks the weights permanently.
+
+    The repacked kernel has no backward pass. Gradients after an evaluation have a cosine of 0.12 with the true ones.
+    Test: test_gradients_are_the_same_whether_or_not_an_evaluation_ran_before, on such a processor.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_adapters_beside_other_processes() -> None:
+    """peft 0.19 with transformers 5.0.0: in several processes peft imports a class that transformers lacks.
+
+    The class is for tensor parallelism. No weight is split here, so the function that needs it has nothing to do.
+    Test: test_under_torchrun_both_ranks_hold_the_same_adapter_and_it_is_that_of_one_process, by `make kaggle-check`.
+    """
+    from peft.utils import save_and_load
+    from transformers.integrations import tensor_parallel
+
+    if not hasattr(tensor_parallel, "EmbeddingParallel") and hasattr(save_and_load, "_maybe_shard_state_dict_for_tp"):
+        save_and_load._maybe_shard_state_dict_for_tp = lambda *_: None
+
+
+def avoid_gqa_kernel() -> None:
+    """transformers after 5.0.0, to 5.23 at least: a batch without padding uses SDPA's enable_gqa.
+
+    Below compute capability 8.0 only the slow math kernel supports it (transformers issue 48633).
+    Test: test_below_8_0_grouped_queries_are_repeated, for the setting only.
+    """
+    from transformers.integrations import sdpa_attention
+
+    if hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+
+
+def pause_at_exit() -> None:
+    """torch 2.13: gloo's threads release their tensors a moment after the last collective.
+
+    If the interpreter has ended by then, SIGABRT ends the process after its work is done (pytorch pull request 179291).
+    On two cores this happened to 8 of 24 pairs of processes; destroy_process_group() does not help.
+    Test: test_processes_that_leave_right_after_their_last_collective_leave_in_peace.
+    """
+    atexit.register(time.sleep, 0.5)
