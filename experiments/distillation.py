@@ -4,7 +4,7 @@
 A run is a dict of settings. It trains a student, scores validation and test, and is finished in a folder of its own:
 --output-dir/runs/NAME-SEED. 02, 03 and (for nb_svm) 01 have run before with the same labels, in --teachers-from; 02 has
 scored at least these unlabelled reviews. Run the command again: finished runs stay, an interrupted one continues, and
-one of other settings is refused.
+one of other settings is refused. --force makes the named runs again; a student's teacher only if it is named itself.
 
     common="--dataset path/to/imdb --output-dir outputs/distillation --student-model outputs/weights/minilm-l6"
     python experiments/distillation.py $common --runs control final --seeds 1 2 3
@@ -165,7 +165,7 @@ def score(study: Study, model_folder: Path, max_length: int, reviews: pd.DataFra
     return logits[:, 1] - logits[:, 0]
 
 
-def make_teacher(study: Study, name: str) -> str:
+def make_teacher(study: Study, name: str, force: bool = False) -> str:
     """The step that holds a teacher's log-odds of what its students read, and of test; made unless it is finished.
 
     With few labels test is left out: the teachers are not in that table.
@@ -178,7 +178,7 @@ def make_teacher(study: Study, name: str) -> str:
     splits |= {"validation": reviews.validation} if name == "teacher" else {}
     sample = {"llm_test_samples": study.args.llm_test_samples} if TEACHERS[name] and "test" in splits else {}
     args = settings_of(study, name, study.origin.seed, **TEACHERS[name], **sample)
-    args.force = False  # its students would be those of another teacher
+    args.force = force  # not a student's --force: its other students would be those of another teacher
     inputs = study.fingerprints("train", "validation", *splits) | {
         made_by: artifacts.fingerprint(study.origin, made_by)
     }
@@ -446,14 +446,19 @@ def make_nb_svm(study: Study) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = settings.parse(make_parser(__doc__, [*RUNS, "nb_svm"]), "distillation", argv)
+    args = settings.parse(make_parser(__doc__, [*RUNS, "nb_svm", *TEACHERS]), "distillation", argv)
     hardware = device.detect(args)
     origin = argparse.Namespace(**vars(args) | {"output_dir": args.teachers_from or args.output_dir})
     study = Study(args, hardware, data.load_reviews(args, reads=("train", "transfer", "test")), origin)
     for seed in args.seeds:
         for name in args.runs:
             print(f"{name}, seed {seed}", flush=True)
-            make_nb_svm(study) if name == "nb_svm" else make_student(study, name, RUNS[name], seed)
+            if name in TEACHERS:
+                make_teacher(study, name, args.force)
+            elif name == "nb_svm":
+                make_nb_svm(study)
+            else:
+                make_student(study, name, RUNS[name], seed)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@
 #     bash experiments/run.sh path/to/imdb [part]   # cpu_imdb scoring white_box black_box few_labels more_unlabelled
 #
 # Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 45 core hours. Run it again to continue.
-# A new teacher is another one than that of the committed runs: tables.py refuses to mix them. So the first run begins
-# with emptied tables: rm results/{distillation,few_labels,more_unlabelled}/{predictions.parquet,runs.csv}
+# A teacher made here replaces the committed one: the rows of its students go, until they are made here too.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
 parts=${2:-cpu_imdb scoring white_box black_box few_labels more_unlabelled}
@@ -55,7 +54,7 @@ students() { # output folder, results folder, flags
     local output=$1 results=$2
     shift 2
     python experiments/distillation.py "${reviews[@]}" "${bf16[@]}" "${student[@]}" --output-dir "$output" "$@"
-    python experiments/tables.py "$results" --collect "$output"/{teachers,runs} --read-test
+    python experiments/tables.py "$results" --collect "$output"/{teachers,runs} --read-test --replace-teachers
 }
 
 white_box() { # 02 scores the unlabelled reviews of more_unlabelled too

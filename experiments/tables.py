@@ -309,10 +309,11 @@ def read_finished(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
     return row, artifacts.read_table(artifacts.require(args, step, "predictions.parquet"))
 
 
-def collect(folder: Path, finished: list[Path], read_test: bool) -> None:
+def collect(folder: Path, finished: list[Path], read_test: bool, replace_teachers: bool = False) -> None:
     """Add the finished runs of these folders to a question, or replace their columns.
 
-    Stops before it writes when a run is of other reviews or settings than the question's.
+    Stops before it writes when a run is of other reviews or settings than the question's. With `replace_teachers`, the
+    students of a teacher that is replaced go.
     """
     predictions, runs = read_question(folder)
     for run_folder in finished:
@@ -329,6 +330,10 @@ def collect(folder: Path, finished: list[Path], read_test: bool) -> None:
             column[here] = part["log_odds"].to_numpy(np.float16)  # its sign, so its label, is that of full precision
         predictions[row["column"]] = column
         runs.loc[row["column"]] = [row[name] for name in runs]
+    if replace_teachers:
+        weights = runs["teacher"].map(runs[is_teacher(runs)].set_index("run")["weights"])
+        stale = runs.index[weights.notna() & (weights != runs["teacher_weights"])]
+        predictions, runs = predictions.drop(columns=stale), runs.drop(index=stale)
     refuse_mixed(runs)
     write_question(folder, predictions, runs)
 
@@ -340,12 +345,13 @@ def main() -> None:
     parser.add_argument(
         "--read-test", action="store_true", help="the recipe is frozen: take their test predictions too"
     )
+    parser.add_argument("--replace-teachers", action="store_true", help="students of a replaced teacher go")
     args = parser.parse_args()
     finished = [
         file.parent for path in args.collect for ending in ("", "*/") for file in path.glob(f"{ending}run.json")
     ]
     if finished:
-        collect(args.folder, sorted(finished), args.read_test)
+        collect(args.folder, sorted(finished), args.read_test, args.replace_teachers)
     for file, table in make_tables(args.folder).items():
         print(f"{file}\n{table.to_string(index=False)}\n")
 

@@ -177,6 +177,13 @@ def test_a_table_is_not_made_of_runs_with_different_settings_reviews_or_teachers
     stops(lambda: add(folder, "margin", 1, odds(0.8, 1), **facts), f"margin-1 has another {name} (other)")
 
 
+def test_students_of_a_replaced_teacher_go_when_that_is_asked_for_and_are_refused_else(folder, stops):
+    other = [run(folder, "teacher", 42, odds(0.9, 4), weights="other")]
+    stops(lambda: tables.collect(folder, other, True), "logits-1 has another teacher (w) than teacher-42 (other)")
+    tables.collect(folder, other, True, replace_teachers=True)
+    assert rows_of(folder).index.tolist() == ["teacher", "control"]
+
+
 def test_a_damaged_or_half_replaced_question_and_an_unfinished_run_are_named(folder, stops):
     whole = (folder / "predictions.parquet").read_bytes()
     (folder / "predictions.parquet").write_bytes(whole[:100])
