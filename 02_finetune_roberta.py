@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = models.load_tokenizer(args.roberta_model)
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     device.one_process_per_gpu(args, hardware, __file__, argv)
-    if not (folder / "model").exists():
+    if not device.share((folder / "model").exists()):
         finetune(args, reviews, tokenizer, hardware, folder)
         memory.free()
 

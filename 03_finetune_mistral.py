@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
-    if not (folder / "adapter").exists():
+    if not device.share((folder / "adapter").exists()):
         finetune(args, hardware, folder, tokenizer, label_ids, reviews)
         memory.free()
     scores = score_validation(args, hardware, folder, tokenizer, label_ids, reviews.validation)

@@ -66,7 +66,8 @@ def find_llm(args: argparse.Namespace) -> dict:
     for name, flag in FLAGS.items():
         value = getattr(args, flag)
         if args.adapter and value not in (None, llm[name]):
-            settings.stop(f"03's adapter was trained with {flag} {llm[name]!r}: drop the flag, or pass --no-adapter")
+            shown = f"--{flag.replace('_', '-')} {llm[name]!r}"
+            settings.stop(f"03's adapter was trained with {shown}: drop the flag, or pass --no-adapter")
         setattr(args, flag, llm[name] if value is None else value)
     return llm | {name: getattr(args, flag) for name, flag in FLAGS.items()} | {"adapter": args.adapter}
 
@@ -159,7 +160,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
             f"NLL {scores['nll']:.3f}, ECE {scores['ece']:.3f}{note}"
         )
     accuracy, recorded = quality["none"]["accuracy"], llm.get("validation_accuracy")
-    if recorded is not None and abs(accuracy - recorded) > OTHER_TEACHER:
+    if recorded is not None and abs(accuracy - recorded) > max(OTHER_TEACHER, 2 / len(labels)):
         settings.stop(
             f"the LLM's validation accuracy is {accuracy:.3f} here and was {recorded:.3f} in 03: "
             f"is {llm['base']} still the base that the adapter was trained on?"

@@ -203,15 +203,13 @@ def keep(file: Path, row: dict, logits: np.ndarray, measured_on: dict) -> None:
         np.savez(handle, logits=logits, about=json.dumps({"row": row, "measured_on": measured_on}))
 
 
-def read_kept(file: Path, contender: Contender, measured_on: dict) -> tuple[dict, np.ndarray] | None:
-    """This contender's kept row and its (n, 2) logits, if it was measured in the same environment; else None."""
+def read_kept(file: Path, measured_on: dict) -> tuple[dict, np.ndarray] | None:
+    """A kept row and its (n, 2) logits, if it was measured in the same environment; else None."""
     if not zipfile.is_zipfile(file):
         return None
     with np.load(file, allow_pickle=False) as kept:
         record = json.loads(str(kept["about"]))
-        row = record["row"]
-        same = (row["Model"], row["Type"], record["measured_on"]) == (contender.name, contender.kind, measured_on)
-        return (row, kept["logits"]) if same else None
+        return (record["row"], kept["logits"]) if record["measured_on"] == measured_on else None
 
 
 def measure_all(
@@ -219,21 +217,24 @@ def measure_all(
 ) -> tuple[list[dict], pd.DataFrame]:
     """A row for each contender, and each model's log-odds of the reviews.
 
-    A model that fails gets a row with its error, and the others are still measured. An interrupted run's rows are kept.
+    A model that fails gets a row with its error, and the others are still measured. An interrupted run's rows count.
     """
     order = data.stratified_order(test["label"], args.seed)
     llm_rows = np.sort(order[: args.max_llm_samples])
     latency_texts = test["text"].iloc[order[: args.latency_samples]].tolist()
-    predictions, rows, measured_on = test[["example_id", "label"]].copy(), [], environment(hardware)
+    predictions, rows = test[["example_id", "label"]].copy(), []
+    batch_tokens = args.batch_tokens or hardware.batch_tokens
+    measured_on = environment(hardware) | artifacts.made_with()["versions"] | {"batch_tokens": batch_tokens}
     for number, contender in enumerate(contenders, start=1):
         part = test.iloc[llm_rows] if contender.is_llm else test
         file = folder / "rows" / f"{number}.npz"
-        kept = read_kept(file, contender, measured_on)
+        kept = read_kept(file, measured_on)
         print(f"{'kept: ' if kept else 'measuring '}{contender.name} ({contender.kind})", flush=True)
         try:
             row, logits = kept or measure(contender, part, latency_texts, hardware)
         except (Exception, settings.Stop) as problem:
-            traceback.print_exc()
+            if not isinstance(problem, settings.Stop):  # which has printed its sentence
+                traceback.print_exc()
             status = f"failed: {type(problem).__name__}: {problem}"
             rows.append({"Model": contender.name, "Type": contender.kind, "status": status})
         else:
@@ -255,19 +256,20 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
         table["throughput_speedup"] = (table["Throughput (samp/s)"] / teacher["Throughput (samp/s)"].item()).round(2)
     control = table.loc[(table["Type"] == CONTROL) & (table["status"] == "ok"), "Model"]
     if len(control):
+        control = control.iloc[0]  # 04a's
         labels, correct = predictions["label"] == 1, {}
         for name in table.loc[table["status"] == "ok", "Model"]:
             correct[name] = ((predictions[name] > 0) == labels).where(predictions[name].notna())
         for row, name in table["Model"].items():
-            if name in correct and name != control.item():
+            if name in correct and name != control:
                 shared = correct[name].notna()
-                pair = (correct[model][shared].to_numpy(bool) for model in (name, control.item()))
+                pair = (correct[model][shared].to_numpy(bool) for model in (name, control))
                 table.loc[row, "mcnemar_p_control"] = metrics.mcnemar_p(*pair)
     return table
 
 
 def environment(hardware: device.Hardware) -> dict:
-    """The machine and the libraries on which the figures are measured."""
+    """The machine on which the figures are measured."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -281,7 +283,7 @@ def environment(hardware: device.Hardware) -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "logical_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cuda": torch.version.cuda,
     }
 

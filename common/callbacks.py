@@ -15,17 +15,21 @@ FORECAST_STEPS = 50  # training prints its remaining time after this many steps
 def within_epoch(state: TrainerState) -> bool:
     """Whether training continues within this epoch.
 
-    At an epoch's end the checkpoint must wait for the evaluation. A run that resumed from an earlier one would skip it.
+    At its end the checkpoint must wait: one saved before the epoch's evaluation would make a resumed run skip it.
     """
     return state.epoch % 1 != 0 and state.global_step < state.max_steps
 
 
-class SaveOften(TrainerCallback):
-    """Saves a checkpoint at least every tenth of the run, in addition to one per epoch."""
+class RecordFiles(TrainerCallback):
+    """Records in each checkpoint's trainer_state.json which files it must have; training._damage expects them."""
 
     def on_train_begin(self, args, state, control, **_):
-        # trainer_state.json stores this. training._damage then expects a gradient scaler in fp16 checkpoints.
-        state.stateful_callbacks["fp16"] = args.fp16
+        state.stateful_callbacks["fp16"] = args.fp16  # with a gradient scaler
+        state.stateful_callbacks["processes"] = args.world_size  # each with a random state
+
+
+class SaveOften(TrainerCallback):
+    """Saves a checkpoint at least every tenth of the run, in addition to one per epoch."""
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step % math.ceil(state.max_steps / 10) == 0 and within_epoch(state):
@@ -45,14 +49,16 @@ class MaxHours(TrainerCallback):
             print(f"about {seconds / 60:.0f} minutes of training are left, without evaluations", flush=True)
             if seconds > device.seconds_left():
                 print("warning: --max-hours is too short; the run will stop with a checkpoint", flush=True)
-        if within_epoch(state) and device.out_of_time():
+        # Several processes have to agree, which costs them a synchronisation: they do so every tenth step.
+        due = device.world_size() == 1 or state.global_step % 10 == 0
+        if due and within_epoch(state) and device.out_of_time():
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **_):
-        if within_epoch(state):  # Trainer would evaluate and save a stopped epoch like a complete one
+        if within_epoch(state):  # Trainer would evaluate and save an epoch that was cut short as if it were complete
             control.should_evaluate = control.should_save = False
         elif device.out_of_time():
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
 
 class RefuseNaN(TrainerCallback):

@@ -238,7 +238,7 @@ def train_student(
     """
     name = args.student_model
     tokenizer = models.load_tokenizer(name)
-    if not target.exists():
+    if not device.share(target.exists()):
         device.seed_everything(args.seed)
         student = Student(models.load_classifier(name), teacher_width)
         checkpoints = target.with_name(f"{target.name}_checkpoints")

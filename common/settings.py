@@ -206,7 +206,9 @@ def start(args: argparse.Namespace, script: str) -> None:
 
 def next_command(args: argparse.Namespace, script: str) -> str:
     """The command of a later script, with the flags that both scripts must share."""
-    defaults = {"preset": "kaggle", "dataset": PRESETS[args.preset]["dataset"], "output_dir": "outputs"}
-    changed = {name: getattr(args, name) for name, value in defaults.items() if getattr(args, name) != value}
-    flags = (f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in changed.items())
+    names = ["preset", "dataset", "output_dir", "seed", "validation_samples"]
+    if script.startswith("05"):
+        names.remove("validation_samples")
+    changed = {name: getattr(args, name) for name in names if name in args and getattr(args, name) != _defaults[name]}
+    flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items())
     return " ".join(["python", script, *flags])

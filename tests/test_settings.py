@@ -72,9 +72,11 @@ def test_a_wrong_value_is_told_with_exit_code_2(flags, words, script, capsys):
 def test_the_next_command_carries_what_the_scripts_must_share(script):
     parse = script("01").parse_args
     assert settings.next_command(parse([]), "05_benchmark.py") == "python 05_benchmark.py"
-    own = ["--preset", "demo", "--dataset", "my reviews", "--output-dir", "elsewhere", "--max-test-samples", "5"]
-    words = "python 02.py --preset demo --dataset 'my reviews' --output-dir elsewhere"
-    assert settings.next_command(parse(own), "02.py") == words
+    shared = ["--preset", "demo", "--dataset", "my reviews", "--output-dir", "elsewhere", "--seed", "7"]
+    own = [*shared, "--validation-samples", "500", "--max-test-samples", "5"]
+    words = "--preset demo --dataset 'my reviews' --output-dir elsewhere --seed 7"
+    assert settings.next_command(parse(own), "02.py") == f"python 02.py {words} --validation-samples 500"
+    assert settings.next_command(parse(own), "05.py") == f"python 05.py {words}"
 
 
 @pytest.mark.parametrize(

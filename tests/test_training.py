@@ -206,7 +206,7 @@ def test_a_checkpoint_of_an_fp16_run_needs_its_gradient_scaler(tiny, tmp_path, a
     assert recorded["stateful_callbacks"]["fp16"] is False
     assert training.newest_checkpoint(folder) == newest  # a run in fp32 or bf16 has none
     trainer.args.fp16 = True  # arithmetic that a CPU has not: from here on by its record
-    (recording,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, callbacks.SaveOften))
+    (recording,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, callbacks.RecordFiles))
     recording.on_train_begin(trainer.args, trainer.state, trainer.control)
     trainer.state.save_to_json(str(newest / "trainer_state.json"))
     torch.save(torch.amp.GradScaler("cpu").state_dict(), newest / "scaler.pt")
@@ -217,6 +217,24 @@ def test_a_checkpoint_of_an_fp16_run_needs_its_gradient_scaler(tiny, tmp_path, a
         damaged(copy / newest.name, kind)
         assert training.newest_checkpoint(copy) == copy / older.name, kind
         assert "is damaged (scaler.pt)" in capsys.readouterr().out
+
+
+def test_a_checkpoint_lacks_a_random_state_if_a_process_was_killed_before_it_saved_its_own(tiny, tmp_path, args):
+    make_trainer(tiny, tmp_path, args).train()
+    older, newest = sorted((tmp_path / "checkpoints").iterdir())
+    state = json.loads((newest / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["processes"] = 2
+    (newest / "trainer_state.json").write_text(json.dumps(state))
+    assert training.newest_checkpoint(tmp_path / "checkpoints") == older
+
+
+def test_an_fp16_checkpoint_continues_in_another_precision(tiny, tmp_path, args):
+    interrupt(make_trainer(tiny, tmp_path, args), 1.0)
+    checkpoint = training.newest_checkpoint(tmp_path / "checkpoints")
+    torch.save(torch.amp.GradScaler("cpu").state_dict(), checkpoint / "scaler.pt")
+    continued = make_trainer(tiny, tmp_path, args)
+    training.train(continued, CPU)
+    assert continued.state.global_step == continued.state.max_steps
 
 
 def test_a_best_checkpoint_that_is_gone_at_the_end_is_no_success(tiny, tmp_path, args, stops):
