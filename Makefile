@@ -1,6 +1,6 @@
 # make demo: environment, installs, the six scripts, the table. make test: the same environment, lint and tests.
 # make kaggle-check: both in a second environment, with the versions of Kaggle's image.
-# make results DATASET=path/to/imdb: every table of results/, on real weights; a day on two cores, goes on where it stopped.
+# make results DATASET=path/to/imdb: every table of results/, on real weights; 45 core hours; run it again to continue.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt

@@ -1,4 +1,4 @@
-"""The device, the precision, the seed and one process per GPU, all decided and printed here."""
+"""The device, the precision, the seed, one process per GPU and what they exchange, and the time limit."""
 
 import argparse
 import ctypes
@@ -237,7 +237,7 @@ def share(value: T) -> T:
 
 
 def gather(value: T, last: bool = False) -> list[T]:
-    """The values of all ranks in order, on every rank. After the `last` call the ranks cannot communicate.
+    """The values of all ranks in order, on every rank. `last` also destroys the process group.
 
     NCCL warns of a process group that is not destroyed. A failing process must not do it: it might wait for the others.
     """
@@ -253,7 +253,7 @@ def gather(value: T, last: bool = False) -> list[T]:
 
 
 def _join(gpus: int) -> None:
-    """Join the other processes. Only rank 0 prints; if a parent has printed the settings, rank 0 waits with it too."""
+    """Join the other processes. Only rank 0 prints; if its parent has printed the settings, it is silent until `one_process_per_gpu`."""
     import torch
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -111,7 +111,7 @@ def _with_adapter(model: "PreTrainedModel", name: str, adapter: Path, device: st
 
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / file).is_file():
-            stop(f"{adapter}/ is no adapter (it has no {file}): run 03_finetune_mistral.py --force")
+            stop(f"{adapter}/ is not an adapter (it has no {file}): run 03_finetune_mistral.py --force")
     try:
         model = PeftModel.from_pretrained(model, str(adapter), torch_device=device)
     # Causes: other modules, weights of other shapes, a file that lacks keys or is cut short.

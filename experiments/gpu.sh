@@ -43,7 +43,7 @@ step() {  # seconds to leave, script, flags; returns 3 when out of time and ends
     [[ $code == [03] ]] || exit "$code"
     return "$code"
 }
-teach() { step 90 "$@" "${small[@]}"; }  # 90 are for 05; of two flags of one name the last holds
+teach() { step 90 "$@" "${small[@]}"; }  # 90 s are for 05; if a flag occurs twice, the last one counts
 
 benchmark() {  # if a step was finished since the last table, or the last table is not finished
     local folder=$outputs/05_benchmark run

@@ -1,7 +1,7 @@
 """How long the six steps should take on two T4s, by arithmetic at the scripts' defaults; and the real models' shapes.
 
-`python experiments/true_size.py --plan` writes it. What the GPUs compute is counted in floating-point operations; what
-they wait for is bytes over an assumed rate. Nothing here has been measured on a T4.
+`python experiments/true_size.py --plan` writes it. What the GPUs compute is counted in floating-point operations.
+What they wait for is bytes divided by an assumed rate. Nothing here has been measured on a T4.
 """
 
 import importlib.util

@@ -2,7 +2,7 @@
 """The tables of results in README.md and results/README.md, made from the CSVs: no figure there is typed by hand.
 
     python experiments/readme.py            # rewrite them, and draw README's picture
-    python experiments/readme.py --check    # exit code 1 when they differ (the tests ask so)
+    python experiments/readme.py --check    # exit code 1 when they differ (the tests run this)
 
 A table stands between `<!-- FILE -->`, which names its CSV, and `<!-- end -->`.
 """
