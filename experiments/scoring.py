@@ -39,12 +39,12 @@ def encoder_methods(args: argparse.Namespace, hardware: device.Hardware) -> Meth
     prepared = models.prepare_for_scoring(copy.deepcopy(model), hardware)
     head_only = {"truncation": True, "max_length": args.max_length}
 
-    def score(ids: list[np.ndarray]) -> np.ndarray:
+    def score(ids: list[np.ndarray], scorer=prepared) -> np.ndarray:
         batch_tokens = args.batch_tokens
-        return scoring.score_encoder(prepared, ids, tokenizer.pad_token_id, hardware, batch_tokens)["scores"].argmax(1)
+        return scoring.score_encoder(scorer, ids, tokenizer.pad_token_id, hardware, batch_tokens)["scores"].argmax(1)
 
-    def ours(texts: list[str]) -> np.ndarray:
-        return score([np.array(one, dtype=np.int32) for one in tokenizer(texts, **head_only)["input_ids"]])
+    def ours(texts: list[str], scorer=prepared) -> np.ndarray:
+        return score([np.array(one, dtype=np.int32) for one in tokenizer(texts, **head_only)["input_ids"]], scorer)
 
     def one_by_one(texts: list[str]) -> np.ndarray:
         labels = []
@@ -63,7 +63,11 @@ def encoder_methods(args: argparse.Namespace, hardware: device.Hardware) -> Meth
     return {
         "ours": ours,
         "ours, head and tail": lambda texts: score(models.encode(tokenizer, texts, args.max_length)),
+        "ours, weights cast at every call": lambda texts: ours(texts, model),
         "ours, one review at a time": lambda texts: np.concatenate([ours([text]) for text in texts]),
+        "ours, one at a time, cast at every call": lambda texts: np.concatenate(
+            [ours([text], model) for text in texts]
+        ),
         "one review at a time": one_by_one,
         "pipeline(batch_size=32)": with_pipeline,
     }
