@@ -58,7 +58,9 @@ def with_lora(args: argparse.Namespace, model):
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    config.target_modules = sorted(config.target_modules)  # a set, which the adapter's file would hold in any order
+    return model
 
 
 def finetune(

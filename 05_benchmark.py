@@ -145,7 +145,7 @@ def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: d
                     load = partial(load_encoder, args, hardware, root / step / folder, facts[step]["max_length"])
                     contenders.append(Contender(name, row_kind, load))
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
-    names = [contender.name for contender in contenders]
+    names = [contender.name for contender in contenders] + 2 * ["example_id", "label"]
     for contender in contenders:
         if names.count(contender.name) > 1:
             contender.name = f"{contender.name} ({contender.kind})"
@@ -222,7 +222,7 @@ def measure_all(
     order = data.stratified_order(test["label"], args.seed)
     llm_rows = np.sort(order[: args.max_llm_samples])
     latency_texts = test["text"].iloc[order[: args.latency_samples]].tolist()
-    predictions, rows = test[["example_id", "label"]].copy(), []
+    predictions, rows, measured = test[["example_id", "label"]].copy(), [], False
     batch_tokens = args.batch_tokens or hardware.batch_tokens
     measured_on = environment(hardware) | artifacts.made_with()["versions"] | {"batch_tokens": batch_tokens}
     for number, contender in enumerate(contenders, start=1):
@@ -242,8 +242,10 @@ def measure_all(
             predictions.loc[part.index, contender.name] = logits[:, 1] - logits[:, 0]
             if kept is None:
                 keep(file, row, logits, measured_on)
+                measured = True
         memory.free()
-        if kept is None and number < len(contenders) and device.out_of_time():
+        # Not before a new row is kept: a model that fails would end every run at the same place.
+        if measured and number < len(contenders) and device.out_of_time():
             device.stop_for_time()
     return rows, predictions
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
+LONGEST_NAME = 48  # characters in the picture
 COLOURS = {"baseline": "tab:gray", "teacher": "tab:blue", "student": "tab:green", "control": "tab:orange"}
 
 
@@ -105,8 +106,9 @@ def label_points(axes: "Axes", table: pd.DataFrame) -> "list[Bbox]":
     offsets = sorted(offsets, key=lambda offset: math.hypot(*offset))
     for _, row in table.sort_values("Accuracy", ascending=False).iterrows():
         spot = (row["Latency (ms)"], row["Accuracy"])
+        words = row["Model"] if len(row["Model"]) <= LONGEST_NAME else f"{row['Model'][: LONGEST_NAME - 1]}…"
         name = axes.annotate(
-            row["Model"], spot, (0, 0), textcoords="offset points", fontsize=7.5, va="center",
+            words, spot, (0, 0), textcoords="offset points", fontsize=7.5, va="center", parse_math=False,
             arrowprops={"arrowstyle": "-", "color": "lightgray", "shrinkB": 5},
         )  # fmt: skip
         width, height = name.get_window_extent().size

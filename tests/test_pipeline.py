@@ -229,6 +229,21 @@ def test_a_benchmark_that_time_stops_after_each_row_keeps_what_it_measured(outpu
     assert not (tmp_path / "05_benchmark" / "rows").exists()
 
 
+def test_a_model_that_fails_does_not_keep_a_benchmark_without_time_from_its_end(outputs, flags, script, tmp_path):
+    for step in ("01_baseline", "02_roberta"):
+        shutil.copytree(outputs / step, tmp_path / step)
+    for weights in (tmp_path / "01_baseline" / "nb_svm").glob("*.npy"):
+        weights.write_bytes(b"x" * weights.stat().st_size)
+    codes = []
+    while not codes or codes[-1] == 3:
+        try:
+            codes.append(script("05").main([*flags["05"], "--output-dir", str(tmp_path), "--max-hours", "1e-9"]))
+        except SystemExit as left:
+            codes.append(left.code)
+        assert len(codes) < 5
+    assert codes == [3, 1]
+
+
 def test_a_row_that_another_machine_measured_is_measured_again(outputs, flags, script, tmp_path, monkeypatch, capsys):
     (tmp_path / "01_baseline").symlink_to(outputs / "01_baseline")
     benchmark = script("05")

@@ -49,6 +49,7 @@ def test_on_the_front_each_model_is_more_accurate_than_all_faster_ones(table):
 
 
 def test_no_name_in_the_picture_covers_another_or_leaves_it(table, tmp_path, monkeypatch):
+    table.loc[0, "Model"], table.loc[1, "Model"] = "a-folder-with-a-name-" * 8, r"a_b$\frac$"
     placed, label = [], report.label_points
     monkeypatch.setattr(report, "label_points", lambda axes, shown: placed.append((axes, label(axes, shown))))
     report.draw_accuracy_latency(table, tmp_path / "picture.png")
