@@ -277,6 +277,7 @@ def _join(gpus: int) -> None:
     else:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
         patches.pause_at_exit()
+        patches.read_to_a_numbered_cpu()
 
 
 def _die_with_parent(parent: int) -> None:

@@ -83,3 +83,17 @@ def pause_at_exit() -> None:
     Test: test_processes_that_leave_right_after_their_last_collective_leave_in_peace.
     """
     atexit.register(time.sleep, 0.5)
+
+
+def read_to_a_numbered_cpu() -> None:
+    """transformers 5.0.0, not 5.23: in several processes on CPUs, Trainer reads the optimizer's state to "cpu:0".
+
+    torch knows no such place. This teaches it one: the memory where the state is already.
+    Test: test_two_processes_stop_together_when_the_first_ones_time_is_over_and_continue_to_the_bit, by
+    `make kaggle-check`.
+    """
+    import torch
+
+    torch.serialization.register_package(
+        100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
