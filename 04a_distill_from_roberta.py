@@ -29,14 +29,8 @@ AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = settings.make_parser(__doc__, reads=("train", "transfer"))
+    settings.add_student_flags(parser)
     add = parser.add_argument
-    add("--student-model", help="hub name or folder of the encoder that becomes the student")
-    add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
-    settings.add_training_flags(parser, epochs=4, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
-    add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
-    soft_loss = "loss on the soft labels; margin: squared difference of the log-odds"
-    add("--soft-loss", choices=("kl", "margin"), default="kl", help=soft_loss)
-    add("--temperature", type=settings.positive, default=2.0, help="temperature of both softmaxes in the KL term")
     add("--feature-weight", type=settings.non_negative, default=0.1, help="weight of the hidden-state term; 0: no term")
     add("--control", action=argparse.BooleanOptionalAction, default=True, help="train a control too, with no teacher")
     args = settings.parse(parser, STEP, argv)
@@ -102,6 +96,7 @@ def train_students(
     print(f"student: {len(labelled):,} labelled and {len(train) - len(labelled):,} unlabelled reviews", flush=True)
     weights = {"epochs": args.epochs, "alpha": args.alpha, "feature_weight": args.feature_weight}
     weights["teacher_width"] = width if args.feature_weight > 0 else None
+    weights["soft_labels"] = distill.reviews_with_soft_labels(args, reviews)
     logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **weights)}
     training.refuse_collapse(logits["student"], validation.labels, AT_CHANCE)
     if args.control:

@@ -35,14 +35,8 @@ OTHER_TEACHER = 0.03  # another precision changes the accuracy by less, another 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = settings.make_parser(__doc__, reads=("train", "transfer"))
     parser.set_defaults(max_transfer_samples="20000")
+    settings.add_student_flags(parser)
     add = parser.add_argument
-    add("--student-model", help="hub name or folder of the encoder that becomes the student")
-    add("--max-length", type=settings.positive_int, default=512, help="tokens of a review, head and tail kept")
-    settings.add_training_flags(parser, epochs=4, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
-    add("--alpha", type=settings.fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
-    soft_loss = "loss on the soft labels; margin: squared difference of the log-odds"
-    add("--soft-loss", choices=("kl", "margin"), default="kl", help=soft_loss)
-    add("--temperature", type=settings.positive, default=2.0, help="temperature of both softmaxes in the KL term")
     calibration = "shift of the label log-odds; batch: subtract the mean over the transfer set (no labels, but "
     calibration += "balanced classes needed); fitted: use a bias and a temperature fitted on validation"
     add("--calibration", choices=("batch", "fitted", "none"), default="batch", help=calibration)
@@ -80,6 +74,14 @@ def check_prompt(base: str, llm: dict):
     return tokenizer, label_ids
 
 
+def scored_splits(args: argparse.Namespace, reviews: data.Reviews) -> list[str]:
+    """The splits that the LLM scores; train only if its soft labels are learned or calibrate."""
+    from common import distill
+
+    train = ["train"] if distill.reviews_with_soft_labels(args, reviews) == "all" else []
+    return ["validation", *train, *(["transfer"] if len(reviews.transfer) else [])]
+
+
 def save_soft_labels(
     args: argparse.Namespace, reviews: data.Reviews, llm: dict, adapter: Path | None, hardware, folder: Path
 ) -> None:
@@ -90,7 +92,7 @@ def save_soft_labels(
     """
     origin = {"weights": models.weights_digest(adapter) if adapter else "no adapter"}
     origin |= {name: llm[name] for name in ("base", "prompt", "label_words", "max_length")}
-    splits = [split for split in ("validation", "train", "transfer") if len(getattr(reviews, split))]
+    splits = scored_splits(args, reviews)
     for split in splits:
         texts = data.fingerprint(getattr(reviews, split))
         scoring.delete_unless_made_from(folder, split, origin | {"texts": texts})
@@ -113,7 +115,7 @@ def calibrate(
     chosen: str, log_odds: dict[str, np.ndarray], labels: np.ndarray
 ) -> tuple[float, float, dict[str, dict[str, float]]]:
     """Bias and temperature of the chosen calibration, and the teacher's figures on validation with each one."""
-    bias = verbalizer.batch_calibration(log_odds.get("transfer", log_odds["train"]))
+    bias = verbalizer.batch_calibration(log_odds["transfer" if "transfer" in log_odds else "train"])
     calibrations = {"none": (0.0, 1.0), "batch": (bias, 1.0)}
     quality = {
         name: metrics.describe(labels, verbalizer.teacher_logits(log_odds["validation"], *shift))
@@ -135,23 +137,25 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
     from common import distill, training
 
     log_p = {}
-    for split in ("train", "validation", "transfer"):
-        table = getattr(reviews, split)
-        if len(table):
-            file_ids, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
-            rows = distill.teacher_rows(file_ids, table["example_id"], split, "04b_distill_from_mistral.py")
-            log_p[split] = scores[rows]
+    for split in scored_splits(args, reviews):
+        file_ids, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
+        rows = distill.teacher_rows(
+            file_ids, getattr(reviews, split)["example_id"], split, "04b_distill_from_mistral.py"
+        )
+        log_p[split] = scores[rows]
     log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
     labels = reviews.validation["label"].to_numpy()
     bias, temperature, quality = calibrate(args.calibration, log_odds, labels)
-    train_odds = np.concatenate([log_odds[split] for split in ("train", "transfer") if split in log_odds])
-    teacher_logits = verbalizer.teacher_logits(train_odds, bias, temperature)
+    learned = np.concatenate([log_odds[split] for split in ("train", "transfer") if split in log_odds])
+    teacher_logits = verbalizer.teacher_logits(learned, bias, temperature)
+    if "train" not in log_odds:  # gold labels alone: zeros stand in the labelled rows, and no loss reads them
+        teacher_logits = np.concatenate([np.zeros((len(reviews.train), 2), np.float32), teacher_logits])
     mass = verbalizer.label_mass(log_p["validation"])
 
     print(f"label mass p(positive) + p(negative): {mass:.3f}")
     if mass < LOW_LABEL_MASS:
         print("warning: the LLM prefers other words to the label words; its ranking may still be good")
-    spread = np.percentile((train_odds - bias) / temperature, (5, 50, 95))
+    spread = np.percentile((learned - bias) / temperature, (5, 50, 95))
     print("log-odds of the soft labels: 5% {:.2f}, median {:.2f}, 95% {:.2f}".format(*spread))
     for name, scores in quality.items():
         note = f" (in use: minus {bias:.3f}, divided by {temperature:.3f})" if name == args.calibration else ""
@@ -195,6 +199,7 @@ def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: dat
     train, labelled, validation = distill.student_datasets(args, reviews, teacher)
     print(f"student: {len(labelled):,} labelled and {len(train) - len(labelled):,} unlabelled reviews", flush=True)
     weights = {"epochs": args.epochs, "alpha": args.alpha}
+    weights["soft_labels"] = distill.reviews_with_soft_labels(args, reviews)
     logits = distill.train_student(args, hardware, folder / "model", train, validation, **weights)
     training.refuse_collapse(logits, validation.labels, AT_CHANCE)
     return logits

@@ -191,26 +191,33 @@ def begin(args: argparse.Namespace, step: str, inputs: dict[str, str], keep: str
 
 
 def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep: str | None) -> None:
-    lock(folder)
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_COMPARED}
     current = {"step": folder.name, "settings": settings, "inputs": inputs}
+    if not args.force:
+        _exit_if_finished(folder, current)  # without the lock: any number of processes may find this
+    lock(folder)
     if args.force and folder.exists():
         print(f"--force: deleting {folder}/{f' except {keep}/' if keep else ''}")
         _delete(folder, keep)
-    for name, state in (("run.json", "finished"), ("started.json", "begun")):
-        if (folder / name).exists():
-            _refuse_other(folder, state, read_json(folder / name), current)
-            if state == "finished":
-                _refuse_missing(folder, folder, "pass --force")
-                for table in folder.glob("*.md"):  # the benchmark's table
-                    print(table.read_text(encoding="utf-8"))
-                print(f"{folder}/ is finished with these settings; --force redoes it.")
-                raise SystemExit(0)
-            print(f"{folder}/ was interrupted; continuing.")
-            return
+    _exit_if_finished(folder, current)  # by a process that held the lock until now
+    if (folder / "started.json").exists():
+        _refuse_other(folder, "begun", read_json(folder / "started.json"), current)
+        print(f"{folder}/ was interrupted; continuing.")
+        return
     if folder.exists() and any(path.name != keep for path in folder.iterdir()):
         stop(f"{folder}/ holds files of an unknown run (no started.json): pass --force or another --output-dir")
     write_json(folder / "started.json", current)
+
+
+def _exit_if_finished(folder: Path, current: dict) -> None:
+    """Exit with code 0 if the step is finished with the current settings and inputs, with code 2 if with others."""
+    if (folder / "run.json").exists():
+        _refuse_other(folder, "finished", read_json(folder / "run.json"), current)
+        _refuse_missing(folder, folder, "pass --force")
+        for table in folder.glob("*.md"):  # the benchmark's table
+            print(table.read_text(encoding="utf-8"))
+        print(f"{folder}/ is finished with these settings; --force redoes it.")
+        raise SystemExit(0)
 
 
 def lock(folder: Path) -> None:

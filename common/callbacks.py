@@ -29,11 +29,21 @@ class RecordFiles(TrainerCallback):
 
 
 class SaveOften(TrainerCallback):
-    """Saves a checkpoint at least every tenth of the run, in addition to one per epoch."""
+    """Saves a checkpoint every tenth of the run, unless the last one is younger than a minute, and one per epoch.
+
+    On a fast GPU the ten checkpoints of RoBERTa-large (4.3 GB each) would take longer than the training between them.
+    """
+
+    seconds = 60
+
+    def on_train_begin(self, args, state, control, **_):
+        self.saved = time.monotonic()
+
+    on_save = on_train_begin
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step % math.ceil(state.max_steps / 10) == 0 and within_epoch(state):
-            control.should_save = True
+            control.should_save = device.share(time.monotonic() - self.saved >= self.seconds)
 
 
 class MaxHours(TrainerCallback):

@@ -17,22 +17,22 @@ IGNORED = -100  # the label of a review without a gold label, as in torch's cros
 
 
 def soft_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T²·KL(teacher ‖ student) of softmax(logits / T), averaged over the batch (Hinton et al. 2015, section 2.1).
+    """T²·KL(teacher ‖ student) of softmax(logits / T) for each review, (n,) (Hinton et al. 2015, section 2.1).
 
     Both logits are (n, classes). The factor T² keeps the gradient's size when the temperature changes.
     """
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
 def margin_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the log-odds, the only information in two-class logits (cf. Ba & Caruana 2014).
+    """Squared difference of the log-odds, (n,): the only information in two-class logits (cf. Ba & Caruana 2014).
 
     A confident teacher's log-odds count in full. In the KL term their gradient vanishes, as the softmax saturates.
     """
     student, teacher = (logits[:, 1] - logits[:, 0] for logits in (student_logits, teacher_logits))
-    return F.mse_loss(student, teacher)
+    return (student - teacher).square()
 
 
 def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, labelled_share: float) -> torch.Tensor:
@@ -87,14 +87,24 @@ class Student(nn.Module):
 class DistillationTrainer(training.ReviewTrainer):
     """Minimises alpha·soft + (1 − alpha)·CE + feature_weight·features; no teacher model is loaded.
 
-    The teacher's outputs are arrays of the dataset. `soft_loss` is "kl" (T²·KL) or "margin". For the control, alpha is
-    0 and the dataset has no teacher.
+    The teacher's outputs are arrays of the dataset. `soft_loss` is "kl" (T²·KL) or "margin". With `soft_labels`
+    "transfer" each review has one term: CE where it has a gold label, the soft loss elsewhere; alpha has no effect. For
+    the control, alpha is 0 and the dataset has no teacher.
     """
 
-    def __init__(self, *args, alpha: float, temperature: float, feature_weight: float, soft_loss: str = "kl", **kwargs):
+    def __init__(
+        self,
+        *args,
+        alpha: float,
+        temperature: float,
+        feature_weight: float,
+        soft_loss: str = "kl",
+        soft_labels: str = "all",
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
-        self.soft_loss = soft_loss
+        self.soft_loss, self.soft_labels = soft_loss, soft_labels
         self.labelled_share = float(np.mean(self.train_dataset.labels != IGNORED))
         self._terms: dict[str, list[torch.Tensor]] = {}
 
@@ -111,13 +121,19 @@ class DistillationTrainer(training.ReviewTrainer):
         if not model.training:
             loss = F.cross_entropy(logits, inputs["labels"])
             return (loss, outputs) if return_outputs else loss
-        terms = {}
+        terms, soft = {}, None
         if self.alpha > 0 and self.soft_loss == "kl":
-            terms["kl"] = self.alpha * soft_label_loss(logits, inputs["teacher_logits"], self.temperature)
+            soft = soft_label_loss(logits, inputs["teacher_logits"], self.temperature)
         elif self.alpha > 0:
-            terms["margin"] = self.alpha * margin_loss(logits, inputs["teacher_logits"].float())
-        if self.alpha < 1:
-            terms["ce"] = (1 - self.alpha) * hard_label_loss(logits, inputs["labels"], self.labelled_share)
+            soft = margin_loss(logits, inputs["teacher_logits"].float())
+        if soft is not None and self.soft_labels == "transfer":
+            terms[self.soft_loss] = (soft * (inputs["labels"] == IGNORED)).mean()
+            terms["ce"] = hard_label_loss(logits, inputs["labels"], labelled_share=1.0)
+        else:
+            if soft is not None:
+                terms[self.soft_loss] = self.alpha * soft.mean()
+            if self.alpha < 1:
+                terms["ce"] = (1 - self.alpha) * hard_label_loss(logits, inputs["labels"], self.labelled_share)
         if "features" in outputs:
             distance = feature_loss(outputs["features"].float(), inputs["teacher_features"].float())
             terms["features"] = self.feature_weight * distance
@@ -159,6 +175,11 @@ def student_datasets(
         training.ReviewDataset(gold_ids, gold),
         training.ReviewDataset(validation_ids, reviews.validation["label"]),
     )
+
+
+def reviews_with_soft_labels(args: argparse.Namespace, reviews: Reviews) -> str:
+    """--soft-labels: "all", or "transfer" if there is a transfer set."""
+    return args.soft_labels if len(reviews.transfer) else "all"
 
 
 def teacher_rows(file_ids: pd.Index, example_ids: pd.Series, split: str, script: str) -> np.ndarray:
@@ -231,6 +252,7 @@ def train_student(
     alpha: float,
     feature_weight: float = 0.0,
     teacher_width: int | None = None,
+    soft_labels: str = "all",
 ) -> np.ndarray | None:
     """Train a student (or the control: alpha 0, no teacher), save it, and return its (n, 2) validation logits.
 
@@ -254,6 +276,7 @@ def train_student(
             temperature=args.temperature,
             feature_weight=feature_weight,
             soft_loss=args.soft_loss,
+            soft_labels=soft_labels,
         )
         training.train(trainer, hardware)
         training.save(student.model, tokenizer, target, checkpoints)

@@ -169,6 +169,21 @@ def add_training_flags(
     add("--warmup-fraction", type=fraction, default=0.06, help="share of the steps in which the learning rate rises")
 
 
+def add_student_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that 04a and 04b share: the student, its training, and how it learns from soft labels."""
+    add = parser.add_argument
+    add("--student-model", help="hub name or folder of the encoder that becomes the student")
+    add("--max-length", type=positive_int, default=512, help="tokens of a review, head and tail kept")
+    add_training_flags(parser, epochs=4, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
+    soft_labels = "reviews with a soft-label term; transfer: labelled reviews learn from their gold label alone, by a "
+    soft_labels += "loss with one term per review, without --alpha; without a transfer set this means all"
+    add("--soft-labels", choices=("all", "transfer"), default="all", help=soft_labels)
+    add("--alpha", type=fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
+    soft_loss = "loss on the soft labels; margin: squared difference of the log-odds"
+    add("--soft-loss", choices=("kl", "margin"), default="kl", help=soft_loss)
+    add("--temperature", type=positive, default=2.0, help="temperature of both softmaxes in the KL term")
+
+
 def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) -> argparse.Namespace:
     """Parse `argv`; the chosen preset's values for `step` are the defaults, in --help too."""
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -20,8 +20,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +34,16 @@ SAME = ("seed", "validation_samples", "max_train_samples")  # 01, 02 and 03 have
 TRAINING = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
 # A run. `teacher`: one of TEACHERS, or "". `labelled`: "all", "none", or "label-sorted", the negative half of a
 # label-sorted file (an old mistake). `transfer_share`: part of the unlabelled reviews, the teacher's surest first.
-# `soft_labels`: the teacher's "logits", its "argmax", or "none". `mlm_epochs`: masked-language modelling comes first.
+# `transfer_samples`: the number of unlabelled reviews, by --seed; 0: all. `soft_labels`: the teacher's "logits", its
+# "argmax", or "none". `terms`: "both" soft and hard labels where a review has both, or "one" term per review, which is
+# the gold label's where there is one. `mlm_epochs`: masked-language modelling comes first.
 STUDENT = {
     "teacher": "teacher",
     "labelled": "all",
     "transfer_share": 1.0,
+    "transfer_samples": 0,
     "soft_labels": "logits",
+    "terms": "both",
     "soft_loss": "kl",
     "alpha": 0.9,
     "feature_weight": 0.0,
@@ -70,6 +74,12 @@ RUNS = {
     "other_prompt": FINAL | {"teacher": "other_prompt_teacher"},
     "tuned_label_sorted": LABEL_SORTED | {"teacher": "tuned_teacher"},
 }
+# Whose soft labels, and how much unlabelled text? "tuned_one_8000": the LLM's student of 8,000, one term per review.
+for terms in ("both", "one"):
+    for transfer in (2000, 8000, 10000, 16000, 32000, "all"):
+        recipe = FINAL | {"terms": terms, "transfer_samples": 0 if transfer == "all" else transfer}
+        RUNS[f"{terms}_{transfer}"] = recipe
+        RUNS[f"tuned_{terms}_{transfer}"] = recipe | {"teacher": "tuned_teacher"}
 # Teachers: 02's encoder, and 03's LLM with or without its adapter, by a calibration and a prompt (None: 03's).
 OTHER_PROMPT = "Review: {review}\nThe sentiment of this review is"  # not the one of training: an old mistake
 TEACHERS = {
@@ -92,6 +102,15 @@ class Study:
     reviews: data.Reviews
     origin: argparse.Namespace  # where 01, 02 and 03 are, and which labels they have read
     labels: str = ""  # gold labels in all, where their number is the question
+    encoded: dict = field(default_factory=dict)  # token ids by tokenizer, length and split
+
+    def ids(self, tokenizer: str, max_length: int, split: str) -> list[np.ndarray]:
+        """A split's token ids, made once for all runs of one tokenizer."""
+        key = tokenizer, max_length, split
+        if key not in self.encoded:
+            texts = getattr(self.reviews, split)["text"].tolist()
+            self.encoded[key] = models.encode(models.load_tokenizer(tokenizer), texts, max_length)
+        return self.encoded[key]
 
     def column(self, name: str, seed: int) -> str:
         """A run's folder, and its column in predictions.parquet."""
@@ -156,12 +175,12 @@ def read_origin(study: Study, step: str) -> dict:
     return run
 
 
-def score(study: Study, model_folder: Path, max_length: int, reviews: pd.DataFrame) -> np.ndarray:
-    """An encoder's (n,) log-odds of the reviews."""
-    tokenizer = models.load_tokenizer(str(model_folder))
+def score(study: Study, model_folder: Path, tokenizer: str, max_length: int, split: str) -> np.ndarray:
+    """An encoder's (n,) log-odds of a split's reviews; `tokenizer` names the model that it was made from."""
+    pad_id = models.load_tokenizer(tokenizer).pad_token_id
     model = models.prepare_for_scoring(models.load_classifier(str(model_folder)), study.hardware)
-    ids, batch_tokens = models.encode(tokenizer, reviews["text"].tolist(), max_length), study.args.batch_tokens
-    logits = scoring.score_encoder(model, ids, tokenizer.pad_token_id, study.hardware, batch_tokens)["scores"]
+    ids, batch_tokens = study.ids(tokenizer, max_length, split), study.args.batch_tokens
+    logits = scoring.score_encoder(model, ids, pad_id, study.hardware, batch_tokens)["scores"]
     return logits[:, 1] - logits[:, 0]
 
 
@@ -205,7 +224,7 @@ def encoder_log_odds(study: Study, run: dict, splits: dict[str, pd.DataFrame]) -
     log_odds = {}
     for split, table in splits.items():
         if split == "test":
-            log_odds[split] = score(study, model, run["settings"]["max_length"], table)
+            log_odds[split] = score(study, model, str(model), run["settings"]["max_length"], split)
             continue
         in_file, logits = scoring.read_scores(folder, split, scoring.LOGITS)
         logits = logits[distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")]
@@ -287,14 +306,23 @@ def read_features(study: Study) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def chosen_rows(run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The rows of each split that a run trains on: of the transfer set those of which the teacher is surest."""
+def chosen_rows(
+    run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None, subset_seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The rows of each split that a run trains on.
+
+    Of the transfer set these are the rows of which the teacher is surest, or a sample. It is the sample that the
+    scripts draw by this seed for --max-transfer-samples.
+    """
     rows = {"train": np.arange(len(gold))} if run["labelled"] != "none" else {}
     if run["labelled"] == "label-sorted":
         rows["train"] = np.argsort(gold, kind="stable")[: len(gold) // 2]
     if run["transfer_share"]:
         surest = np.argsort(-np.abs(transfer_logits[:, 1] - transfer_logits[:, 0]), kind="stable")
         rows["transfer"] = np.sort(surest[: round(run["transfer_share"] * len(surest))])
+    if run["transfer_samples"]:
+        order = data.stratified_order(np.zeros(len(transfer_logits)), subset_seed)
+        rows["transfer"] = np.sort(order[: run["transfer_samples"]])
     return rows
 
 
@@ -302,9 +330,10 @@ def train(study: Study, args: argparse.Namespace, run: dict, target: Path, soft:
     """Train a run's student from the teacher's logits of each split into `target`, unless it is there."""
     from common import distill, training
 
-    reviews, encode = study.reviews, encoder_of_texts(args)
+    reviews, tokenizer = study.reviews, study.args.student_model
+    models.check_length(args.max_length, tokenizer)
     gold = reviews.train["label"].to_numpy()
-    rows = chosen_rows(run, gold, soft.get("transfer"))
+    rows = chosen_rows(run, gold, soft.get("transfer"), study.origin.seed)
     hard = {"train": gold, "transfer": np.full(len(reviews.transfer), distill.IGNORED)}
     hard = np.concatenate([hard[split][kept] for split, kept in rows.items()])
     arrays, width, validation = {}, None, None
@@ -320,18 +349,13 @@ def train(study: Study, args: argparse.Namespace, run: dict, target: Path, soft:
         arrays["teacher_features"] = distill.FeatureRows(parts, list(range(parts[0][0].shape[1])))
         width = parts[0][0].shape[-1]
     if args.reads_validation:
-        validation = training.ReviewDataset(encode(reviews.validation), reviews.validation["label"].to_numpy())
-    ids = [one for split, kept in rows.items() for one in encode(getattr(reviews, split).iloc[kept])]
+        ids = study.ids(tokenizer, args.max_length, "validation")
+        validation = training.ReviewDataset(ids, reviews.validation["label"].to_numpy())
+    ids = [study.ids(tokenizer, args.max_length, split)[row] for split, kept in rows.items() for row in kept]
     dataset, chosen = training.ReviewDataset(ids, hard, **arrays), {"epochs": run["epochs"], "alpha": run["alpha"]}
     chosen |= {"feature_weight": run["feature_weight"], "teacher_width": width}
+    chosen["soft_labels"] = "transfer" if run["terms"] == "one" else "all"
     distill.train_student(args, study.hardware, target, dataset, validation, **chosen)
-
-
-def encoder_of_texts(args: argparse.Namespace) -> Callable[[pd.DataFrame], list[np.ndarray]]:
-    """From a table of reviews to the student's token ids."""
-    models.check_length(args.max_length, args.student_model)
-    tokenizer = models.load_tokenizer(args.student_model)
-    return lambda table: models.encode(tokenizer, table["text"].tolist(), args.max_length)
 
 
 def make_student(study: Study, name: str, run: dict, seed: int, reads_validation: bool = True) -> None:
@@ -359,14 +383,19 @@ def make_student(study: Study, name: str, run: dict, seed: int, reads_validation
     train(study, argparse.Namespace(**vars(args) | {"student_model": base}), run, folder / "model", soft)
     # The time of an interrupted training's first part is gone.
     facts["seconds"] = None if continued else round(time.time() - started)
-    splits = {"validation": reviews.validation, "test": reviews.test}
-    log_odds = {split: score(study, folder / "model", args.max_length, table) for split, table in splits.items()}
+    splits, shared = (
+        {"validation": reviews.validation, "test": reviews.test},
+        (study.args.student_model, args.max_length),
+    )
+    log_odds = {split: score(study, folder / "model", *shared, split) for split in splits}
     if reads_validation and name not in MAY_COLLAPSE:
         remedy = f"{name} is no measure; change the cause and pass --force"
         logits = verbalizer.teacher_logits(log_odds["validation"])
         training.refuse_collapse(logits, reviews.validation["label"].to_numpy(), remedy)
-    gold = len(chosen_rows(run | {"transfer_share": 0}, reviews.train["label"].to_numpy(), None).get("train", []))
-    finish(args, folder, splits, log_odds, gold=gold, transfer=round(share * len(reviews.transfer)), **facts)
+    no_transfer = {"transfer_share": 0, "transfer_samples": 0}
+    gold = len(chosen_rows(run | no_transfer, reviews.train["label"].to_numpy(), None).get("train", []))
+    transfer = min(run["transfer_samples"], len(reviews.transfer)) or round(share * len(reviews.transfer))
+    finish(args, folder, splits, log_odds, gold=gold, transfer=transfer, **facts)
     memory.free()
 
 
@@ -388,8 +417,8 @@ def pretrain(study: Study, args: argparse.Namespace) -> Path:
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return masked_loss(model, inputs)
 
-    encode, tokenizer = encoder_of_texts(args), models.load_tokenizer(args.student_model)
-    ids = encode(study.reviews.train) + encode(study.reviews.transfer)
+    tokenizer = models.load_tokenizer(args.student_model)
+    ids = [ids for split in ("train", "transfer") for ids in study.ids(args.student_model, args.max_length, split)]
     device.seed_everything(args.seed)
     model = AutoModelForMaskedLM.from_pretrained(args.student_model, dtype=torch.float32)
     model.accepts_loss_kwargs = False

@@ -21,22 +21,22 @@ def test_soft_label_loss_is_t_squared_times_the_mean_kl_of_scipy(temperature):
     student, teacher = RNG.normal(size=(5, 2)), RNG.normal(size=(5, 2))
     p, q = softmax(teacher / temperature, axis=1), softmax(student / temperature, axis=1)
     expected = temperature**2 * rel_entr(p, q).sum(axis=1).mean()
-    ours = distill.soft_label_loss(tensor(student), tensor(teacher), temperature)
+    ours = distill.soft_label_loss(tensor(student), tensor(teacher), temperature).mean()
     assert ours.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_soft_label_loss_by_hand_and_zero_where_student_and_teacher_agree():
     teacher = tensor([[0.0, np.log(3)]])  # p = (1/4, 3/4) against (1/2, 1/2)
     by_hand = 0.25 * np.log(0.5) + 0.75 * np.log(1.5)
-    assert distill.soft_label_loss(tensor([[0.0, 0.0]]), teacher, 1.0).item() == pytest.approx(by_hand, rel=1e-6)
-    assert distill.soft_label_loss(teacher + 5, teacher, 3.0).item() == pytest.approx(0, abs=1e-6)
+    assert distill.soft_label_loss(tensor([[0.0, 0.0]]), teacher, 1.0).mean().item() == pytest.approx(by_hand, rel=1e-6)
+    assert distill.soft_label_loss(teacher + 5, teacher, 3.0).mean().item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_gradient_of_the_soft_term_keeps_its_size_at_a_high_temperature():
     norms = []
     for temperature in (1.0, 8.0):
         student = tensor([[0.1, -0.2]]).requires_grad_()
-        distill.soft_label_loss(student, tensor([[1.0, -1.0]]), temperature).backward()
+        distill.soft_label_loss(student, tensor([[1.0, -1.0]]), temperature).mean().backward()
         norms.append(student.grad.norm().item())
     assert 0.5 < norms[1] / norms[0] < 2  # without T² it would be 1/64
 
@@ -114,7 +114,7 @@ def test_gradients_reach_the_projections_and_the_student(trainer):
 def test_the_loss_is_the_weighted_sum_of_its_terms(trainer):
     batch = training.Collator(0)([trainer.train_dataset[row] for row in range(12)])
     loss, output = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
-    kl = distill.soft_label_loss(output["logits"], batch["teacher_logits"], 2.0)
+    kl = distill.soft_label_loss(output["logits"], batch["teacher_logits"], 2.0).mean()
     ce = distill.hard_label_loss(output["logits"], batch["labels"], 0.5)
     features = distill.feature_loss(output["features"], batch["teacher_features"].float())
     assert loss.item() == pytest.approx((0.7 * kl + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
@@ -165,7 +165,7 @@ def test_a_student_is_trained_as_it_is_asked_to(tiny, args, tmp_path, monkeypatc
 def test_margin_is_weighted_by_alpha(trainer):
     trainer.soft_loss, batch = "margin", training.Collator(0)([trainer.train_dataset[row] for row in range(12)])
     loss, output = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
-    margin = distill.margin_loss(output["logits"], batch["teacher_logits"])
+    margin = distill.margin_loss(output["logits"], batch["teacher_logits"]).mean()
     ce = distill.hard_label_loss(output["logits"], batch["labels"], 0.5)
     features = distill.feature_loss(output["features"], batch["teacher_features"].float())
     assert loss.item() == pytest.approx((0.7 * margin + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
@@ -173,8 +173,8 @@ def test_margin_is_weighted_by_alpha(trainer):
 
 def test_margin_loss_by_hand():
     student, teacher = tensor([[0.0, 1.0], [2.0, 0.0]]), tensor([[-1.0, 2.0], [1.0, 0.0]])
-    assert distill.margin_loss(student, teacher).item() == pytest.approx(((1 - 3) ** 2 + (-2 + 1) ** 2) / 2)
-    assert distill.margin_loss(student + 5, teacher).item() == pytest.approx(2.5)  # two logits, one difference
+    assert distill.margin_loss(student, teacher).mean().item() == pytest.approx(((1 - 3) ** 2 + (-2 + 1) ** 2) / 2)
+    assert distill.margin_loss(student + 5, teacher).mean().item() == pytest.approx(2.5)  # two logits, one difference
 
 
 def test_a_student_learns_from_margins_too(tiny, args, tmp_path):
