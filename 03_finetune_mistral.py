@@ -90,7 +90,7 @@ def finetune(
         args=training.training_arguments(args, hardware, checkpoints, len(train)),
         train_dataset=train,
         eval_dataset=validation.longest_first(),
-        data_collator=training.Collator(tokenizer.pad_token_id, left=True),
+        data_collator=training.Collator(tokenizer.pad_token_id),
         compute_metrics=training.validation_accuracy,
     )
     training.train(trainer, hardware)

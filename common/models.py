@@ -177,16 +177,15 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: i
     return encoded
 
 
-def pad(ids: list[np.ndarray], pad_id: int, left: bool = False) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """One (n, longest) int64 tensor of ids, and its attention mask."""
+def pad(ids: list[np.ndarray], pad_id: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """One (n, longest) int64 tensor of ids, padded at the end, and its attention mask."""
     import torch
 
     longest = max(map(len, ids))
     padded = np.full((len(ids), longest), pad_id, dtype=np.int64)
     mask = np.zeros((len(ids), longest), dtype=np.int64)
     for row, review in enumerate(ids):
-        span = slice(longest - len(review), None) if left else slice(len(review))
-        padded[row, span], mask[row, span] = review, 1
+        padded[row, : len(review)], mask[row, : len(review)] = review, 1
     return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
@@ -203,16 +202,24 @@ def pool(hidden: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
 
 
 def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
-    """(n, vocabulary) next-token logits after left-padded prompts; the head runs on the last position alone."""
+    """(n, vocabulary) next-token logits after each prompt; the head runs on the last real position alone.
+
+    The prompts are padded at the end. A causal LM's real tokens never see that padding, so attention needs no mask, and
+    its fast kernels run. Padded at the beginning, a padding token would attend to nothing. On an H100 in bf16 at 512
+    tokens that training became NaN after 30 steps.
+    """
     import torch
 
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    # An index, because logits_to_keep=1 would take a slice. A slice is not contiguous, so PyTorch would copy the head's
-    # weights for each prompt. That is a quarter of a 135 M model's time on CPU.
-    last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
-    return model(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=last, use_cache=False
-    ).logits[:, -1]
+    rows, last = torch.arange(len(mask), device=mask.device), mask.sum(-1) - 1
+
+    def keep_last(_module, inputs):
+        return (inputs[0][rows, last].unsqueeze(1),)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_last)
+    try:
+        return model(input_ids=input_ids, use_cache=False).logits[:, -1]
+    finally:
+        hook.remove()
 
 
 @contextmanager

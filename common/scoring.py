@@ -42,14 +42,14 @@ def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray
 
 
 def padded_batches(
-    ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens: int | None, left: bool = False
+    ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens: int | None
 ) -> Iterator[tuple[np.ndarray, "torch.Tensor", "torch.Tensor"]]:
     """The row numbers, ids and mask of each batch, on the device.
 
     Copies from pinned memory let a GPU compute while the next batch is padded and copied.
     """
     for rows in batches_by_length(np.array([len(review) for review in ids]), batch_tokens or hardware.batch_tokens):
-        tensors = models.pad([ids[row] for row in rows], pad_id, left)
+        tensors = models.pad([ids[row] for row in rows], pad_id)
         if hardware.device == "cuda":
             tensors = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in tensors)
         yield rows, *tensors
@@ -103,7 +103,7 @@ def score_llm(
 
     order, log_p = [], []
     with torch.inference_mode(), hardware.autocast(), models.exact_logits(model, label_ids):
-        for rows, input_ids, mask in padded_batches(ids, pad_id, hardware, batch_tokens, left=True):
+        for rows, input_ids, mask in padded_batches(ids, pad_id, hardware, batch_tokens):
             order.append(rows)
             log_p.append(label_log_probabilities(models.last_logits(model, input_ids, mask), label_ids))
     scores = in_order(log_p, order)

@@ -48,11 +48,11 @@ class ReviewDataset(Dataset):
 class Collator:
     """Pads a micro-batch to its longest review and stacks the other arrays."""
 
-    def __init__(self, pad_id: int, left: bool = False):
-        self.pad_id, self.left = pad_id, left
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        input_ids, mask = models.pad([row["input_ids"] for row in rows], self.pad_id, self.left)
+        input_ids, mask = models.pad([row["input_ids"] for row in rows], self.pad_id)
         others = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0] if key != "input_ids"}
         return {"input_ids": input_ids, "attention_mask": mask, **others}
 

@@ -205,7 +205,7 @@ def make_trainer(
     shared = {
         "args": training.training_arguments(args, hardware, folder / "checkpoints", rows, **steps_only),
         "train_dataset": dataset,
-        "data_collator": training.Collator(config.pad_token_id, left=step == "03"),
+        "data_collator": training.Collator(config.pad_token_id),
     }
     if step == "02":
         trainer = training.ReviewTrainer(model=models.load_classifier(step), **shared)

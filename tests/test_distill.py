@@ -120,6 +120,34 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(trainer):
     assert loss.item() == pytest.approx((0.7 * kl + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
 
 
+def test_with_one_term_per_review_gold_labels_teach_the_labelled_and_the_teacher_the_rest(trainer):
+    trainer.soft_labels, trainer.feature_weight = "transfer", 0.0
+    rows = [trainer.train_dataset[row] for row in range(12)]
+    for row in rows:  # what 04b has for a review that its LLM has not read
+        row["teacher_logits"] = row["teacher_logits"] if row["labels"] == distill.IGNORED else np.zeros(2, np.float32)
+    batch = training.Collator(0)(rows)
+    loss, output = trainer.compute_loss(trainer.model.eval().train(), batch, return_outputs=True)
+    terms = []
+    for student, teacher, label in zip(output["logits"], batch["teacher_logits"], batch["labels"], strict=True):
+        if label == distill.IGNORED:
+            terms.append(distill.soft_label_loss(student[None], teacher[None], 2.0).mean())
+        else:
+            terms.append(torch.nn.functional.cross_entropy(student[None], label[None]))
+    assert 0 < sum(label != distill.IGNORED for label in batch["labels"]) < 12
+    assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "transfer", "scored"), [("all", 5, True), ("transfer", 5, False), ("transfer", 0, True)]
+)
+def test_04bs_llm_reads_no_labelled_review_when_the_transfer_set_alone_has_soft_labels(
+    chosen, transfer, scored, script
+):
+    tables = {"train": range(3), "validation": range(2), "transfer": range(transfer)}
+    args, reviews = argparse.Namespace(soft_labels=chosen), argparse.Namespace(**tables)
+    assert ("train" in script("04b").scored_splits(args, reviews)) == scored
+
+
 def test_each_weighted_term_is_logged_and_they_add_up_to_the_loss(trainer):
     trainer.args.logging_steps, trainer.data_collator = 1, training.Collator(0)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"

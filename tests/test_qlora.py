@@ -35,7 +35,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
     ids, labels, tokenizer = batch
     model.train()
     model.zero_grad()
-    logits = models.last_logits(model, *models.pad(ids, tokenizer.pad_token_id, left=True)).float()
+    logits = models.last_logits(model, *models.pad(ids, tokenizer.pad_token_id)).float()
     torch.nn.functional.cross_entropy(logits, torch.tensor([labels[row % 2] for row in range(len(ids))])).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_the_label_token_in_the_full_sequence(tiny, script, 
         train_dataset=dataset,
         eval_dataset=dataset,
     )
-    inputs = training.Collator(tokenizer.pad_token_id, left=True)([dataset[row] for row in range(4)])
+    inputs = training.Collator(tokenizer.pad_token_id)([dataset[row] for row in range(4)])
     losses = []
     for one, label in zip(ids, dataset.labels):  # the plain way: prompt and label word, every other token ignored
         sequence = torch.tensor([[*one.tolist(), labels[label]]])
@@ -148,3 +148,16 @@ def test_03_trains_with_the_same_plain_optimizer_on_a_gpu_as_here(tiny, script, 
         with pytest.raises(KeyboardInterrupt):
             script_03.finetune(args, hardware, tmp_path, tokenizer, [5, 6], part)
     assert chosen[0] == chosen[1] and "paged" not in chosen[0] and "8bit" not in chosen[0]
+
+
+def test_no_token_of_a_padded_batch_is_without_a_token_to_attend_to(tiny, batch):
+    """A causal LM reads the padding after the review, so the padding changes nothing and attention needs no mask."""
+    ids, _, tokenizer = batch
+    model, masks = models.load_llm(str(tiny / "mistral"), CPU), []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda _, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
+    with torch.inference_mode():
+        together = models.last_logits(model, *models.pad(ids, tokenizer.pad_token_id))
+        alone = torch.cat([models.last_logits(model, *models.pad([one], tokenizer.pad_token_id)) for one in ids])
+    assert len({len(one) for one in ids}) > 1 and masks == [None] * (1 + len(ids))
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)

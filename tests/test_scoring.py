@@ -66,7 +66,7 @@ def test_in_bf16_log_odds_are_not_rounded_to_the_steps_of_large_logits(tiny):
     ids = verbalizer.encode_prompts(tokenizer, [f"It is {n} of 10." for n in range(40)], PROMPT, 128)
     labels = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS)
     states = []
-    spy = head.register_forward_pre_hook(lambda _, given: states.append(given[0][:, -1]))
+    spy = head.register_forward_hook(lambda _, given, logits: states.append(given[0][:, -1]))
     made = verbalizer.log_odds(scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, bf16, 4000))
     spy.remove()
     with torch.inference_mode():
@@ -83,8 +83,8 @@ def test_the_head_reads_one_block_of_memory(tiny):
     """Of a slice PyTorch copies the head's weights once a prompt, when they are frozen."""
     model = models.load_llm(str(tiny / "mistral"), CPU).requires_grad_(False)
     contiguous = []
-    model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, given: contiguous.append(given[0].is_contiguous())
+    model.get_output_embeddings().register_forward_hook(
+        lambda _, given, logits: contiguous.append(given[0].is_contiguous())
     )
     input_ids = torch.arange(20).reshape(2, 10)
     logits = models.last_logits(model, input_ids, torch.ones_like(input_ids))

@@ -15,6 +15,11 @@ from common import callbacks, device, models, training
 CPU = device.Hardware("cpu", "fp32", "test")
 
 
+@pytest.fixture(autouse=True)
+def checkpoints_at_once(monkeypatch):
+    monkeypatch.setattr(callbacks.SaveOften, "seconds", 0)
+
+
 @pytest.fixture
 def args():
     return argparse.Namespace(
@@ -151,7 +156,11 @@ def test_a_full_disk_is_told_before_training(tiny, tmp_path, args, stops, monkey
     stops(lambda: training.train(trainer, CPU), "GB of disk", "--output-dir")
 
 
-def test_never_more_than_three_checkpoints_lie_on_the_disk(tiny, tmp_path, args):
+@pytest.mark.parametrize(("seconds", "saved"), [(0, 10), (60, 5)])
+def test_checkpoints_are_a_tenth_of_the_run_and_a_minute_apart_and_never_more_than_three(
+    seconds, saved, tiny, tmp_path, args, monkeypatch
+):
+    monkeypatch.setattr(callbacks.SaveOften, "seconds", seconds)
     args.epochs = 5
     trainer, most = make_trainer(tiny, tmp_path, args), []
 
@@ -161,7 +170,7 @@ def test_never_more_than_three_checkpoints_lie_on_the_disk(tiny, tmp_path, args)
 
     trainer.add_callback(Count())
     training.train(trainer, CPU)
-    assert len(most) > 5 and max(most) <= 2  # one more while it is written: 12.8 GB of RoBERTa-large
+    assert len(most) == saved and max(most) <= 2  # one more while it is written: 12.8 GB of RoBERTa-large
 
 
 @pytest.mark.parametrize(
