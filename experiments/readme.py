@@ -67,6 +67,15 @@ def by_labels(table: pd.DataFrame) -> pd.DataFrame:
     return wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None).reset_index()
 
 
+def by_work(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per mode, step and work that a GPU was measured at."""
+    shown = table[["mode", "step", "work", "precision", "tokens", "micro_batch"]].copy()
+    shown["peak GiB"] = table["peak_gib"].map("{:.2f}".format)
+    shown["reserved GiB"] = table["reserved_gib"].map("{:.2f}".format)
+    shown["reviews/s"] = table["reviews_per_second"].map("{:,.0f}".format)
+    return shown.assign(**{"TFLOP/s": table["tflops"].map("{:.0f}".format)})
+
+
 def first_screen(table: pd.DataFrame) -> str:
     """The better baseline, the fine-tuned teacher, the control and the students, in few columns."""
     table = table[table["Type"] != "teacher, 4-bit + LoRA"].copy()
@@ -91,7 +100,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     """A README's form of a CSV, by what its columns are."""
     if "Model" in table:
         return report.as_markdown(table).strip()
-    forms = {"lead": by_claim, "labels": by_labels, "seed": by_run}
+    forms = {"lead": by_claim, "labels": by_labels, "seed": by_run, "tflops": by_work}
     form = next((form for column, form in forms.items() if column in table), lambda table: table)
     return report.markdown(form(table)).strip()
 
