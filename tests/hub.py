@@ -18,8 +18,8 @@ OF_FILES = ("GatedRepo", "EntryNotFound")  # errors that the hub has for files a
 class Hub:
     """Serves `repositories` (hub name to folder); `answers` (hub name to status and X-Error-Code) come first.
 
-    As a context manager it is up within the block. It is also a proxy that reaches nobody, so that an environment
-    which names it as one cannot look up a name or leave the machine; `strangers` keeps what was asked of others.
+    It is up within a with block. It is also a proxy that reaches nobody: an environment that names it as its proxy
+    cannot leave the machine. `asked` holds the requests, and `strangers` those for other hosts.
     """
 
     def __init__(self, repositories: dict[str, Path], answers: dict[str, tuple[int, str]] | None = None):
@@ -55,19 +55,20 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404)
         name, folder = found["name"], self.hub.repositories.get(found["name"])
         status, code = self.hub.answers.get(name, (200, ""))
+        if code == "off":  # the hub is gone from now on
+            self.close_connection = True
+            return self.hub.__exit__()
         self.cut = code == "cut" and found.re is FILE
         if status != 200 and (found.re is FILE or code not in OF_FILES):
             return self.answer(status, code=code)
-        if folder is None:
-            return self.answer(401, code="RepoNotFound")  # the hub's answer to who is not logged in
         files = [file for file in folder.rglob("*") if file.is_file()]
         contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
         commit = _hash(b"".join(path.encode() + contents[path] for path in sorted(contents)))
-        if unquote(found["revision"] or "main") not in ("main", commit):
-            return self.answer(404, code="RevisionNotFound")
         path = unquote(found["path"] or "").strip("/")
         if found.re is FILE:
-            return self.send_file(contents.get(path), commit)
+            if path not in contents:
+                return self.answer(404, code="EntryNotFound", headers={"X-Repo-Commit": commit})
+            return self.answer(200, contents[path], headers={"X-Repo-Commit": commit, "ETag": _hash(contents[path])})
         if found["what"] in (None, "revision"):
             siblings = [{"rfilename": path} for path in contents]
             return self.answer(200, {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False})
@@ -82,18 +83,6 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(200, [one for one in below if recursive or "/" not in one["path"][len(path) :].strip("/")])
 
     do_HEAD = do_POST = do_CONNECT = do_GET
-
-    def send_file(self, content: bytes | None, commit: str) -> None:
-        """A file or, if asked, a range of its bytes."""
-        if content is None:
-            return self.answer(404, code="EntryNotFound", headers={"X-Repo-Commit": commit})
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{_hash(content)}"', "Accept-Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not asked:
-            return self.answer(200, content, headers=headers)
-        first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        return self.answer(206, content[first : last + 1], headers=headers)
 
     def answer(self, status: int, content: object = b"", code: str = "", headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
