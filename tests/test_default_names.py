@@ -37,7 +37,7 @@ TRAINED = "--validation-samples 40 --learning-rate 1e-3 --batch-size 8 --epochs 
 SCRIPTS = {
     "01_baseline.py": "--validation-samples 40",
     "02_finetune_roberta.py": f"{TRAINED} --max-length 40 --student-layers 2",
-    "03_finetune_mistral.py": f"{TRAINED} --max-length 96",
+    "03_finetune_mistral.py": f"{TRAINED} --max-length 96 --epochs 2 --learning-rate 3e-3",
     "04a_distill_from_roberta.py": f"{TRAINED} --max-length 32",
     "04b_distill_from_mistral.py": f"{TRAINED} --max-length 32 --max-transfer-samples 50",
     "05_benchmark.py": "--max-llm-samples 20 --latency-samples 5",
