@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
 ROOT = Path(__file__).parent.parent
+TINY_SIZES = {"train": 200, "test": 2, "unsupervised": 200}
 sys.path.insert(0, str(ROOT))
 
 
@@ -66,7 +67,7 @@ def data_args(reviews_folder):
 
 @pytest.fixture
 def stops(capsys):
-    """Assert that a call tells a person's mistake in one line (with these words) and leaves with exit code 2."""
+    """Assert that a call tells a user error in one line (with these words) and leaves with exit code 2."""
 
     def check(call, *words: str) -> str:
         with pytest.raises(SystemExit) as left:
@@ -83,11 +84,11 @@ def stops(capsys):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """The demo's three base checkpoints, not pre-trained: enough for everything but accuracy."""
+    """The demo's three base checkpoints, hardly pre-trained: enough for everything but accuracy."""
     from demo import make
 
     folder = tmp_path_factory.mktemp("tiny") / "demo"
-    make.make(folder, sizes={"train": 200, "test": 2, "unsupervised": 200}, effort=0.0)
+    make.make(folder, sizes=TINY_SIZES, effort=0.01)
     for role in ("roberta", "mistral", "distilbert"):
         (folder / role).symlink_to(f"demo-{role}")
     return folder

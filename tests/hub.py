@@ -6,20 +6,18 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
-API = re.compile(
-    r"/api/(models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(?P<path>/.*)?)?"
-)
-FILE = re.compile(r"/(datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+API = re.compile(r"/api/(models|datasets)/(?P<name>[^/]+/[^/]+)(/(?P<what>revision|tree)/[^/]+(?P<path>/.*)?)?")
+FILE = re.compile(r"/(datasets/)?(?P<name>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
 OF_FILES = ("GatedRepo", "EntryNotFound")  # errors that the hub has for files alone: the listing stays public
 
 
 class Hub:
     """Serves `repositories` (hub name to folder); `answers` (hub name to status and X-Error-Code) come first.
 
-    As a context manager it is up within the block. It is also a proxy that reaches nobody, so that an environment
-    which names it as one cannot look up a name or leave the machine; `strangers` keeps what was asked of others.
+    It is up within a with block. It is also a proxy that reaches nobody: an environment that names it as its proxy
+    cannot leave the machine. `asked` holds the requests, and `strangers` those for other hosts.
     """
 
     def __init__(self, repositories: dict[str, Path], answers: dict[str, tuple[int, str]] | None = None):
@@ -44,7 +42,6 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))  # left unread it would be the next request
         asked = urlsplit(self.path)
         if asked.netloc and f"http://{asked.netloc}" != self.hub.address or self.command == "CONNECT":
             self.hub.strangers.append(self.path)
@@ -55,45 +52,27 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404)
         name, folder = found["name"], self.hub.repositories.get(found["name"])
         status, code = self.hub.answers.get(name, (200, ""))
+        if code == "off":  # the hub is gone from now on
+            self.close_connection = True
+            return self.hub.__exit__()
         self.cut = code == "cut" and found.re is FILE
         if status != 200 and (found.re is FILE or code not in OF_FILES):
             return self.answer(status, code=code)
-        if folder is None:
-            return self.answer(401, code="RepoNotFound")  # the hub's answer to who is not logged in
         files = [file for file in folder.rglob("*") if file.is_file()]
         contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
         commit = _hash(b"".join(path.encode() + contents[path] for path in sorted(contents)))
-        if unquote(found["revision"] or "main") not in ("main", commit):
-            return self.answer(404, code="RevisionNotFound")
         path = unquote(found["path"] or "").strip("/")
         if found.re is FILE:
-            return self.send_file(contents.get(path), commit)
-        if found["what"] in (None, "revision"):
-            siblings = [{"rfilename": path} for path in contents]
-            return self.answer(200, {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False})
-        entries = _entries(contents)
-        if found["what"] == "paths-info":
-            sent = parse_qs(body.decode()) if "json" not in self.headers["Content-Type"] else json.loads(body)
-            return self.answer(200, [entries[path] for path in sent["paths"] if path in entries])
-        if path and entries.get(path, {}).get("type") != "directory":
-            return self.answer(404, code="EntryNotFound")
-        recursive = parse_qs(asked.query).get("recursive", [""])[0].lower() in ("1", "true")
-        below = [one for one in entries.values() if one["path"].startswith(f"{path}/" if path else "")]
-        return self.answer(200, [one for one in below if recursive or "/" not in one["path"][len(path) :].strip("/")])
+            if path not in contents:
+                return self.answer(404, code="EntryNotFound", headers={"X-Repo-Commit": commit})
+            return self.answer(200, contents[path], headers={"X-Repo-Commit": commit, "ETag": _hash(contents[path])})
+        if found["what"] == "tree":
+            entries = _entries(contents, path)
+            return self.answer(200, entries) if entries else self.answer(404, code="EntryNotFound")
+        siblings = [{"rfilename": path} for path in contents]
+        self.answer(200, {"id": name, "sha": commit, "siblings": siblings, "tags": [], "private": False})
 
-    do_HEAD = do_POST = do_CONNECT = do_GET
-
-    def send_file(self, content: bytes | None, commit: str) -> None:
-        """A file or, if asked, a range of its bytes."""
-        if content is None:
-            return self.answer(404, code="EntryNotFound", headers={"X-Repo-Commit": commit})
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{_hash(content)}"', "Accept-Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not asked:
-            return self.answer(200, content, headers=headers)
-        first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        return self.answer(206, content[first : last + 1], headers=headers)
+    do_HEAD = do_CONNECT = do_GET
 
     def answer(self, status: int, content: object = b"", code: str = "", headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -114,12 +93,12 @@ def _hash(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-def _entries(contents: dict[str, bytes]) -> dict[str, dict]:
-    """The listing's files and folders, by path."""
-    entries = {}
-    for path, content in sorted(contents.items()):
-        for folder in list(Path(path).parents)[-2::-1]:
-            oid = _hash(folder.as_posix().encode())
-            entries[folder.as_posix()] = {"type": "directory", "path": folder.as_posix(), "oid": oid, "size": 0}
-        entries[path] = {"type": "file", "path": path, "oid": _hash(content), "size": len(content)}
-    return entries
+def _entries(contents: dict[str, bytes], folder: str) -> list[dict]:
+    """The files and folders that lie in `folder`."""
+    prefix, entries = f"{folder}/" if folder else "", {}
+    for path, content in contents.items():
+        if path.startswith(prefix):
+            name, _, below = path.removeprefix(prefix).partition("/")
+            kind = "directory" if below else "file"
+            entries[name] = {"type": kind, "path": prefix + name, "oid": _hash(content), "size": len(content)}
+    return list(entries.values())

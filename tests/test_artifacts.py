@@ -3,9 +3,9 @@ import errno
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from common import artifacts
 
@@ -15,7 +15,6 @@ def args(tmp_path):
     return argparse.Namespace(output_dir=str(tmp_path), preset="demo", force=False, precision="auto", seed=1, epochs=2)
 
 
-ROOT = Path(__file__).parent.parent
 INPUTS = {"dataset/train": "aa"}
 
 
@@ -83,15 +82,6 @@ def test_a_finished_step_whose_files_are_gone_or_cut_says_so(args, stops):
         stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "weights is missing or damaged", "--force")
 
 
-def test_force_spares_what_the_step_keeps(args):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    (folder / "old").touch()
-    (folder / "kept").mkdir()
-    args.force = True
-    artifacts.begin(args, "02_roberta", INPUTS, keep="kept")
-    assert sorted(path.name for path in folder.iterdir()) == ["kept", "started.json"]
-
-
 def test_a_second_process_in_the_same_folder_is_refused(args, tmp_path):
     code = f"import pathlib, common.artifacts as a; a.lock(pathlib.Path({str(tmp_path)!r}, '02_roberta'))"
     command = [sys.executable, "-c", code]
@@ -101,34 +91,29 @@ def test_a_second_process_in_the_same_folder_is_refused(args, tmp_path):
     assert second.returncode == 2 and "another process is at work" in second.stderr
 
 
-def test_force_deletes_and_begins_anew(args):
+def test_force_begins_anew_and_spares_what_the_step_keeps(args):
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     (folder / "old").touch()
+    (folder / "kept").mkdir()
     args.force, args.epochs = True, 5
-    artifacts.begin(args, "02_roberta", INPUTS)
-    assert not (folder / "old").exists()
+    artifacts.begin(args, "02_roberta", INPUTS, keep="kept")
+    assert sorted(path.name for path in folder.iterdir()) == ["kept", "started.json"]
     assert artifacts.read_json(folder / "started.json")["settings"]["epochs"] == 5
 
 
-def test_a_missing_input_names_its_script(args, stops):
-    message = stops(lambda: artifacts.require(args, "02_roberta", "soft_labels"), "run 02_finetune_roberta.py first")
-    assert "02_roberta/soft_labels/ is missing" in message
-
-
-def test_an_unfinished_input_says_so(args, stops):
-    artifacts.begin(args, "03_mistral", INPUTS)
-    stops(lambda: artifacts.require(args, "03_mistral", "adapter"), "not finished", "03_finetune_mistral.py again")
-
-
-def test_a_run_json_without_its_content_is_damaged(args, stops, tmp_path):
-    (tmp_path / "02_roberta").mkdir()
-    (tmp_path / "02_roberta" / "run.json").write_text("{}")
-    stops(lambda: artifacts.read_run(args, "02_roberta"), "run.json is damaged", "02_finetune_roberta.py again")
-
-
-def test_a_damaged_json_file_is_named(args, stops, tmp_path):
-    (tmp_path / "run.json").write_text('{"step": ')
-    stops(lambda: artifacts.read_json(tmp_path / "run.json"), "run.json is damaged")
+@pytest.mark.parametrize(
+    ("step", "maker"),
+    [("02_roberta", "02_finetune_roberta.py"), ("runs/final-1", "the command that makes it")],  # of experiments/
+)
+def test_a_missing_unfinished_or_damaged_input_names_what_makes_it(args, stops, step, maker):
+    message = stops(lambda: artifacts.require(args, step, "soft_labels"), f"run {maker} first")
+    assert f"{step}/soft_labels/ is missing" in message
+    folder = artifacts.begin(args, step, INPUTS)
+    stops(lambda: artifacts.require(args, step), "is not finished", f"{maker} again")
+    artifacts.finish(args, folder, {})  # without the facts of a step
+    stops(lambda: artifacts.read_run(args, step), "run.json is damaged", f"{maker} again")
+    (folder / "run.json").write_text('{"step": ')
+    stops(lambda: artifacts.read_json(folder / "run.json"), "run.json is damaged")
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(args, stops, tmp_path):
@@ -141,9 +126,8 @@ def test_run_json_holds_what_a_reader_needs(args):
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     artifacts.finish(args, folder, {"max_length": 512})
     run = json.loads((folder / "run.json").read_text())
-    assert {"settings", "inputs", "facts", "seed", "versions", "git_commit", "wall_time_s", "peak_memory_mb"} <= set(
-        run
-    )
+    needed = {"settings", "inputs", "facts", "seed", "versions", "git_commit", "wall_time_s", "peak_memory_mb"}
+    assert needed <= run.keys()
     assert run["versions"]["torch"] and run["facts"] == {"max_length": 512} and run["inputs"] == INPUTS
 
 
@@ -155,10 +139,8 @@ def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(a
     artifacts.refuse_conflict(args, run, INPUTS)
     swapped = run | {"facts": {"labels": ["positive", "negative"]}}
     stops(lambda: artifacts.refuse_conflict(args, swapped, INPUTS), "numbered the labels", "run it again")
-    stops(
-        lambda: artifacts.refuse_conflict(args, run, {"dataset/train": "bb"}),
-        "02_finetune_roberta.py read other reviews",
-    )
+    other = {"dataset/train": "bb"}
+    stops(lambda: artifacts.refuse_conflict(args, run, other), "02_finetune_roberta.py read other reviews")
     args.validation_samples = 30
     stops(lambda: artifacts.refuse_conflict(args, run, INPUTS), "--validation-samples 20")
 
@@ -169,11 +151,3 @@ def test_a_full_disk_is_one_sentence(tmp_path, stops):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     stops(fill, "disk is full", "continues")
-
-
-def test_a_step_of_no_script_names_the_command_that_makes_it(args, stops):
-    """experiments/ keeps its runs by the same functions."""
-    folder = artifacts.begin(args, "runs/final-1", INPUTS)
-    stops(lambda: artifacts.require(args, "runs/final-1"), "is not finished", "the command that makes it")
-    artifacts.finish(args, folder, {})
-    stops(lambda: artifacts.read_run(args, "runs/final-1"), "damaged", "the command that makes it")

@@ -1,9 +1,16 @@
+import numpy as np
 import pandas as pd
 import pytest
 
 from common import data
 
 ALL = ("train", "transfer", "test")
+
+
+def rewrite(folder, split, change):
+    """Put a changed table in the place of a split's file."""
+    file = folder / f"{split}.parquet"
+    change(pd.read_parquet(file)).to_parquet(file)
 
 
 def test_a_label_sorted_dataset_never_yields_a_one_class_subset(data_args):
@@ -37,11 +44,10 @@ def test_texts_of_test_and_repeats_leave_train_and_transfer_but_never_test(data_
     train = pd.read_parquet(reviews_folder / "train.parquet")
     shared = test["text"].iloc[0].upper().replace(" ", "<br /><br />")  # cleaning and case must not hide it
     more = pd.DataFrame({"text": [shared, train["text"].iloc[5]], "label": [0, 0]})
-    pd.concat([train, more]).to_parquet(reviews_folder / "train.parquet")
     unlabelled = pd.DataFrame({"text": [shared, train["text"].iloc[7], "new", "new"], "label": -1})
-    unlabelled.to_parquet(reviews_folder / "unsupervised.parquet")
-    pd.concat([test, test.iloc[:1]]).to_parquet(reviews_folder / "test.parquet")
-
+    rewrite(reviews_folder, "train", lambda table: pd.concat([table, more]))
+    rewrite(reviews_folder, "unsupervised", lambda _: unlabelled)
+    rewrite(reviews_folder, "test", lambda table: pd.concat([table, table.iloc[:1]]))
     reviews = data.load_reviews(data_args, ALL)
     assert len(reviews.train) + len(reviews.validation) == 80
     assert reviews.transfer["text"].tolist() == ["new"]
@@ -58,11 +64,11 @@ def test_an_example_id_names_the_row_of_the_file(data_args, reviews_folder):
         assert split == "train" and rows[int(row)] == text
 
 
-def test_the_fingerprint_changes_with_a_text_or_a_label(data_args, reviews_folder):
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_the_fingerprint_changes_with_a_text_or_a_label(data_args, reviews_folder, column):
     before = data.load_reviews(data_args, ALL).fingerprints
-    table = pd.read_parquet(reviews_folder / "train.parquet")
-    table.loc[0, "label"] = 1
-    table.to_parquet(reviews_folder / "train.parquet")
+    changed = {"text": "another", "label": 1}[column]
+    rewrite(reviews_folder, "train", lambda table: table.assign(**{column: [changed, *table[column][1:]]}))
     after = data.load_reviews(data_args, ALL).fingerprints
     assert before["dataset/train"] != after["dataset/train"]
     assert before["dataset/test"] == after["dataset/test"]
@@ -76,23 +82,18 @@ def test_markup_and_white_space_are_removed_and_other_alphabets_kept():
 
 def test_reviews_without_text_leave_train_but_stay_in_test(data_args, reviews_folder, capsys):
     for split in ("train", "test"):
-        table = pd.read_parquet(reviews_folder / f"{split}.parquet")
-        table.loc[0, "text"] = " <br /> "
-        table.to_parquet(reviews_folder / f"{split}.parquet")
+        rewrite(reviews_folder, split, lambda table: table.assign(text=[" <br /> ", *table["text"][1:]]))
     reviews = data.load_reviews(data_args, ALL)
     assert len(reviews.train) + len(reviews.validation) == 79 and len(reviews.test) == 20
     assert "train: left out 1 reviews without text" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("negative", "positive"),
-    [("negative", "positive"), ("neg", "pos"), ("0", "1"), (" NEGATIVE", "Positive "), (0.0, 1.0)],
+    "words", [("negative", "positive"), ("neg", "pos"), ("0", "1"), (" NEGATIVE", "Positive "), (0.0, 1.0)]
 )
-def test_labels_may_be_words_or_numbers(data_args, reviews_folder, negative, positive):
-    table = pd.read_parquet(reviews_folder / "train.parquet")
-    gold = table["label"].tolist()
-    table["label"] = [(negative, positive)[label] for label in gold]
-    table.to_parquet(reviews_folder / "train.parquet")
+def test_labels_may_be_words_or_numbers(words):
+    gold = [0, 1, 1, 0]
+    table = pd.DataFrame({"text": "a", "label": [words[label] for label in gold]})
     assert data._clean(table, "train")["label"].tolist() == gold
 
 
@@ -110,12 +111,29 @@ def test_a_csv_with_quotes_commas_newlines_and_kaggles_column_names(data_args, r
     assert both["label"].value_counts().tolist() == [40, 40]
 
 
-def test_json_lines_read_like_parquet(data_args, reviews_folder):
-    expected = data.load_reviews(data_args, ALL)
-    table = pd.read_parquet(reviews_folder / "train.parquet")
-    (reviews_folder / "train.parquet").unlink()
-    table.to_json(reviews_folder / "train.jsonl", orient="records", lines=True)
-    assert data.load_reviews(data_args, ALL).fingerprints == expected.fingerprints
+def as_json_lines(train):
+    table = pd.read_parquet(train)
+    train.unlink()
+    table.to_json(train.with_suffix(".jsonl"), orient="records", lines=True)
+
+
+def in_parts(train):
+    table = pd.read_parquet(train)
+    train.unlink()
+    table.iloc[:30].to_parquet(train.with_name("train-00000-of-00002.parquet"))
+    table.iloc[30:].to_parquet(train.with_name("train-00001-of-00002.parquet"))
+
+
+def beside_other_files(train):
+    for name in ("train_predictions.parquet", "testament.parquet", "train.parquet.bak"):
+        train.with_name(name).write_bytes(train.read_bytes())
+
+
+@pytest.mark.parametrize("change", [as_json_lines, in_parts, beside_other_files])
+def test_the_same_reviews_in_other_files_are_the_same_dataset(data_args, reviews_folder, change):
+    before = data.load_reviews(data_args, ALL).fingerprints
+    change(reviews_folder / "train.parquet")
+    assert data.load_reviews(data_args, ALL).fingerprints == before
 
 
 def test_a_missing_transfer_set_is_said_and_empty(data_args, reviews_folder, capsys):
@@ -124,80 +142,41 @@ def test_a_missing_transfer_set_is_said_and_empty(data_args, reviews_folder, cap
     assert "no unlabelled reviews" in capsys.readouterr().out
 
 
-def test_one_class_data_is_refused(data_args, reviews_folder, stops):
-    table = pd.read_parquet(reviews_folder / "train.parquet").assign(label=0)
-    table.to_parquet(reviews_folder / "train.parquet")
-    stops(lambda: data.load_reviews(data_args, ALL), "no positive")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.assign(label=0), ("no positive",)),
+        (lambda table: table.assign(label=np.where(table["label"], "5 stars", "1 star")), ("'1 star'", "negative and")),
+        (lambda table: table.rename(columns={"text": "body", "label": "stars"}), ("body, stars", "text and label")),
+        (lambda table: table.assign(text=table["text"].str.encode("utf-8")), ("bytes or lists",)),
+        (lambda table: table.assign(text=table["text"].str.split()), ("bytes or lists",)),
+        (lambda table: table.iloc[::3], ("too few", "--validation-samples")),
+    ],
+)
+def test_a_table_that_is_no_table_of_reviews_is_refused(data_args, reviews_folder, stops, change, words):
+    rewrite(reviews_folder, "train", change)
+    stops(lambda: data.load_reviews(data_args, ALL), *words)
 
 
-def test_too_few_rows_are_refused(data_args, stops):
-    data_args.validation_samples = 70
-    stops(lambda: data.load_reviews(data_args, ALL), "too few", "--validation-samples")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("train.parquet", b"PAR1 no", ("train.parquet", "cannot be read")),
+        ("test.parquet", None, ("no test file",)),
+        ("test.csv", b"text,label\na,0\n", ("several formats", "test.csv, test.parquet")),
+        # An unquoted comma must not cut a text short.
+        ("train.csv", b"text,label\n" + 60 * b"first half, rest,1\n", ("train.csv", "cannot be read")),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(data_args, reviews_folder, stops, name, content, words):
+    if name == "train.csv":
+        (reviews_folder / "train.parquet").unlink()
+    (reviews_folder / name).unlink() if content is None else (reviews_folder / name).write_bytes(content)
+    stops(lambda: data.load_reviews(data_args, ALL), *words)
 
 
-def test_unknown_labels_are_named(data_args, reviews_folder, stops):
-    table = pd.read_parquet(reviews_folder / "train.parquet")
-    table["label"] = table["label"].map({0: "1 star", 1: "5 stars"})
-    table.to_parquet(reviews_folder / "train.parquet")
-    stops(lambda: data.load_reviews(data_args, ALL), "'1 star'", "negative and positive")
-
-
-def test_unknown_columns_are_named(data_args, reviews_folder, stops):
-    pd.DataFrame({"body": ["a"], "stars": [1]}).to_parquet(reviews_folder / "train.parquet")
-    stops(lambda: data.load_reviews(data_args, ALL), "body, stars", "text and label")
-
-
-def test_a_folder_without_a_test_file_and_a_missing_folder_are_told_apart(data_args, reviews_folder, stops):
-    (reviews_folder / "test.parquet").unlink()
-    stops(lambda: data.load_reviews(data_args, ALL), "no test file")
-    data_args.dataset = "./nowhere"
-    stops(lambda: data.load_reviews(data_args, ALL), "does not exist")
-
-
-def test_only_files_named_for_a_split_are_read(data_args, reviews_folder):
-    before = data.load_reviews(data_args, ALL).fingerprints
-    for name in ("train_predictions.parquet", "testament.parquet", "train.parquet.bak"):
-        (reviews_folder / name).write_bytes((reviews_folder / "train.parquet").read_bytes())
-    assert data.load_reviews(data_args, ALL).fingerprints == before
-
-
-def test_parts_of_a_split_are_joined_in_order(data_args, reviews_folder):
-    before = data.load_reviews(data_args, ALL).fingerprints
-    table = pd.read_parquet(reviews_folder / "train.parquet")
-    (reviews_folder / "train.parquet").unlink()
-    table.iloc[:30].to_parquet(reviews_folder / "train-00000-of-00002.parquet")
-    table.iloc[30:].to_parquet(reviews_folder / "train-00001-of-00002.parquet")
-    assert data.load_reviews(data_args, ALL).fingerprints == before
-
-
-def test_a_split_in_two_formats_is_refused(data_args, reviews_folder, stops):
-    pd.read_parquet(reviews_folder / "test.parquet").to_csv(reviews_folder / "test.csv", index=False)
-    stops(lambda: data.load_reviews(data_args, ALL), "several formats", "test.csv, test.parquet")
-
-
-def test_a_csv_with_unquoted_commas_is_refused_instead_of_losing_text(data_args, reviews_folder, stops):
-    (reviews_folder / "train.parquet").unlink()
-    rows = "\n".join(f"first half {row}, rest,{row % 2}" for row in range(60))
-    (reviews_folder / "train.csv").write_text(f"text,label\n{rows}\n")
-    stops(lambda: data.load_reviews(data_args, ALL), "train.csv", "cannot be read")
-
-
-@pytest.mark.parametrize("text", [b"bytes", ["a", "list"]])
-def test_text_that_is_no_text_is_refused(stops, text):
-    stops(lambda: data._clean(pd.DataFrame({"text": [text], "label": 1}), "train"), "bytes or lists")
-
-
-def test_a_file_instead_of_its_folder_is_named(data_args, reviews_folder, stops):
+def test_a_file_instead_of_its_folder_and_a_missing_folder_are_named(data_args, reviews_folder, stops):
     data_args.dataset = str(reviews_folder / "train.parquet")
     stops(lambda: data.load_reviews(data_args, ALL), "is a file", "the folder")
-
-
-def test_a_broken_file_is_named(data_args, reviews_folder, stops):
-    (reviews_folder / "train.parquet").write_bytes(b"PAR1 no")
-    stops(lambda: data.load_reviews(data_args, ALL), "train.parquet", "cannot be read")
-
-
-def test_without_the_hub_one_sentence_says_what_to_pass_instead(data_args, stops, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    data_args.dataset = "stanfordnlp/imdb"
-    stops(lambda: data.load_reviews(data_args, ALL), "stanfordnlp/imdb", "--dataset a folder")
+    data_args.dataset = "./nowhere"
+    stops(lambda: data.load_reviews(data_args, ALL), "does not exist")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from conftest import ROOT, write_reviews
 from hub import Hub
 
-NUMBERS = ("01", "02", "03", "04a", "04b", "05")
+from common import data, models
+
 SPLITS = {"train": 140, "test": 40, "unsupervised": 60}
 # As on the hub: without it `datasets` would not find the unsupervised split.
 CARD = """---
@@ -31,38 +33,67 @@ configs:
   - {split: unsupervised, path: plain_text/unsupervised-*}
 ---
 """
-TRAINED = "--validation-samples 40 --learning-rate 1e-3 --batch-size 8 --epochs 4".split()
-SMALL = {
-    "01": ["--validation-samples", "40"],
-    "02": [*TRAINED, *"--max-length 40 --student-layers 2".split()],
-    "03": [*TRAINED, *"--max-length 96".split()],
-    "04a": [*TRAINED, *"--max-length 32".split()],
-    "04b": [*TRAINED, *"--max-length 32 --max-transfer-samples 50".split()],
-    "05": "--max-llm-samples 20 --latency-samples 5".split(),
+TRAINED = "--validation-samples 40 --learning-rate 1e-3 --batch-size 8 --epochs 3"
+SCRIPTS = {
+    "01_baseline.py": "--validation-samples 40",
+    "02_finetune_roberta.py": f"{TRAINED} --max-length 40 --student-layers 2",
+    "03_finetune_mistral.py": f"{TRAINED} --max-length 96 --epochs 2 --learning-rate 3e-3",
+    "04a_distill_from_roberta.py": f"{TRAINED} --max-length 32",
+    "04b_distill_from_mistral.py": f"{TRAINED} --max-length 32 --max-transfer-samples 50",
+    "05_benchmark.py": "--max-llm-samples 20 --latency-samples 5",
 }
+# Each argument is a command, or a thing to load. The libraries wait between their tries; this process does not.
+PROCESS = """
+import runpy, shlex, sys, time
+time.sleep = lambda seconds: None
+from common import data, models
+
+def script(command):
+    sys.argv = shlex.split(command)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+do = {"script": script, "dataset": lambda name: data._read_hub(name, ["train", "test"])}
+do |= {"config": models.load_config, "tokenizer": models.load_tokenizer, "weights": models.load_classifier}
+for case in sys.argv[1:]:
+    print("case", case, file=sys.stderr)
+    what, _, name = case.partition(" ")
+    try:
+        do[what](name)
+    except SystemExit as left:
+        print("exit code", left.code, file=sys.stderr)
+    except Exception as problem:  # the other cases still have their say
+        print("uncaught", repr(problem), file=sys.stderr)
+"""
 
 
-def environment(address: str, home: Path, offline: bool = False) -> dict[str, str]:
-    """For a script that may ask the hub at `address` and, with it as its proxy, nobody else."""
+def told(cases: list[str], address: str, home: Path, offline: bool = False) -> dict[str, list[str]]:
+    """Standard error by case, of a process that may ask the hub at `address` and, with it as its proxy, nobody else."""
     private = re.compile("(HF|HUGGING|TRANSFORMERS)_.*|.*_proxy", re.IGNORECASE)
-    return {name: value for name, value in os.environ.items() if not private.fullmatch(name)} | {
-        "HF_ENDPOINT": address,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "HTTP_PROXY": address,
-        "HTTPS_PROXY": address,
-        "NO_PROXY": "127.0.0.1",
-    }
+    env = {name: value for name, value in os.environ.items() if not private.fullmatch(name)}
+    env |= {"HF_ENDPOINT": address, "HTTP_PROXY": address, "HTTPS_PROXY": address, "NO_PROXY": "127.0.0.1"}
+    env |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    ended = subprocess.run([sys.executable, "-c", PROCESS, *cases], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    by_case: dict[str, list[str]] = {}
+    for line in ended.stderr.splitlines():
+        if line.startswith("case "):
+            lines = by_case[line.removeprefix("case ")] = []
+        else:
+            lines.append(line)
+    return by_case
 
 
-def run(number: str, output: Path, env: dict[str, str], *more: str) -> subprocess.CompletedProcess:
-    """One script as its own process, without a flag that names a model or data."""
-    script = next(ROOT.glob(f"{number}_*.py"))
-    command = [sys.executable, str(script), "--output-dir", str(output), "--seed", "5", *SMALL[number], *more]
-    return subprocess.run(command, env=env, cwd=output.parent, capture_output=True, text=True)
+def command(script: str, outputs: Path) -> str:
+    """A script without a flag that names a model or data."""
+    return f"script {script} --seed 5 {SCRIPTS[script]} --output-dir {shlex.quote(str(outputs))}"
+
+
+def check_sentence(lines: list[str], *words: str) -> None:
+    """One line that begins with "error: " and holds the words, and exit code 2."""
+    assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1] == "exit code 2", lines
+    for word in words:
+        assert word in lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +103,7 @@ def repositories(tiny, tmp_path_factory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("repositories")
     imdb = root / "imdb"
-    reviews = write_reviews(root / "reviews", *(SPLITS[split] for split in ("train", "test", "unsupervised")))
+    reviews = write_reviews(root / "reviews", *SPLITS.values())
     (imdb / "plain_text").mkdir(parents=True)
     (imdb / "README.md").write_text(CARD)
     for split in SPLITS:
@@ -91,17 +122,20 @@ def repositories(tiny, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def after(repositories, tmp_path_factory) -> tuple[Path, Path, Hub]:
-    """What the six scripts leave: their outputs, the hub's cache, and a hub that is not up any more."""
+def after(repositories, tmp_path_factory) -> tuple[Path, Hub]:
+    """The outputs of the five scripts on a hub, and of the benchmark with the full cache and no hub; and the hub."""
     root = tmp_path_factory.mktemp("default_names")
+    *made, benchmark = [command(script, root / "outputs") for script in SCRIPTS]
     with Hub(repositories) as hub:
-        for number in NUMBERS:
-            ended = run(number, root / "outputs", environment(hub.address, root / "home"))
-            assert ended.returncode == 0, f"{number}:\n{ended.stdout}\n{ended.stderr}"
-    return root / "outputs", root / "home", hub
+        lines = told(made, hub.address, root / "home")
+    lines |= told([benchmark], hub.address, root / "home", offline=True)
+    assert [line for line in lines.pop(benchmark) if line.startswith(("error", "uncaught"))] == []
+    assert not any("exit code" in line or "uncaught" in line for said in lines.values() for line in said), lines
+    return root / "outputs", hub
 
 
-def check_benchmark(outputs: Path) -> None:
+def test_without_a_name_the_scripts_end_in_the_benchmark_of_seven_models_which_runs_offline(after):
+    outputs, _ = after
     table = pd.read_csv(outputs / "05_benchmark" / "benchmark.csv")
     student = "distilbert-base-uncased"
     assert table["Model"].tolist() == [
@@ -110,11 +144,6 @@ def check_benchmark(outputs: Path) -> None:
     ]  # fmt: skip
     assert table["status"].tolist() == ["ok"] * 7
     assert table["n"].tolist() == [40, 40, 40, 20, 40, 40, 40]
-
-
-def test_without_a_name_the_six_scripts_end_in_the_benchmark_of_seven_models(after):
-    outputs, _, _ = after
-    check_benchmark(outputs)
     for step in outputs.glob("0*"):
         assert json.loads((step / "run.json").read_text())["settings"]["dataset"] == "stanfordnlp/imdb"
     transfer = pd.read_parquet(outputs / "02_roberta" / "soft_labels" / "transfer.parquet")
@@ -122,7 +151,7 @@ def test_without_a_name_the_six_scripts_end_in_the_benchmark_of_seven_models(aft
 
 
 def test_each_file_comes_once_and_from_nobody_but_the_hub(after):
-    _, _, hub = after
+    _, hub = after
     files = [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
     weights = [line.split("/resolve/")[0] for line in files if line.endswith((".safetensors", ".parquet"))]
     assert sorted(set(weights)) == [
@@ -134,76 +163,24 @@ def test_each_file_comes_once_and_from_nobody_but_the_hub(after):
     assert all("//datasets-server." in asked for asked in hub.strangers), hub.strangers
 
 
-def test_with_a_full_cache_and_no_hub_a_script_still_runs_offline(after):
-    outputs, home, hub = after
-    ended = run("05", outputs, environment(hub.address, home, offline=True), "--force")
-    assert ended.returncode == 0, ended.stderr
-    check_benchmark(outputs)
-
-
-# The libraries wait for up to half a minute between their tries; this process does not.
-LOAD = """
-import sys, time
-time.sleep = lambda seconds: None
-from common import data, models
-load = {
-    "dataset": lambda name: data._read_hub(name, ["train", "test"]),
-    "config": models.load_config, "tokenizer": models.load_tokenizer, "weights": models.load_classifier,
-}
-for case in sys.argv[1:]:
-    what, _, name = case.partition(" ")
-    print("case", case, file=sys.stderr)
-    try:
-        load[what](name)
-    except SystemExit as left:
-        print("exit code", left.code, file=sys.stderr)
-    except Exception as problem:  # the other cases still have their say
-        print("uncaught", repr(problem), file=sys.stderr)
-"""
-
-
-def loaded(env: dict[str, str], cases: list[str]) -> dict[str, list[str]]:
-    """What one process that loads each case ("dataset some/name") said on standard error, by case."""
-    ended = subprocess.run([sys.executable, "-c", LOAD, *cases], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    said: dict[str, list[str]] = {}
-    for line in ended.stderr.splitlines():
-        if line.startswith("case "):
-            lines = said[line.removeprefix("case ")] = []
-        else:
-            lines.append(line)
-    return said
-
-
-def check_sentence(lines: list[str], *words: str) -> None:
-    """One line that begins with "error: " and holds the words, and exit code 2."""
-    assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1] == "exit code 2", lines
-    for word in words:
-        assert word in lines[0]
-
-
-ANSWERS = {
-    "gated/401": (401, "GatedRepo"),
-    "gated/403": (403, "GatedRepo"),
-    "missing/404": (404, "RepoNotFound"),
-    "revision/404": (404, "RevisionNotFound"),
-    "file/404": (404, "EntryNotFound"),
-    "login/401": (401, ""),
-    "broken/500": (500, ""),
-    "busy/503": (503, ""),
-    "cut/200": (200, "cut"),
-}
+GATED = ("is gated", "accept its terms", "hf auth login", "HF_TOKEN")
 KINDS = {"dataset": "pass --dataset a folder", "config": "pass a local folder", "tokenizer": "pass a local folder"}
-REMEDIES = {
-    "gated/401": ("is gated", "accept its terms", "hf auth login", "HF_TOKEN"),
-    "gated/403": ("is gated", "accept its terms", "hf auth login", "HF_TOKEN"),
-    "missing/404": ("not on the hub", "check the name"),
-    "hidden/401": ("not on the hub", "private", "check the name"),
-    "revision/404": ("no branch main", "check the name"),
-    "login/401": ("401", "renew the login"),
-    "broken/500": ("500", "try again later"),
-    "busy/503": ("503", "try again later"),
-    "cut/200": ("no answer", "try again"),
+REFUSED = {  # by name: status, X-Error-Code, and words of the sentence
+    "gated/401": (401, "GatedRepo", GATED),
+    "gated/403": (403, "GatedRepo", GATED),
+    "missing/404": (404, "RepoNotFound", ("not on the hub", "private", "check the name")),
+    "revision/404": (404, "RevisionNotFound", ("cannot be",)),
+    "login/401": (401, "", ("401", "renew the login")),
+    "broken/500": (500, "", ("500", "try again later")),
+    "busy/429": (429, "", ("429", "try again later")),
+    "cut/200": (200, "cut", ("does not answer", "try again")),
+    "off/000": (0, "off", ("does not answer", "http://127.0.0.1", "network")),  # and from then on the hub is gone
+}
+INCOMPLETE = {
+    "config file/404": ("check the name and its files",),
+    "dataset file/404": ("cannot be read", "pass --dataset a folder"),
+    "weights no/weights": ("model.safetensors",),
+    "tokenizer no/tokenizer": ("tokenizer",),
 }
 
 
@@ -212,57 +189,42 @@ def refused(repositories, tmp_path_factory) -> dict[str, list[str]]:
     """What loading said of a hub that refuses each name in its own way."""
     root = tmp_path_factory.mktemp("refused")
     roberta, imdb = repositories["FacebookAI/roberta-large"], repositories["stanfordnlp/imdb"]
-    for name, needed in (("no_weights", "*.json"), ("no_tokenizer", "config.json")):
+    shutil.copytree(roberta, root / "both")
+    shutil.copytree(imdb, root / "both", dirs_exist_ok=True)
+    for name, needed in (("weights", "*.json"), ("tokenizer", "config.json")):
         (root / name).mkdir()
         for file in roberta.glob(needed):
             shutil.copy(file, root / name)
-    incomplete = {"no/weights": root / "no_weights", "no/tokenizer": root / "no_tokenizer"}
-    names = [name for name in ANSWERS if name != "file/404"] + ["hidden/401"]
-    env = {"home": root / "home"}
-    with Hub(dict.fromkeys(ANSWERS, roberta) | incomplete, ANSWERS) as hub:
-        cases = [f"{kind} {name}" for name in names for kind in ("config", "tokenizer")]
-        cases += ["config file/404", "weights no/weights", "tokenizer no/tokenizer"]
-        said = loaded(environment(hub.address, **env), cases)
-    with Hub(dict.fromkeys(ANSWERS, imdb), ANSWERS) as hub:
-        return said | loaded(environment(hub.address, **env), [f"dataset {name}" for name in [*names, "file/404"]])
+    answers = {name: (status, code) for name, (status, code, _) in REFUSED.items()} | {
+        "file/404": (404, "EntryNotFound")
+    }
+    served = dict.fromkeys(answers, root / "both") | {f"no/{name}": root / name for name in ("weights", "tokenizer")}
+    cases = [command("02_finetune_roberta.py", root / "outputs"), *INCOMPLETE]
+    cases += [f"{kind} {name}" for name in REFUSED for kind in KINDS]
+    gated = {"FacebookAI/roberta-large": (401, "GatedRepo")}
+    with Hub(served | {"stanfordnlp/imdb": imdb, **dict.fromkeys(gated, roberta)}, answers | gated) as hub:
+        lines = told(cases, hub.address, root / "home")
+    return lines | {"script": lines.pop(cases[0])}
 
 
-@pytest.mark.parametrize("name", REMEDIES)
+@pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_hub_refuses_is_one_sentence_with_its_remedy(refused, kind, name):
-    instead = () if name.startswith("gated") else (KINDS[kind],)
-    check_sentence(refused[f"{kind} {name}"], name, *REMEDIES[name], *instead)
+    words = REFUSED[name][2]
+    check_sentence(refused[f"{kind} {name}"], name, *words, *(() if words is GATED else (KINDS[kind],)))
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ("config file/404", "check the name and its files"),
-        ("weights no/weights", "model.safetensors"),
-        ("tokenizer no/tokenizer", "tokenizer"),
-        ("dataset file/404", "train-00000-of-00001.parquet"),
-    ],
-)
-def test_a_file_that_the_hub_lacks_is_one_sentence(refused, case, words):
-    check_sentence(refused[case], words)
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_file_that_the_hub_lacks_is_one_sentence(refused, case):
+    check_sentence(refused[case], *INCOMPLETE[case])
 
 
-@pytest.mark.parametrize(
-    ("offline", "words"),
-    [(True, ("not in the cache", "HF_HUB_OFFLINE")), (False, ("no answer from http://127.0.0.1", "network"))],
-)
-def test_offline_or_without_a_connection_an_empty_cache_is_one_sentence(tmp_path, offline, words):
-    hub = Hub({})
-    hub.server.server_close()  # its port refuses the connection
-    said = loaded(environment(hub.address, tmp_path, offline), [f"{kind} some/name" for kind in KINDS])
+def test_a_script_says_the_sentence_and_nothing_else(refused):
+    check_sentence(refused["script"], "FacebookAI/roberta-large", *GATED)
+
+
+def test_offline_an_empty_cache_is_one_sentence(stops):
+    load = {"dataset": lambda name: data._read_hub(name, ["train"])}
+    load |= {"config": models.load_config, "tokenizer": models.load_tokenizer}
     for kind, instead in KINDS.items():
-        check_sentence(said[f"{kind} some/name"], "some/name", *words, instead)
-
-
-def test_a_script_says_the_sentence_and_nothing_else(repositories, tmp_path):
-    gated = {"FacebookAI/roberta-large": (401, "GatedRepo")}
-    with Hub(repositories, gated) as hub:
-        ended = run("02", tmp_path / "outputs", environment(hub.address, tmp_path / "home"))
-        offline = run("01", tmp_path / "outputs", environment(hub.address, tmp_path / "empty", offline=True))
-    check_sentence([*ended.stderr.splitlines(), f"exit code {ended.returncode}"], "roberta-large is gated", "HF_TOKEN")
-    check_sentence([*offline.stderr.splitlines(), f"exit code {offline.returncode}"], "imdb", "--dataset a folder")
+        stops(lambda kind=kind: load[kind]("some/name"), "some/name", "not in the cache", "HF_HUB_OFFLINE", instead)

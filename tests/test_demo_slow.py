@@ -2,22 +2,19 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from common import artifacts
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
 def test_the_demo_shows_the_projects_point(tmp_path):
     for script in artifacts.SCRIPTS.values():
-        subprocess.run(
-            [sys.executable, script, "--preset", "demo", "--output-dir", str(tmp_path)], cwd=ROOT, check=True
-        )
+        command = [sys.executable, script, "--preset", "demo", "--output-dir", str(tmp_path)]
+        subprocess.run(command, cwd=ROOT, check=True)
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv").set_index("Type")
     baseline = table.loc["baseline", "Accuracy"].max()
     pairs = {"teacher, fine-tuned": "student, white-box", "teacher, 4-bit + LoRA": "student, black-box"}

@@ -61,9 +61,15 @@ def test_one_process_sees_the_first_gpu_alone(gpu, monkeypatch):
         assert device.os.environ["CUDA_VISIBLE_DEVICES"] == "2"
 
 
-def test_the_benchmark_is_no_work_for_several_processes(monkeypatch, stops):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+def torchrun(monkeypatch, rank):
+    """Set the variables of one of two processes."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "x"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+
+
+def test_the_benchmark_is_no_work_for_several_processes(monkeypatch, stops):
+    torchrun(monkeypatch, rank="0")
     stops(detect, "torchrun")
     stops(lambda: device.first_alone(lambda: None), "torchrun")  # as 01 would, which has no GPU to choose
 
@@ -82,21 +88,12 @@ def test_a_batch_that_processes_cannot_share_is_refused_at_once(stops):
 
 def test_a_process_names_its_own_gpu_to_the_group_and_leaves_it_when_all_is_said(gpu, monkeypatch):
     gpu(7, 5, count=2)
-    joined, left = {}, []
-    for name, value in {
-        "WORLD_SIZE": "2",
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "x",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    torchrun(monkeypatch, rank="1")
+    joined, left, group = {}, [], torch.distributed
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: joined.update(current=index))
-    monkeypatch.setattr(
-        torch.distributed, "init_process_group", lambda backend, **how: joined.update(how, kind=backend)
-    )
-    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda values, value: None)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setattr(group, "init_process_group", lambda kind, **how: joined.update(how, kind=kind))
+    monkeypatch.setattr(group, "all_gather_object", lambda values, value: None)
+    monkeypatch.setattr(group, "destroy_process_group", lambda: left.append(True))
     monkeypatch.setattr(device.sys, "stdout", device.sys.stdout)
     detect(num_processes=2, batch_size=2)
     assert (joined["kind"], joined["device_id"], joined["current"]) == ("nccl", torch.device("cuda", 1), 1)

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT, write_reviews
 
+from common import artifacts
+
 KILLS = 3
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -20,22 +22,17 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 def commands(tiny, tmp_path_factory):
     """Steps of some 20 to 40 seconds: half in training, half in scoring."""
     reviews = write_reviews(tmp_path_factory.mktemp("kill") / "reviews", train=700, test=20, transfer=3000)
-    shared = ["--dataset", str(reviews), "--seed", "5", "--validation-samples", "60", "--learning-rate", "5e-4"]
-    shared += ["--batch-size", "8"]
-    return {
-        "02_roberta": ["02_finetune_roberta.py", *shared, "--roberta-model", str(tiny / "roberta")]
-        + ["--max-length", "40", "--student-layers", "2", "--epochs", "3", "--batch-tokens", "200"],
-        "03_mistral": ["03_finetune_mistral.py", *shared, "--mistral-model", str(tiny / "mistral")]
-        + ["--max-length", "96", "--epochs", "2", "--max-train-samples", "200", "--batch-tokens", "200"],
-        "04b_student_from_mistral": [
-            "04b_distill_from_mistral.py",
-            *shared,
-            "--student-model",
-            str(tiny / "distilbert"),
-        ]
-        + ["--max-length", "32", "--epochs", "2", "--max-train-samples", "200", "--max-transfer-samples", "1000"]
-        + ["--batch-tokens", "200"],
+    shared = ["--dataset", str(reviews), *"--seed 5 --validation-samples 60 --learning-rate 5e-4".split()]
+    shared += "--batch-size 8 --batch-tokens 200".split()
+    encoder = "--max-length 40 --student-layers 2 --epochs 3".split()
+    llm = "--max-length 96 --epochs 2 --max-train-samples 200".split()
+    student = "--max-length 32 --epochs 2 --max-train-samples 200 --max-transfer-samples 1000".split()
+    scripts = {
+        "02_roberta": [*shared, *encoder, "--roberta-model", str(tiny / "roberta")],
+        "03_mistral": [*shared, *llm, "--mistral-model", str(tiny / "mistral")],
+        "04b_student_from_mistral": [*shared, *student, "--student-model", str(tiny / "distilbert")],
     }
+    return {step: [artifacts.SCRIPTS[step], *flags] for step, flags in scripts.items()}
 
 
 def start(command: list[str], folder) -> subprocess.Popen:

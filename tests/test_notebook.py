@@ -1,6 +1,8 @@
 """kaggle.ipynb without running the pipeline: the file itself, and its cells on stand-ins for the scripts."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -8,8 +10,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "kaggle.ipynb"
 
 
@@ -29,7 +31,7 @@ def names(tmp_path):
     (project / "demo").mkdir()
     (project / "demo" / "make.py").write_text("print('the demo')")
     (project / "02_fails.py").write_text("import sys; print('its cause', file=sys.stderr); sys.exit(2)")
-    modules = {"Path": Path, "subprocess": subprocess, "shutil": __import__("shutil")}
+    modules = {"Path": Path, "subprocess": subprocess, "shutil": shutil, "os": os}
     settings = {"PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None, "HOURS": 1.0}
     settings |= {"time": time, "session_began": time.time()}
     return modules | settings | {"project": project, "outputs": tmp_path / "outputs"}
@@ -54,7 +56,7 @@ def test_the_notebook_names_only_files_that_exist(cells):
 
 def test_steps_run_in_order_with_their_flags_and_a_failure_ends_them(cells, names, capfd):
     exec(cells["install"], names)
-    names |= {"os": __import__("os"), "FLAGS": {"all": "--seed 1", "01": "--dataset 'a b'"}}
+    names["FLAGS"] = {"all": "--seed 1", "01": "--dataset 'a b'"}
     exec(cells["run"], names)
     given = f"['--preset', 'demo', '--output-dir', '{names['outputs']}', '--max-hours', '1.00', '--seed', '1', "
     assert f"args {given}'--dataset', 'a b']" in capfd.readouterr().out
@@ -70,7 +72,7 @@ def test_steps_run_in_order_with_their_flags_and_a_failure_ends_them(cells, name
 
 def test_steps_share_the_hours_and_a_session_without_time_ends_well(cells, names, capfd):
     exec(cells["install"], names)
-    names |= {"os": __import__("os"), "STEPS": ["01", "03", "01"], "session_began": time.time() - 900}
+    names |= {"STEPS": ["01", "03", "01"], "session_began": time.time() - 900}
     (names["project"] / "03_stops.py").write_text("import sys; sys.exit(3)")
     exec(cells["run"], names)  # raises nothing
     out = capfd.readouterr().out
@@ -148,5 +150,5 @@ def test_kaggles_secret_becomes_the_hub_token_and_its_absence_is_told(cells, nam
     assert "LookupError" in out and "gated" in out and "--mistral-model" in out
     sys.modules["kaggle_secrets"].secrets["HF_TOKEN"] = "hf_secret"
     exec(cells["token"], names)
-    assert names["os"].environ["HF_TOKEN"] == "hf_secret"
+    assert os.environ["HF_TOKEN"] == "hf_secret"
     assert "hf_secret" not in capsys.readouterr().out

@@ -2,12 +2,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from common import artifacts, settings
 
-ROOT = __import__("pathlib").Path(__file__).parent.parent
-NUMBERS = {"01": "01_baseline", "02": "02_roberta", "03": "03_mistral"}
-NUMBERS |= {"04a": "04a_student_from_roberta", "04b": "04b_student_from_mistral", "05": "05_benchmark"}
+NUMBERS = {step.partition("_")[0]: step for step in artifacts.SCRIPTS}
 
 
 @pytest.mark.parametrize("preset", settings.PRESETS)
@@ -35,15 +34,17 @@ def test_a_value_for_one_step_beats_the_presets_shared_value(monkeypatch):
     assert settings.parse(settings.make_parser("", reads=("train",)), "x", ["--preset", "demo"]).validation_samples == 9
 
 
-@pytest.mark.parametrize("script_name", artifacts.SCRIPTS.values())
-def test_help_shows_every_default_and_imports_no_torch(script_name):
-    code = f"import sys, runpy; sys.argv = ['{script_name}', '--preset', 'demo', '--help']\n"
-    code += f"try: runpy.run_path('{script_name}', run_name='__main__')\n"
-    code += "except SystemExit: pass\nassert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_help_shows_every_default_and_imports_no_torch():
+    code = "import sys, runpy\nfor name in sys.argv[1:]:\n    sys.argv = [name, '--preset', 'demo', '--help']\n"
+    code += "    try: runpy.run_path(name, run_name='__main__')\n    except SystemExit: print('END')\n"
+    code += "assert not {'torch', 'transformers', 'sklearn'} & set(sys.modules)"
+    command = [sys.executable, "-c", code, *artifacts.SCRIPTS.values()]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    words = " ".join(shown.stdout.split())
-    assert "(default: outputs/demo/reviews)" in words and "(default: None)" not in words
+    *pages, rest = " ".join(shown.stdout.split()).split("END")
+    assert len(pages) == 6 and not rest
+    for page in pages:
+        assert "(default: outputs/demo/reviews)" in page and "(default: None)" not in page
 
 
 @pytest.mark.parametrize(
