@@ -71,11 +71,6 @@ def defaults(step: str, tiny: bool) -> argparse.Namespace:
     return args
 
 
-def detect() -> device.Hardware:
-    """The hardware at hand in its own precision: the one place that asks."""
-    return device.detect(argparse.Namespace(precision="auto"))
-
-
 def in_4_bits(weights: "torch.Tensor", how: dict) -> "torch.nn.Parameter":
     """The weights quantised where they lie, as in transformers; `how` names bitsandbytes' settings."""
     from bitsandbytes.nn import Params4bit
@@ -327,15 +322,14 @@ def in_one_line(problem: BaseException) -> str:
     return said if problem.__cause__ is None else f"{said} (from {in_one_line(problem.__cause__)})"
 
 
-def run(output: Path, steps: list[str], modes: list[str], tiny: bool) -> pd.DataFrame:
+def run(output: Path, modes: list[str], tiny: bool) -> pd.DataFrame:
     """Measure each step in each mode, what is wanted most first; the table is on disk after every row.
 
     Each row makes its own model in freed memory. One that fails says why, and the next is measured.
     """
-    hardware, configs, rows = detect(), shapes(tiny), []
+    hardware = device.detect(argparse.Namespace(precision="auto"))  # in its own precision
+    configs, rows = shapes(tiny), []
     for mode, work, step in itertools.product(modes, WORKS, STEPS):
-        if step not in steps:
-            continue
         started = time.perf_counter()
         row = {"gpu": hardware.name, "mode": mode, "step": step, "work": work}
         try:
@@ -381,7 +375,7 @@ def simulate(step: str, work: str, model: str, tiny: bool, configs: dict) -> dic
     return row | {"fits": row["peak_gib"] + LEFT_OUT_GIB <= T4_GIB}
 
 
-def run_simulation(output: Path, steps: list[str], tiny: bool) -> None:
+def run_simulation(output: Path, tiny: bool) -> None:
     """Print the simulated memory beside a T4's, and write it after every row."""
     configs, rows = shapes(tiny), []
     print(
@@ -390,9 +384,8 @@ def run_simulation(output: Path, steps: list[str], tiny: bool) -> None:
         flush=True,
     )
     for step, work, model in SIMULATED:
-        if step in steps:
-            rows.append(simulate(step, work, model, tiny, configs))
-            artifacts.write_table(output / "memory.csv", pd.DataFrame(rows))
+        rows.append(simulate(step, work, model, tiny, configs))
+        artifacts.write_table(output / "memory.csv", pd.DataFrame(rows))
     print(pd.DataFrame(rows).assign(there_gib=T4_GIB).to_string(index=False))
 
 
@@ -403,7 +396,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--plan", action="store_true", help="only the expected times")
     add("--simulate", action="store_true", help="only the simulated memory")
     add("--tiny", action="store_true", help="tiny shapes")
-    add("--steps", nargs="+", choices=(*STEPS, "04b", "05"), default=[*STEPS, "04b", "05"], help="which to look at")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="how to measure them")
     args = parser.parse_args(argv)
     if args.plan:
@@ -411,9 +403,9 @@ def main(argv: list[str] | None = None) -> None:
         artifacts.write_table(args.output_dir / "plan.csv", parts.round(3))
         plan.show(parts)
     elif args.simulate:
-        run_simulation(args.output_dir, args.steps, args.tiny)
+        run_simulation(args.output_dir, args.tiny)
     else:
-        print(run(args.output_dir, args.steps, args.modes, args.tiny).to_string(index=False))
+        print(run(args.output_dir, args.modes, args.tiny).to_string(index=False))
 
 
 if __name__ == "__main__":
