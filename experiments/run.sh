@@ -6,7 +6,7 @@
 #     python experiments/real_weights.py --output-dir outputs/weights
 #     bash experiments/run.sh path/to/imdb [part]   # cpu_imdb white_box black_box few_labels more_unlabelled
 #
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 45 core hours. Run it again to continue.
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), at most 45 core hours. Run it again to continue.
 # A teacher made here replaces the committed one: the rows of its students go, until they are made here too.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
