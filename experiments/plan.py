@@ -49,12 +49,8 @@ def shapes(tiny: bool = False) -> dict[str, "PretrainedConfig"]:
     from transformers import DistilBertConfig, MistralConfig, RobertaConfig
 
     # width, layers, heads, feed-forward width, vocabulary
-    roberta, mistral, distilbert, key_value_heads = (
-        (1024, 24, 16, 4096, 50265),
-        (4096, 32, 32, 14336, 32000),
-        (768, 6, 12, 3072, 30522),
-        8,
-    )
+    roberta, mistral = (1024, 24, 16, 4096, 50265), (4096, 32, 32, 14336, 32000)
+    distilbert, key_value_heads = (768, 6, 12, 3072, 30522), 8
     if tiny:
         roberta, mistral, distilbert, key_value_heads = *([(32, 2, 4, 64, 100)] * 3), 2
     names = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size".split()

@@ -227,24 +227,21 @@ def claims(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]
 
 def table_of_validation(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
     """A row a run: its figures on validation."""
-    rows = []
-    for column, run in runs[runs.index.isin(scores)].iterrows():
-        quality = metrics.describe(labels, scores[column])
-        quality.pop("f1")
-        rows.append({"run": run["run"], "seed": int(run["seed"])} | quality)
-    return pd.DataFrame(rows)
+    runs = runs[runs.index.isin(scores)]
+    figures = [metrics.describe(labels, scores[column]) for column in runs.index]
+    named = [{"run": name, "seed": int(seed)} for name, seed in zip(runs["run"], runs["seed"])]
+    return pd.DataFrame([one | of for one, of in zip(named, figures)]).drop(columns="f1", errors="ignore")
 
 
 def table_of_few_labels(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
     """A row a run and number of gold labels."""
-    rows = []
-    for column, run in runs[runs.index.isin(scores)].iterrows():
-        quality = metrics.describe(labels, scores[column])
-        row = {"labels": int(run["labels"]), "run": run["run"], "seed": int(run["seed"])}
-        row |= {name: quality[name] for name in ("accuracy", "ci_low", "ci_high")}
-        rows.append(row | {"n_test": quality["n"]})
-    rows.sort(key=lambda row: (row["labels"], FEW_LABELS.index(row["run"]), row["seed"]))
-    return pd.DataFrame(rows)
+    table = table_of_validation(runs, labels, scores).rename(columns={"n": "n_test"})
+    if not len(table):
+        return table
+    table.insert(0, "labels", runs.loc[runs.index.isin(scores), "labels"].astype(int).tolist())
+    order = table["run"].map(FEW_LABELS.index)
+    table = table.iloc[np.lexsort((table["seed"], order, table["labels"]))]
+    return table[["labels", "run", "seed", "accuracy", "ci_low", "ci_high", "n_test"]]
 
 
 def plot_few_labels(table: pd.DataFrame, file: Path) -> None:

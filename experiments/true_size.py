@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -159,9 +159,8 @@ def conditions(mode: str, hardware: device.Hardware) -> Iterator[device.Hardware
     flash, cudnn = kernels.flash_sdp_enabled(), kernels.cudnn_sdp_enabled()  # both need compute capability 8.0
     kernels.enable_flash_sdp(False)
     kernels.enable_cudnn_sdp(False)
-    no_gqa = nullcontext()
-    if hasattr(sdpa_attention, "use_gqa_in_sdpa"):  # as load_llm does below 8.0
-        no_gqa = patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: False)
+    # as load_llm does below 8.0
+    no_gqa = patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: False, create=True)
     if on_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, T4_GIB * 2**30 / total))
@@ -316,12 +315,6 @@ def measure(step: str, work: str, tiny: bool, configs: dict, hardware: device.Ha
     }
 
 
-def in_one_line(problem: BaseException) -> str:
-    """What went wrong, and what that came from."""
-    said = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-    return said if problem.__cause__ is None else f"{said} (from {in_one_line(problem.__cause__)})"
-
-
 def run(output: Path, modes: list[str], tiny: bool) -> pd.DataFrame:
     """Measure each step in each mode, what is wanted most first; the table is on disk after every row.
 
@@ -342,7 +335,7 @@ def run(output: Path, modes: list[str], tiny: bool) -> pd.DataFrame:
                 row |= {"precision": here.precision, "processes": here.processes}
                 row |= measure(step, work, tiny, configs, here, Path(folder))
         except (Exception, SystemExit) as problem:  # SystemExit: a loader's or trainer's own stop
-            row |= {"fits": False, "error": in_one_line(problem)}
+            row |= {"fits": False, "error": " ".join(f"{type(problem).__name__}: {problem}".split())}
         row["seconds"] = round(time.perf_counter() - started, 1)
         rows.append(row)
         print(row, flush=True)
