@@ -101,7 +101,11 @@ def test_a_run_of_another_recipe_precision_or_teacher_is_not_taken_for_this_one(
     make()
 
 
-def test_an_interrupted_run_continues_and_knows_no_time_of_it(study, monkeypatch):
+def test_a_student_at_chance_is_no_measure_and_an_interrupted_run_continues(study, monkeypatch, stops):
+    with monkeypatch.context() as patched:
+        patched.setattr(study.args, "learning_rate", 1e-9)
+        stops(lambda: distillation.make_student(study, "control", ALONE, 2), "control is no measure")
+    assert not (folder_of(study, "control-2") / "run.json").exists()
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(artifacts, "finish", lambda *_: 1 / 0)
         distillation.make_student(study, "control", ALONE, 1)
@@ -109,13 +113,8 @@ def test_an_interrupted_run_continues_and_knows_no_time_of_it(study, monkeypatch
     distillation.make_student(study, "control", ALONE, 1)
     assert weights_written(study, "control-1") == written
     row = tables.read_finished(folder_of(study, "control-1"))[0]
+    # The time of its first part is gone.
     assert (row["seconds"], row["gold"], row["transfer"], row["terms"]) == ("", "8", "0", "")
-
-
-def test_a_student_at_chance_is_no_measure(study, stops):
-    study.args.learning_rate = 1e-9
-    stops(lambda: distillation.make_student(study, "control", ALONE, 1), "control is no measure")
-    assert not (folder_of(study, "control-1") / "run.json").exists()
 
 
 def trained_with(study, monkeypatch, name: str, soft=SOFT, reads_validation: bool = True, **changed) -> dict:

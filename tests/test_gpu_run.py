@@ -1,7 +1,6 @@
 """What travels to a machine with a GPU, what experiments/gpu.sh runs there, and what comes back."""
 
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from conftest import ROOT, write_reviews
 from safetensors.numpy import load_file
 
+from common import artifacts
 from experiments import distillation, parts
 
 NAMES = {"mpnet-base": "roberta", "smollm2-135m": "mistral", "minilm-l6": "distilbert"}
@@ -104,22 +104,18 @@ def test_a_part_that_is_missing_or_another_is_named_and_other_parts_are_not_mixe
 
 
 def test_what_comes_back_is_the_table_and_each_finished_steps_figures(tmp_path, capsys):
-    outputs, out = tmp_path / "outputs", tmp_path / "out"
-    run = {"settings": {"epochs": 2}, "wall_time_s": 3.5, "peak_memory_mb": 70, "versions": {}, "files": {"x": 1}}
+    outputs, out = tmp_path / "outputs", tmp_path
+    run = {"settings": {"epochs": 2}, "wall_time_s": 3.5, "files": {"x": 1}}
     for step in ("01_baseline", "02_roberta", "05_benchmark"):
-        (outputs / step).mkdir(parents=True)
-        (outputs / step / "run.json").write_text(json.dumps(run))
+        artifacts.write_json(outputs / step / "run.json", run)
     (outputs / "04a_student_from_roberta").mkdir()  # begun
-    (outputs / "02_roberta/metrics.json").write_text('{"validation": {"accuracy": 0.9}}')
-    for name in ("benchmark.csv", "benchmark.md", "predictions.parquet", "environment.json"):
-        (outputs / "05_benchmark" / name).write_text(name)
-    out.mkdir()
+    artifacts.write_json(outputs / "02_roberta/metrics.json", {"validation": {"accuracy": 0.9}})
+    (outputs / "05_benchmark/benchmark.csv").write_text("a table")
     parts.bring_back(outputs, out)
-    assert names(out) == {"benchmark.csv", "predictions.parquet", "environment.json", "steps.json"}
-    figures = json.loads((out / "steps.json").read_text())
+    assert (out / "benchmark.csv").read_text() == "a table"
+    figures = artifacts.read_json(out / "steps.json")
     assert list(figures) == ["02_roberta", "05_benchmark"]  # 01 was run elsewhere
-    expected = {name: run[name] for name in run if name != "files"} | {"validation": {"accuracy": 0.9}}
-    assert figures["02_roberta"] == expected
+    assert figures["02_roberta"] == {"settings": {"epochs": 2}, "wall_time_s": 3.5, "validation": {"accuracy": 0.9}}
     told = capsys.readouterr().out
     assert told.startswith("finished: 02_roberta, 05_benchmark; the same command continues with 03_mistral, 04a_")
 
@@ -222,4 +218,4 @@ def test_the_tiny_run_brings_back_a_table_with_a_row_for_every_model(tmp_path):
     assert names(tmp_path / "out") == files
     table = pd.read_csv(tmp_path / "out/benchmark.csv")
     assert len(table) == 7 and (table["status"] == "ok").all()
-    assert list(json.loads((tmp_path / "out/steps.json").read_text())) == parts.STEPS
+    assert list(artifacts.read_json(tmp_path / "out/steps.json")) == parts.STEPS

@@ -128,6 +128,14 @@ def test_test_is_read_only_when_it_is_asked_for_and_a_run_made_anew_is_not_seen_
     assert rows_of(folder).loc["margin", "accuracy"] == 0.88
 
 
+def test_the_number_of_unlabelled_reviews_and_the_terms_of_the_loss_are_columns(folder):
+    add(folder, "control", 1, odds(0.8, 1), terms="both", transfer_samples=0)  # of nothing: it has no teacher
+    add(folder, "one_8000", 1, odds(0.8, 1), terms="one", transfer_samples=8000)
+    _, runs = tables.read_question(folder)
+    columns = runs.loc[["control-1", "one_8000-1"], ["transfer_samples", "terms"]]
+    assert columns.to_numpy().tolist() == [["0", ""], ["8000", "one"]]
+
+
 def test_what_is_kept_in_half_precision_changes_no_call_and_hardly_a_figure(folder):
     exact = np.random.default_rng(0).normal(0, 3, 200)
     exact[0] = 1e-6  # as near to a tie as a score comes

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from bitsandbytes import matmul_4bit
 from transformers import Trainer
 
 from common import device, memory, models, settings
-from experiments import plan, simulate, true_size
+from experiments import plan, true_size
 
 CPU = device.Hardware("cpu", "fp32", "test")
 GIB, GPU_RESULTS = 2**30, plan.ROOT / "results" / "gpu"
@@ -203,19 +202,6 @@ def test_a_layer_keeps_for_its_backward_pass_what_arithmetic_by_hand_gives():
     two, three = (simulated("02", "training", "02", layers)["peak_gib"] * GIB for layers in (2, 3))
     # and 20 bytes a parameter: resident ones, and the first micro-step's gradients
     assert three - two == pytest.approx(kept + 20 * ROBERTA_LAYER, rel=0.01)
-
-
-def test_a_product_in_4_bits_takes_its_dequantised_weights_too():
-    from bitsandbytes.nn import Params4bit
-
-    how = vars(Params4bit(torch.empty(0), quant_type="nf4"))
-    with simulate.fake_tensors() as live:
-        weights = simulate.in_4_bits(torch.empty(4096, 1024, dtype=torch.float16), how)
-        inputs = torch.empty(2048, 1024, dtype=torch.float16)
-        live.peak = before = live.now
-        matmul_4bit(inputs, weights, quant_state=weights.quant_state)
-        # the weights and the product in fp16, a float32 scale for 64 weights
-        assert live.peak - before == 2 * 4096 * 1024 + 2 * 2048 * 4096 + 4 * 4096 * 1024 // 64
 
 
 @pytest.mark.slow
