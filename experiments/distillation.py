@@ -32,47 +32,28 @@ from common import artifacts, baseline, data, device, memory, models, scoring, s
 
 SAME = ("seed", "validation_samples", "max_train_samples")  # 01, 02 and 03 have learned from the same labels
 TRAINING = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
-# A run. `teacher`: one of TEACHERS, or "". `labelled`: "all", "none", or "label-sorted", the negative half of a
-# label-sorted file (an old mistake). `transfer_share`: part of the unlabelled reviews, the teacher's surest first.
-# `transfer_samples`: the number of unlabelled reviews, by --seed; 0: all. `soft_labels`: the teacher's "logits", its
-# "argmax", or "none". `terms`: "both" soft and hard labels where a review has both, or "one" term per review, which is
-# the gold label's where there is one. `mlm_epochs`: masked-language modelling comes first.
-STUDENT = {
+# A run. `teacher`: one of TEACHERS, or "": then it reads no unlabelled reviews. `labelled`: "all", or "none" for the
+# teacher's labels alone. `transfer_samples`: the number of unlabelled reviews, by --seed; 0: all. `terms`: "both" soft
+# and hard labels where a review has both, or "one" term per review, which is the gold label's where there is one.
+FINAL = {
     "teacher": "teacher",
     "labelled": "all",
-    "transfer_share": 1.0,
     "transfer_samples": 0,
-    "soft_labels": "logits",
     "terms": "both",
     "soft_loss": "kl",
     "alpha": 0.9,
-    "feature_weight": 0.0,
-    "epochs": 2,
-    "mlm_epochs": 0,
+    "epochs": 4,  # which gained most in levers.csv
 }
-FINAL = STUDENT | {"epochs": 4}  # the longer schedule gained most in levers.csv
-ALONE = STUDENT | {"transfer_share": 0.0, "epochs": 6}
-CONTROL = ALONE | {"teacher": "", "soft_labels": "none", "alpha": 0.0}
-LABEL_SORTED = ALONE | {"labelled": "label-sorted", "epochs": 2}
+CONTROL = FINAL | {"teacher": "", "terms": "", "alpha": 0.0, "epochs": 6}
 RUNS = {
     "control": CONTROL,
     "control_longer": CONTROL | {"epochs": 20},  # 1,260 steps: as many as final takes at 8,000 unlabelled reviews
-    "control_levers": CONTROL | {"mlm_epochs": 2},
-    "argmax_labels": STUDENT | {"soft_labels": "argmax", "alpha": 0.0},
-    "logits": STUDENT,
-    "features": STUDENT | {"alpha": 0.0, "feature_weight": 0.1},
-    "logits_features": STUDENT | {"feature_weight": 0.1},
-    "margin": STUDENT | {"soft_loss": "margin"},
-    "no_transfer_set": ALONE | {"feature_weight": 0.1},
-    "confident": STUDENT | {"transfer_share": 0.75},
+    "logits": FINAL | {"epochs": 2},
+    "margin": FINAL | {"epochs": 2, "soft_loss": "margin"},
     "final": FINAL,
-    "final_longer": STUDENT | {"epochs": 14},  # 4,382 steps: as many as final takes at 32,000 unlabelled reviews
-    "label_sorted": LABEL_SORTED,
-    "zero_shot": FINAL | {"teacher": "zero_shot_teacher"},
-    "zero_shot_batch": FINAL | {"teacher": "zero_shot_batch_teacher"},
+    "final_longer": FINAL | {"epochs": 14},  # 4,382 steps: as many as final takes at 32,000 unlabelled reviews
     "tuned": FINAL | {"teacher": "tuned_teacher"},
-    "other_prompt": FINAL | {"teacher": "other_prompt_teacher"},
-    "tuned_label_sorted": LABEL_SORTED | {"teacher": "tuned_teacher"},
+    "zero_shot_batch": FINAL | {"teacher": "zero_shot_batch_teacher"},
 }
 # Whose soft labels, and how much unlabelled text? "tuned_one_8000": the LLM's student of 8,000, one term per review.
 for terms in ("both", "one"):
@@ -80,17 +61,9 @@ for terms in ("both", "one"):
         recipe = FINAL | {"terms": terms, "transfer_samples": 0 if transfer == "all" else transfer}
         RUNS[f"{terms}_{transfer}"] = recipe
         RUNS[f"tuned_{terms}_{transfer}"] = recipe | {"teacher": "tuned_teacher"}
-# Teachers: 02's encoder, and 03's LLM with or without its adapter, by a calibration and a prompt (None: 03's).
-OTHER_PROMPT = "Review: {review}\nThe sentiment of this review is"  # not the one of training: an old mistake
-TEACHERS = {
-    "teacher": {},
-    "zero_shot_teacher": {"adapter": False, "calibration": "none", "prompt": None},
-    "zero_shot_batch_teacher": {"adapter": False, "calibration": "batch", "prompt": None},
-    "tuned_teacher": {"adapter": True, "calibration": "batch", "prompt": None},
-    "other_prompt_teacher": {"adapter": True, "calibration": "batch", "prompt": OTHER_PROMPT},
-}
-# Mistakes, and teachers of which nothing is promised: their students are reported at chance too.
-MAY_COLLAPSE = ("label_sorted", "tuned_label_sorted", "zero_shot", "zero_shot_batch", "other_prompt")
+# Teachers: 02's encoder, and 03's LLM with or without its adapter.
+ADAPTER = {"tuned_teacher": True, "zero_shot_batch_teacher": False}
+TEACHERS = ("teacher", *ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -195,18 +168,19 @@ def make_teacher(study: Study, name: str, force: bool = False) -> str:
     run = read_origin(study, made_by)
     splits = {"train": reviews.train, "transfer": reviews.transfer} | ({} if study.labels else {"test": reviews.test})
     splits |= {"validation": reviews.validation} if name == "teacher" else {}
-    sample = {"llm_test_samples": study.args.llm_test_samples} if TEACHERS[name] and "test" in splits else {}
-    args = settings_of(study, name, study.origin.seed, **TEACHERS[name], **sample)
+    adapter = {"adapter": ADAPTER[name]} if name in ADAPTER else {}
+    sample = {"llm_test_samples": study.args.llm_test_samples} if adapter and "test" in splits else {}
+    args = settings_of(study, name, study.origin.seed, **adapter, **sample)
     args.force = force  # not a student's --force: its other students would be those of another teacher
-    inputs = study.fingerprints("train", "validation", *splits) | {
-        made_by: artifacts.fingerprint(study.origin, made_by)
-    }
+    inputs = study.fingerprints("train", "validation", *splits)
+    inputs[made_by] = artifacts.fingerprint(study.origin, made_by)
     step = f"teachers/{study.column(name, args.seed)}"
     folder = begun(args, step, inputs)
     if folder is None:
         return step
-    log_odds, weights = (encoder_log_odds if name == "teacher" else llm_log_odds)(study, run, splits, **TEACHERS[name])
-    gold = len(reviews.train) if TEACHERS[name].get("adapter", True) else 0
+    score_splits = llm_log_odds if adapter else encoder_log_odds
+    log_odds, weights = score_splits(study, run, splits, folder, **adapter)
+    gold = len(reviews.train) if adapter.get("adapter", True) else 0
     if gold:  # nothing is promised of an untuned LLM
         logits = {split: verbalizer.teacher_logits(odds) for split, odds in log_odds.items()}
         distill.refuse_bad_teacher(logits["train"], reviews.train["label"].to_numpy(), "train")
@@ -216,7 +190,7 @@ def make_teacher(study: Study, name: str, force: bool = False) -> str:
     return step
 
 
-def encoder_log_odds(study: Study, run: dict, splits: dict[str, pd.DataFrame]) -> tuple[dict[str, np.ndarray], str]:
+def encoder_log_odds(study: Study, run: dict, splits: dict, _folder: Path) -> tuple[dict[str, np.ndarray], str]:
     """02's log-odds by split (its soft labels; of test scored here), and which weights these are."""
     from common import distill
 
@@ -233,51 +207,36 @@ def encoder_log_odds(study: Study, run: dict, splits: dict[str, pd.DataFrame]) -
 
 
 def llm_log_odds(
-    study: Study, run: dict, splits: dict[str, pd.DataFrame], adapter: bool, calibration: str, prompt: str | None
+    study: Study, run: dict, splits: dict, folder: Path, adapter: bool
 ) -> tuple[dict[str, np.ndarray], str]:
-    """An LLM's calibrated log-odds by split, scored as by 04b, and which LLM and prompt these are.
+    """An LLM's calibrated log-odds by split, scored as by 04b in chunks in `folder`, and which LLM this is.
 
     Of test it reads --llm-test-samples reviews, and has NaN for the others.
     """
-    llm = {name: run["facts"][name] for name in ("base", "prompt", "label_words", "max_length")}
-    llm |= {"prompt": prompt} if prompt else {}
+    args, llm = study.args, run["facts"]
     weights = artifacts.require(study.origin, "03_mistral", "adapter") if adapter else None
-    identity = llm | {"weights": models.weights_digest(weights) if adapter else "no adapter"}
-    folder = Path(study.args.output_dir, "llm", study.column(digest(identity), study.origin.seed))
-    artifacts.lock(folder)
-    read = dict(splits)
-    if "test" in splits:
-        rows = np.sort(data.stratified_order(splits["test"]["label"], study.args.seed)[: study.args.llm_test_samples])
-        read["test"] = splits["test"].iloc[rows]
-    for split, table in read.items():
-        scoring.delete_unless_made_from(folder, split, identity | {"texts": data.fingerprint(table)})
-    tokenizer = models.load_tokenizer(llm["base"])
+    tokenizer, model = models.load_tokenizer(llm["base"]), models.load_llm(llm["base"], study.hardware, weights)
     label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
-    if not all(scoring.is_scored(folder, split, len(table)) for split, table in read.items()):
-        model = models.load_llm(llm["base"], study.hardware, weights)
 
     def score_texts(texts: list[str]) -> dict[str, np.ndarray]:
         ids = verbalizer.encode_prompts(tokenizer, texts, llm["prompt"], llm["max_length"])
-        pad_id, batch_tokens = tokenizer.pad_token_id, study.args.batch_tokens
+        pad_id, batch_tokens = tokenizer.pad_token_id, args.batch_tokens
         return {"scores": scoring.score_llm(model, ids, label_ids, pad_id, study.hardware, batch_tokens)}
 
     log_odds = {}
-    for split, table in read.items():
-        scoring.in_chunks(folder, split, table, scoring.LOG_PROBABILITIES, score_texts, chunk=250)
-        log_odds[split] = verbalizer.log_odds(scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)[1])
+    for split, table in splits.items():
+        rows = np.arange(len(table))
+        if split == "test":
+            rows = np.sort(data.stratified_order(table["label"], args.seed)[: args.llm_test_samples])
+        scoring.in_chunks(folder, split, table.iloc[rows], scoring.LOG_PROBABILITIES, score_texts, chunk=250)
+        log_odds[split] = np.full(len(table), np.nan)
+        log_odds[split][rows] = verbalizer.log_odds(scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)[1])
     memory.free()
-    bias = verbalizer.batch_calibration(log_odds["transfer"]) if calibration == "batch" else 0.0
-    log_odds = {split: odds - bias for split, odds in log_odds.items()}
-    if "test" in splits:
-        every = np.full(len(splits["test"]), np.nan)
-        every[rows] = log_odds["test"]
-        log_odds["test"] = every
-    return log_odds, digest(identity | {"base": Path(llm["base"]).name})
-
-
-def digest(content: dict) -> str:
-    """A short name for what decides an LLM's scores."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    bias = verbalizer.batch_calibration(log_odds["transfer"])
+    identity = {name: llm[name] for name in ("prompt", "label_words", "max_length")}
+    identity |= {"base": Path(llm["base"]).name, "weights": models.weights_digest(weights) if adapter else "no adapter"}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return {split: odds - bias for split, odds in log_odds.items()}, digest
 
 
 def read_soft_labels(study: Study, step: str) -> dict[str, np.ndarray]:
@@ -293,69 +252,35 @@ def read_soft_labels(study: Study, step: str) -> dict[str, np.ndarray]:
     return logits
 
 
-def read_features(study: Study) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """02's hidden states by split, and the rows of these reviews in them."""
-    from common import distill
-
-    folder, found = artifacts.require(study.origin, "02_roberta", "soft_labels"), {}
-    for split in ("train", "transfer"):
-        in_file, _ = scoring.read_scores(folder, split, scoring.LOGITS)
-        wanted = getattr(study.reviews, split)["example_id"]
-        rows = distill.teacher_rows(in_file, wanted, split, "02_finetune_roberta.py")
-        found[split] = artifacts.read_array(folder / f"{split}_features.npy", len(in_file)), rows
-    return found
-
-
-def chosen_rows(
-    run: dict, gold: np.ndarray, transfer_logits: np.ndarray | None, subset_seed: int = 0
-) -> dict[str, np.ndarray]:
+def chosen_rows(study: Study, run: dict) -> dict[str, np.ndarray]:
     """The rows of each split that a run trains on.
 
-    Of the transfer set these are the rows of which the teacher is surest, or a sample. It is the sample that the
-    scripts draw by this seed for --max-transfer-samples.
+    Of the transfer set this is the sample that the scripts draw by this seed for --max-transfer-samples.
     """
-    rows = {"train": np.arange(len(gold))} if run["labelled"] != "none" else {}
-    if run["labelled"] == "label-sorted":
-        rows["train"] = np.argsort(gold, kind="stable")[: len(gold) // 2]
-    if run["transfer_share"]:
-        surest = np.argsort(-np.abs(transfer_logits[:, 1] - transfer_logits[:, 0]), kind="stable")
-        rows["transfer"] = np.sort(surest[: round(run["transfer_share"] * len(surest))])
-    if run["transfer_samples"]:
-        order = data.stratified_order(np.zeros(len(transfer_logits)), subset_seed)
-        rows["transfer"] = np.sort(order[: run["transfer_samples"]])
+    rows = {"train": np.arange(len(study.reviews.train))} if run["labelled"] == "all" else {}
+    if run["teacher"]:
+        order = data.stratified_order(np.zeros(len(study.reviews.transfer)), study.origin.seed)
+        rows["transfer"] = np.sort(order[: run["transfer_samples"] or None])
     return rows
 
 
-def train(study: Study, args: argparse.Namespace, run: dict, target: Path, soft: dict[str, np.ndarray]) -> None:
-    """Train a run's student from the teacher's logits of each split into `target`, unless it is there."""
+def train(study: Study, args: argparse.Namespace, rows: dict, target: Path, soft: dict[str, np.ndarray]) -> None:
+    """Train a student on these rows of each split and their teacher's logits into `target`, unless it is there."""
     from common import distill, training
 
-    reviews, tokenizer = study.reviews, study.args.student_model
+    reviews, tokenizer, arrays, validation = study.reviews, args.student_model, {}, None
     models.check_length(args.max_length, tokenizer)
-    gold = reviews.train["label"].to_numpy()
-    rows = chosen_rows(run, gold, soft.get("transfer"), study.origin.seed)
-    hard = {"train": gold, "transfer": np.full(len(reviews.transfer), distill.IGNORED)}
+    hard = {"train": reviews.train["label"].to_numpy(), "transfer": np.full(len(reviews.transfer), distill.IGNORED)}
     hard = np.concatenate([hard[split][kept] for split, kept in rows.items()])
-    arrays, width, validation = {}, None, None
-    if run["soft_labels"] != "none":
-        logits = np.concatenate([soft[split][kept] for split, kept in rows.items()])
-        if run["soft_labels"] == "argmax":  # the teacher's hard labels where no gold one is known
-            hard = np.where(hard == distill.IGNORED, logits.argmax(axis=1), hard)
-        else:
-            arrays["teacher_logits"] = logits
-    if run["feature_weight"] > 0:
-        features = read_features(study)
-        parts = [(features[split][0], features[split][1][kept]) for split, kept in rows.items()]
-        arrays["teacher_features"] = distill.FeatureRows(parts, list(range(parts[0][0].shape[1])))
-        width = parts[0][0].shape[-1]
+    if soft:
+        arrays["teacher_logits"] = np.concatenate([soft[split][kept] for split, kept in rows.items()])
     if args.reads_validation:
         ids = study.ids(tokenizer, args.max_length, "validation")
         validation = training.ReviewDataset(ids, reviews.validation["label"].to_numpy())
     ids = [study.ids(tokenizer, args.max_length, split)[row] for split, kept in rows.items() for row in kept]
-    dataset, chosen = training.ReviewDataset(ids, hard, **arrays), {"epochs": run["epochs"], "alpha": run["alpha"]}
-    chosen |= {"feature_weight": run["feature_weight"], "teacher_width": width}
-    chosen["soft_labels"] = "transfer" if run["terms"] == "one" else "all"
-    distill.train_student(args, study.hardware, target, dataset, validation, **chosen)
+    dataset, terms = training.ReviewDataset(ids, hard, **arrays), "transfer" if args.terms == "one" else "all"
+    how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": terms}
+    distill.train_student(args, study.hardware, target, dataset, validation, **how)
 
 
 def make_student(study: Study, name: str, run: dict, seed: int, reads_validation: bool = True) -> None:
@@ -365,12 +290,14 @@ def make_student(study: Study, name: str, run: dict, seed: int, reads_validation
     """
     from common import training
 
-    reviews, share = study.reviews, 1.0 if run["mlm_epochs"] else run["transfer_share"]
+    reviews = study.reviews
     flags = {key: getattr(study.args, key) for key in (*TRAINING, "micro_batch_size")}
     flags |= {"arithmetic": study.hardware.precision, "reads_validation": reads_validation}
     args = settings_of(study, name, seed, **flags, **run)
-    inputs = study.fingerprints("train", "validation", "test", *(["transfer"] if share else []))
+    inputs = study.fingerprints("train", "validation", "test", *(["transfer"] if run["teacher"] else []))
     soft, facts = {}, {"teacher": run["teacher"], "device": study.hardware.name}
+    rows = chosen_rows(study, run)
+    facts |= {"gold": len(rows.get("train", [])), "transfer": len(rows.get("transfer", []))}
     if run["teacher"]:
         step = make_teacher(study, run["teacher"])
         inputs["teacher_run"], soft = artifacts.fingerprint(args, step), read_soft_labels(study, step)
@@ -378,83 +305,18 @@ def make_student(study: Study, name: str, run: dict, seed: int, reads_validation
     folder = begun(args, f"runs/{study.column(name, seed)}", inputs)
     if folder is None:
         return
-    base = str(pretrain(study, args)) if run["mlm_epochs"] else args.student_model
     continued, started = any(path.name != "started.json" for path in folder.iterdir()), time.time()
-    train(study, argparse.Namespace(**vars(args) | {"student_model": base}), run, folder / "model", soft)
+    train(study, args, rows, folder / "model", soft)
     # The time of an interrupted training's first part is gone.
     facts["seconds"] = None if continued else round(time.time() - started)
-    splits, shared = (
-        {"validation": reviews.validation, "test": reviews.test},
-        (study.args.student_model, args.max_length),
-    )
-    log_odds = {split: score(study, folder / "model", *shared, split) for split in splits}
-    if reads_validation and name not in MAY_COLLAPSE:
+    splits = {"validation": reviews.validation, "test": reviews.test}
+    odds = {split: score(study, folder / "model", args.student_model, args.max_length, split) for split in splits}
+    if reads_validation and run["teacher"] != "zero_shot_batch_teacher":  # an untuned LLM, which promises nothing
         remedy = f"{name} is no measure; change the cause and pass --force"
-        logits = verbalizer.teacher_logits(log_odds["validation"])
+        logits = verbalizer.teacher_logits(odds["validation"])
         training.refuse_collapse(logits, reviews.validation["label"].to_numpy(), remedy)
-    no_transfer = {"transfer_share": 0, "transfer_samples": 0}
-    gold = len(chosen_rows(run | no_transfer, reviews.train["label"].to_numpy(), None).get("train", []))
-    transfer = min(run["transfer_samples"], len(reviews.transfer)) or round(share * len(reviews.transfer))
-    finish(args, folder, splits, log_odds, gold=gold, transfer=transfer, **facts)
+    finish(args, folder, splits, odds, **facts)
     memory.free()
-
-
-def pretrain(study: Study, args: argparse.Namespace) -> Path:
-    """The folder of the student after masked-language modelling on all reviews (Gururangan et al. 2020)."""
-    flags = {name: getattr(args, name) for name in (*TRAINING, "micro_batch_size", "arithmetic")}
-    args = settings_of(study, "mlm", study.origin.seed, **flags, epochs=args.mlm_epochs)
-    step = f"mlm/{args.epochs}"
-    args.force = False
-    folder = begun(args, step, study.fingerprints("train", "transfer"))
-    if folder is None:
-        return artifacts.require(args, step, "model")
-    import torch
-    from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
-
-    from common import training
-
-    class MaskedTokens(training.ReviewTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return masked_loss(model, inputs)
-
-    tokenizer = models.load_tokenizer(args.student_model)
-    ids = [ids for split in ("train", "transfer") for ids in study.ids(args.student_model, args.max_length, split)]
-    device.seed_everything(args.seed)
-    model = AutoModelForMaskedLM.from_pretrained(args.student_model, dtype=torch.float32)
-    model.accepts_loss_kwargs = False
-    checkpoints = folder / "checkpoints"
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
-    trainer = MaskedTokens(
-        model=model,
-        args=training.training_arguments(args, study.hardware, checkpoints, len(ids), **training.WITHOUT_VALIDATION),
-        train_dataset=training.ReviewDataset(ids, np.zeros(len(ids))),
-        data_collator=lambda rows: collator([{"input_ids": row["input_ids"].tolist()} for row in rows]),
-    )
-    training.train(trainer, study.hardware)
-    training.save(model, tokenizer, folder / "model", checkpoints)
-    artifacts.finish(args, folder, {"labels": data.LABELS})
-    return folder / "model"
-
-
-def masked_loss(model, inputs: dict):
-    """Cross-entropy of the masked tokens, with the vocabulary's logits computed for those alone.
-
-    They are 15% of all; over every token the head costs as much arithmetic as MiniLM's blocks.
-    """
-    import torch.nn.functional as F
-
-    masked = inputs["labels"] != -100
-
-    def keep_masked(_module, _inputs, output):
-        output.last_hidden_state = output.last_hidden_state[masked].unsqueeze(0)
-        return output
-
-    hook = model.base_model.register_forward_hook(keep_masked)
-    try:
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
-    finally:
-        hook.remove()
-    return F.cross_entropy(logits.float(), inputs["labels"][masked])
 
 
 def make_nb_svm(study: Study) -> None:
@@ -465,10 +327,8 @@ def make_nb_svm(study: Study) -> None:
     inputs["01_baseline"] = artifacts.fingerprint(study.origin, "01_baseline")
     folder = begun(args, f"runs/{study.column('nb_svm', args.seed)}", inputs)
     if folder:
-        model, test = (
-            baseline.load_baseline(artifacts.require(study.origin, "01_baseline", "nb_svm")),
-            study.reviews.test,
-        )
+        model = baseline.load_baseline(artifacts.require(study.origin, "01_baseline", "nb_svm"))
+        test = study.reviews.test
         logits = model.logits(test["text"])
         facts = {"gold": len(study.reviews.train), "transfer": 0, "teacher": ""}
         finish(args, folder, {"test": test}, {"test": logits[:, 1] - logits[:, 0]}, **facts)

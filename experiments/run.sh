@@ -4,13 +4,13 @@
 #
 #     pip install -r experiments/requirements.txt
 #     python experiments/real_weights.py --output-dir outputs/weights
-#     bash experiments/run.sh path/to/imdb [part]   # cpu_imdb scoring white_box black_box few_labels more_unlabelled
+#     bash experiments/run.sh path/to/imdb [part]   # cpu_imdb white_box black_box few_labels more_unlabelled
 #
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), about 45 core hours. Run it again to continue.
+# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), at most 45 core hours. Run it again to continue.
 # A teacher made here replaces the committed one: the rows of its students go, until they are made here too.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
-parts=${2:-cpu_imdb scoring white_box black_box few_labels more_unlabelled}
+parts=${2:-cpu_imdb white_box black_box few_labels more_unlabelled}
 weights=outputs/weights
 reviews=(--dataset "$dataset")
 bf16=(--precision bf16)
@@ -41,15 +41,6 @@ cpu_imdb() { # the six scripts
     done
 }
 
-scoring() { # one thread, after cpu_imdb
-    export OMP_NUM_THREADS=1
-    local run=(python experiments/scoring.py "${reviews[@]}" "${bf16[@]}" --output results/scoring/scoring.csv)
-    "${run[@]}" --max-test-samples 250 --rounds 1 --llm $weights/smollm2-135m --adapter outputs/cpu_imdb/03_mistral/adapter
-    "${run[@]}" --max-test-samples 500 --encoder outputs/cpu_imdb/04a_student_from_roberta/model
-    "${run[@]}" --max-test-samples 300 --encoder outputs/cpu_imdb/02_roberta/model
-    unset OMP_NUM_THREADS
-}
-
 students() { # output folder, results folder, flags
     local output=$1 results=$2
     shift 2
@@ -62,15 +53,14 @@ white_box() { # 02 scores the unlabelled reviews of more_unlabelled too
     python 02_finetune_roberta.py "${encoder[@]}" "${subset[@]}" --output-dir $output --max-transfer-samples 32000 --epochs 2
     python 01_baseline.py "${reviews[@]}" "${subset[@]}" --output-dir $output --max-test-samples 5000
     students $output $results --runs control final --seeds 1 2 3
-    students $output $results --runs control_longer control_levers argmax_labels logits features logits_features
-    students $output $results --runs margin no_transfer_set confident final_longer label_sorted nb_svm
+    students $output $results --runs control_longer logits margin final_longer nb_svm
 }
 
 black_box() {
     local output=outputs/distillation results=results/distillation
     python 03_finetune_mistral.py "${llm[@]}" "${subset[@]}" --output-dir $output
     students $output $results --max-transfer-samples 4000 --runs control tuned --seeds 1 2 3
-    students $output $results --max-transfer-samples 4000 --runs zero_shot zero_shot_batch other_prompt tuned_label_sorted
+    students $output $results --max-transfer-samples 4000 --runs zero_shot_batch
 }
 
 few_labels_teachers() { # labels, those for validation and for training, epochs of 02 and of 03 (few labels need more)

@@ -24,17 +24,22 @@ from common import artifacts, metrics, settings
 
 CONTROLS = ("control", "control_longer", "control_levers")
 BESIDE = ("final_longer", "nb_svm")  # a claim compares with them though they read other unlabelled reviews, or none
-# A student, the teacher whose gap it closes, and the runs that it is compared with.
-CLAIMS = (("final", "teacher", (*CONTROLS, *BESIDE)), ("tuned", "tuned_teacher", ("control", "nb_svm")))
+CLAIMS = (  # a student, the teacher whose gap it closes, and the runs that it is compared with
+    ("final", "teacher", (*CONTROLS, *BESIDE)),
+    ("tuned", "tuned_teacher", ("control", "nb_svm", "tuned_teacher")),
+    ("both_8000", "teacher", ("control",)),
+    ("tuned_both_16000", "tuned_teacher", ("control", "tuned_teacher")),
+)
 FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
 MADE = ("validation.csv", "white_box.csv", "black_box.csv", "claims.csv", "few_labels.csv", "few_labels.png")
 # runs.csv, in this order. `labels`: gold labels in all, where a table compares numbers of them.
 NAMES = "column run seed labels gold transfer teacher seconds".split()
-RECIPE = "labelled transfer_share soft_labels soft_loss alpha feature_weight epochs mlm_epochs".split()
+# Some columns of a recipe are of finished comparisons, whose code is that of the row's `commit`.
+RECIPE = "labelled transfer_share transfer_samples soft_labels terms soft_loss alpha feature_weight epochs mlm_epochs"
 SHARED = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature precision".split()
 READ = ["train_reviews", "validation_reviews", "transfer_reviews", "test_reviews"]  # fingerprints of the reviews
 MADE_BY = "weights teacher_weights device commit python torch transformers peft bitsandbytes".split()
-COLUMNS = [*NAMES, *RECIPE, *SHARED, "subset_seed", *READ, *MADE_BY]
+COLUMNS = [*NAMES, *RECIPE.split(), *SHARED, "subset_seed", *READ, *MADE_BY]
 REVIEW = ["example_id", "split", "label"]
 RESAMPLES = 9999  # of a bootstrap
 
@@ -44,10 +49,7 @@ def read_question(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     files = [folder / "predictions.parquet", folder / "runs.csv"]
     if not files[0].exists():
         return pd.DataFrame(columns=REVIEW), pd.DataFrame(columns=COLUMNS, dtype=str).set_index("column")
-    try:
-        predictions, runs = pd.read_parquet(files[0]), pd.read_csv(files[1], dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as problem:  # pyarrow's and pandas' errors are ValueErrors
-        settings.stop(f"{files[0]} or runs.csv is damaged ({problem}): delete both and collect again")
+    predictions, runs = pd.read_parquet(files[0]), pd.read_csv(files[1], dtype=str, keep_default_na=False)
     if list(runs) != COLUMNS or sorted([*REVIEW, *runs["column"]]) != sorted(predictions):
         settings.stop(f"{files[1]} does not describe {files[0].name}: delete both and collect again")
     return predictions, runs.set_index("column")
@@ -204,47 +206,42 @@ def interval(name: str, resampled: np.ndarray) -> dict[str, float]:
 
 
 def claims(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
-    """What CLAIMS names, a row each. A teacher that read a part of test is compared on that part, without a gap."""
+    """What CLAIMS names, a row each, on the reviews that both models have read.
 
-    def right(name: str) -> np.ndarray:
-        columns = [column for column in runs.index[runs["run"] == name] if column in scores]
-        return np.array([scores[column].argmax(axis=1) == labels for column in columns])
+    An LLM may have read a part. There it is compared with its student, and no gap to it is known.
+    """
+
+    def odds(name: str) -> np.ndarray:
+        """(seeds, n); NaN where a review has not been read."""
+        return np.array([scores[column][:, 1] for column in runs.index[runs["run"] == name] if column in scores])
 
     rows = []
-    for student, name, against in CLAIMS:
-        teacher = next((scores[column] for column in runs.index[runs["run"] == name] if column in scores), None)
-        if teacher is None or not len(right(student)):
-            continue
-        read = np.isfinite(teacher[:, 0])
-        for other in (one for one in against if len(right(one))):
-            gap_to = right(name) if other in CONTROLS and read.all() else None
-            rows.append({"student": student, "against": other} | claim(right(student), right(other), gap_to))
-        if not read.all():
-            on_part = claim(right(student)[:, read], right(name)[:, read])
-            rows.append({"student": student, "against": name} | on_part)
+    for student, teacher, against in CLAIMS:
+        for other in (one for one in against if min(len(odds(student)), len(odds(teacher)), len(odds(one)))):
+            read = np.isfinite(odds(other)).all(axis=0)
+            right = {name: (odds(name)[:, read] > 0) == labels[read] for name in (student, other, teacher)}
+            gap_to = right[teacher] if other in CONTROLS and np.isfinite(odds(teacher)).all() else None
+            rows.append({"student": student, "against": other} | claim(right[student], right[other], gap_to))
     return pd.DataFrame(rows)
 
 
 def table_of_validation(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
     """A row a run: its figures on validation."""
-    rows = []
-    for column, run in runs[runs.index.isin(scores)].iterrows():
-        quality = metrics.describe(labels, scores[column])
-        quality.pop("f1")
-        rows.append({"run": run["run"], "seed": int(run["seed"])} | quality)
-    return pd.DataFrame(rows)
+    runs = runs[runs.index.isin(scores)]
+    figures = [metrics.describe(labels, scores[column]) for column in runs.index]
+    named = [{"run": name, "seed": int(seed)} for name, seed in zip(runs["run"], runs["seed"])]
+    return pd.DataFrame([one | of for one, of in zip(named, figures)]).drop(columns="f1", errors="ignore")
 
 
 def table_of_few_labels(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
     """A row a run and number of gold labels."""
-    rows = []
-    for column, run in runs[runs.index.isin(scores)].iterrows():
-        quality = metrics.describe(labels, scores[column])
-        row = {"labels": int(run["labels"]), "run": run["run"], "seed": int(run["seed"])}
-        row |= {name: quality[name] for name in ("accuracy", "ci_low", "ci_high")}
-        rows.append(row | {"n_test": quality["n"]})
-    rows.sort(key=lambda row: (row["labels"], FEW_LABELS.index(row["run"]), row["seed"]))
-    return pd.DataFrame(rows)
+    table = table_of_validation(runs, labels, scores).rename(columns={"n": "n_test"})
+    if not len(table):
+        return table
+    table.insert(0, "labels", runs.loc[runs.index.isin(scores), "labels"].astype(int).tolist())
+    order = table["run"].map(FEW_LABELS.index)
+    table = table.iloc[np.lexsort((table["seed"], order, table["labels"]))]
+    return table[["labels", "run", "seed", "accuracy", "ci_low", "ci_high", "n_test"]]
 
 
 def plot_few_labels(table: pd.DataFrame, file: Path) -> None:
@@ -305,6 +302,7 @@ def read_finished(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
     known = run["facts"] | run["settings"] | run["versions"] | run["inputs"] | {"commit": run["git_commit"]}
     known |= {"column": step, "precision": known.get("arithmetic")}
     known |= {"student_model": Path(known["student_model"]).name} if "student_model" in known else {}
+    known |= {} if known["teacher"] else {"terms": ""}  # what a review without soft labels has no choice of
     row = {name: "" if known.get(name) is None else str(known[name]) for name in COLUMNS}
     return row, artifacts.read_table(artifacts.require(args, step, "predictions.parquet"))
 

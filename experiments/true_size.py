@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -69,11 +69,6 @@ def defaults(step: str, tiny: bool) -> argparse.Namespace:
     if "batch_tokens" not in args:
         args.batch_tokens = None
     return args
-
-
-def detect() -> device.Hardware:
-    """The hardware at hand in its own precision: the one place that asks."""
-    return device.detect(argparse.Namespace(precision="auto"))
 
 
 def in_4_bits(weights: "torch.Tensor", how: dict) -> "torch.nn.Parameter":
@@ -164,9 +159,8 @@ def conditions(mode: str, hardware: device.Hardware) -> Iterator[device.Hardware
     flash, cudnn = kernels.flash_sdp_enabled(), kernels.cudnn_sdp_enabled()  # both need compute capability 8.0
     kernels.enable_flash_sdp(False)
     kernels.enable_cudnn_sdp(False)
-    no_gqa = nullcontext()
-    if hasattr(sdpa_attention, "use_gqa_in_sdpa"):  # as load_llm does below 8.0
-        no_gqa = patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: False)
+    # as load_llm does below 8.0
+    no_gqa = patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: False, create=True)
     if on_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, T4_GIB * 2**30 / total))
@@ -321,21 +315,14 @@ def measure(step: str, work: str, tiny: bool, configs: dict, hardware: device.Ha
     }
 
 
-def in_one_line(problem: BaseException) -> str:
-    """What went wrong, and what that came from."""
-    said = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-    return said if problem.__cause__ is None else f"{said} (from {in_one_line(problem.__cause__)})"
-
-
-def run(output: Path, steps: list[str], modes: list[str], tiny: bool) -> pd.DataFrame:
+def run(output: Path, modes: list[str], tiny: bool) -> pd.DataFrame:
     """Measure each step in each mode, what is wanted most first; the table is on disk after every row.
 
     Each row makes its own model in freed memory. One that fails says why, and the next is measured.
     """
-    hardware, configs, rows = detect(), shapes(tiny), []
+    hardware = device.detect(argparse.Namespace(precision="auto"))  # in its own precision
+    configs, rows = shapes(tiny), []
     for mode, work, step in itertools.product(modes, WORKS, STEPS):
-        if step not in steps:
-            continue
         started = time.perf_counter()
         row = {"gpu": hardware.name, "mode": mode, "step": step, "work": work}
         try:
@@ -348,7 +335,7 @@ def run(output: Path, steps: list[str], modes: list[str], tiny: bool) -> pd.Data
                 row |= {"precision": here.precision, "processes": here.processes}
                 row |= measure(step, work, tiny, configs, here, Path(folder))
         except (Exception, SystemExit) as problem:  # SystemExit: a loader's or trainer's own stop
-            row |= {"fits": False, "error": in_one_line(problem)}
+            row |= {"fits": False, "error": " ".join(f"{type(problem).__name__}: {problem}".split())}
         row["seconds"] = round(time.perf_counter() - started, 1)
         rows.append(row)
         print(row, flush=True)
@@ -381,7 +368,7 @@ def simulate(step: str, work: str, model: str, tiny: bool, configs: dict) -> dic
     return row | {"fits": row["peak_gib"] + LEFT_OUT_GIB <= T4_GIB}
 
 
-def run_simulation(output: Path, steps: list[str], tiny: bool) -> None:
+def run_simulation(output: Path, tiny: bool) -> None:
     """Print the simulated memory beside a T4's, and write it after every row."""
     configs, rows = shapes(tiny), []
     print(
@@ -390,9 +377,8 @@ def run_simulation(output: Path, steps: list[str], tiny: bool) -> None:
         flush=True,
     )
     for step, work, model in SIMULATED:
-        if step in steps:
-            rows.append(simulate(step, work, model, tiny, configs))
-            artifacts.write_table(output / "memory.csv", pd.DataFrame(rows))
+        rows.append(simulate(step, work, model, tiny, configs))
+        artifacts.write_table(output / "memory.csv", pd.DataFrame(rows))
     print(pd.DataFrame(rows).assign(there_gib=T4_GIB).to_string(index=False))
 
 
@@ -403,7 +389,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--plan", action="store_true", help="only the expected times")
     add("--simulate", action="store_true", help="only the simulated memory")
     add("--tiny", action="store_true", help="tiny shapes")
-    add("--steps", nargs="+", choices=(*STEPS, "04b", "05"), default=[*STEPS, "04b", "05"], help="which to look at")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="how to measure them")
     args = parser.parse_args(argv)
     if args.plan:
@@ -411,9 +396,9 @@ def main(argv: list[str] | None = None) -> None:
         artifacts.write_table(args.output_dir / "plan.csv", parts.round(3))
         plan.show(parts)
     elif args.simulate:
-        run_simulation(args.output_dir, args.steps, args.tiny)
+        run_simulation(args.output_dir, args.tiny)
     else:
-        print(run(args.output_dir, args.steps, args.modes, args.tiny).to_string(index=False))
+        print(run(args.output_dir, args.modes, args.tiny).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,6 @@ from scipy.stats import bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
 
 from common import artifacts, metrics, verbalizer
-
-sys.path.insert(0, str(ROOT))
 from experiments import distillation, tables
 
 QUESTIONS = [file.parent for file in sorted((ROOT / "results").glob("*/predictions.parquet"))]
@@ -45,14 +42,9 @@ def run(tmp_path, name: str, seed: int, log_odds, **facts) -> Path:
     shared = [*tables.SHARED[:-1], "arithmetic"]
     flags |= {key: facts.pop(key, "0.1") for key in shared if not name.endswith("teacher")}
     args = argparse.Namespace(output_dir=str(tmp_path / "made"), force=True, run=name, seed=seed, **flags)
-    folder = artifacts.begin(args, "-".join([name, *([flags["labels"]] if flags["labels"] else []), str(seed)]), inputs)
-    distillation.finish(
-        args,
-        folder,
-        dict.fromkeys(("validation", "test"), reviews),
-        {"validation": np.nan_to_num(log_odds), "test": log_odds},
-        **facts,
-    )
+    folder = artifacts.begin(args, "-".join(filter(None, [name, flags["labels"], str(seed)])), inputs)
+    splits, says = dict.fromkeys(("validation", "test"), reviews), {"validation": np.nan_to_num(log_odds)}
+    distillation.finish(args, folder, splits, says | {"test": log_odds}, **facts)
     return folder
 
 
@@ -85,33 +77,25 @@ def test_the_committed_tables_are_to_the_byte_what_the_committed_predictions_say
 
 
 def test_a_row_says_how_much_of_the_gap_a_student_closes_and_whether_by_chance(folder):
+    student, control, teacher = odds(0.86, 2), odds(0.80, 1), odds(0.90, 3)
     rows = rows_of(folder)
     assert rows.index.tolist() == ["teacher", "control", "logits"]
     assert rows.loc["logits", "gap_closed"] == pytest.approx((0.86 - 0.80) / (0.90 - 0.80))
-    student, control, teacher = odds(0.86, 2), odds(0.80, 1), odds(0.90, 3)
     pairs = [[0, np.sum(right(student) & ~right(control))], [np.sum(~right(student) & right(control)), 0]]
     assert rows.loc["logits", "mcnemar_p"] == pytest.approx(mcnemar(pairs, exact=True).pvalue, abs=1e-6)
     assert rows.loc["logits", "agreement"] == np.mean((student > 0) == (teacher > 0))
     assert rows.loc["control", "agreement"] == np.mean((control > 0) == (teacher > 0))
     assert rows.loc["logits", ["transfer", "gold", "seconds"]].tolist() == [8000, 2000, 12]
     assert rows.loc["control", ["gap_closed", "mcnemar_p"]].isna().all()
-    assert pd.read_csv(folder / "white_box.csv")["run"].tolist() == rows.index.tolist()
-
-
-def test_a_teacher_that_leads_by_less_than_a_point_leaves_no_gap_to_close(folder):
-    add(folder, "teacher", 42, odds(0.805, 3))
-    assert rows_of(folder)["gap_closed"].isna().all()
-
-
-def test_a_teacher_that_read_a_part_is_compared_on_that_part(folder):
-    part = odds(0.90, 3)
-    part[150:] = np.nan
-    add(folder, "teacher", 42, part)
+    teacher[150:] = np.nan  # which it has not read
+    add(folder, "teacher", 42, teacher)
     rows = rows_of(folder)
-    student, control, teacher = (right(one)[:150].mean() for one in (odds(0.86, 2), odds(0.80, 1), part))
+    student, control, teacher = (right(one)[:150].mean() for one in (student, control, teacher))
     assert rows.loc["logits", "gap_closed"] == pytest.approx((student - control) / (teacher - control))
     assert rows.loc["logits", "n_test"] == 200 and rows.loc["teacher", "n_test"] == 150
     assert rows.loc["teacher", "accuracy"] == pytest.approx(teacher)
+    add(folder, "teacher", 42, odds(0.805, 3))  # leads by less than a point
+    assert rows_of(folder)["gap_closed"].isna().all()
 
 
 def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_teacher_that_it_names(folder):
@@ -126,28 +110,30 @@ def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_tea
     add(folder, "zero_shot_teacher", 42, odds(0.75, 8), weights="z")
     add(folder, "zero_shot", 1, odds(0.74, 9), teacher="zero_shot_teacher", teacher_weights="z", unlabelled="4000")
     black = tables.make_tables(folder)["black_box.csv"].set_index(["run", "seed"])
-    assert [name for name, _ in black.index] == [
-        "tuned_teacher",
-        "zero_shot_teacher",
-        "control",
-        "control",
-        "zero_shot",
-    ]
-    for of, student, teacher in (
-        ("zero_shot", odds(0.74, 9), odds(0.75, 8)),
-        ("control", odds(0.80, 1), odds(0.95, 7)),
-    ):
-        assert black.loc[(of, 1), "agreement"] == np.mean((student > 0) == (teacher > 0))
+    assert " ".join(name for name, _ in black.index) == "tuned_teacher zero_shot_teacher control control zero_shot"
+    for of, student, teacher in (("zero_shot", (0.74, 9), (0.75, 8)), ("control", (0.80, 1), (0.95, 7))):
+        assert black.loc[(of, 1), "agreement"] == np.mean((odds(*student) > 0) == (odds(*teacher) > 0))
 
 
 def test_test_is_read_only_when_it_is_asked_for_and_a_run_made_anew_is_not_seen_before(folder):
-    add(folder, "margin", 1, odds(0.88, 4), read_test=False)
+    add(folder, "final", 1, odds(0.86, 2))
+    assert "claims.csv" in tables.make_tables(folder) and (folder / "claims.csv").exists()
+    for name in ("margin", "final"):
+        add(folder, name, 1, odds(0.88, 4), read_test=False)
     made = tables.make_tables(folder)
-    assert "margin" in made["validation.csv"]["run"].tolist() and "margin" not in made["white_box.csv"]["run"].tolist()
-    add(folder, "logits", 1, odds(0.88, 4), read_test=False)
-    assert rows_of(folder).index.tolist() == ["teacher", "control"]
+    assert {"margin", "final"} < set(made["validation.csv"]["run"])
+    assert made["white_box.csv"]["run"].tolist() == ["teacher", "control", "logits"]
+    assert not (folder / "claims.csv").exists()  # a table of no run any more is deleted
     tables.collect(folder, [folder / "made" / "margin-1"], read_test=True)
     assert rows_of(folder).loc["margin", "accuracy"] == 0.88
+
+
+def test_the_number_of_unlabelled_reviews_and_the_terms_of_the_loss_are_columns(folder):
+    add(folder, "control", 1, odds(0.8, 1), terms="both", transfer_samples=0)  # of nothing: it has no teacher
+    add(folder, "one_8000", 1, odds(0.8, 1), terms="one", transfer_samples=8000)
+    _, runs = tables.read_question(folder)
+    columns = runs.loc[["control-1", "one_8000-1"], ["transfer_samples", "terms"]]
+    assert columns.to_numpy().tolist() == [["0", ""], ["8000", "one"]]
 
 
 def test_what_is_kept_in_half_precision_changes_no_call_and_hardly_a_figure(folder):
@@ -184,28 +170,15 @@ def test_students_of_a_replaced_teacher_go_when_that_is_asked_for_and_are_refuse
     assert rows_of(folder).index.tolist() == ["teacher", "control"]
 
 
-def test_a_damaged_or_half_replaced_question_and_an_unfinished_run_are_named(folder, stops):
-    whole = (folder / "predictions.parquet").read_bytes()
-    (folder / "predictions.parquet").write_bytes(whole[:100])
-    stops(lambda: tables.make_tables(folder), "predictions.parquet or runs.csv is damaged")
-    (folder / "predictions.parquet").write_bytes(whole)
+def test_a_half_replaced_question_and_an_unfinished_run_are_named(folder, stops):
     lines = (folder / "runs.csv").read_text().splitlines()
     (folder / "runs.csv").write_text("\n".join(lines[:-1]))
     stops(lambda: tables.make_tables(folder), "runs.csv does not describe")
     stops(lambda: tables.make_tables(folder / "nowhere"), "has no predictions.parquet")
     finished = folder / "made" / "logits-1"
     (finished / "predictions.parquet").write_bytes(b"PAR1")
-    stops(
-        lambda: tables.collect(folder / "new", [finished], True), "logits-1/predictions.parquet is missing or damaged"
-    )
-
-
-def test_a_table_of_no_run_any_more_is_deleted(folder):
-    add(folder, "final", 1, odds(0.86, 2))
-    assert "claims.csv" in tables.make_tables(folder) and (folder / "claims.csv").exists()
-    add(folder, "final", 1, odds(0.86, 2), read_test=False)
-    tables.make_tables(folder)
-    assert not (folder / "claims.csv").exists() and (folder / "white_box.csv").exists()
+    unread = "logits-1/predictions.parquet is missing or damaged"
+    stops(lambda: tables.collect(folder / "new", [finished], True), unread)
 
 
 def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
@@ -222,15 +195,10 @@ def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
     made = tables.make_tables(folder)
     assert set(made["white_box.csv"]["run"]) == {"teacher", "control", "control_longer", "logits", "final"}
     claims = made["claims.csv"]
-    assert claims[["student", "against", "seeds", "against_seeds"]].to_numpy().tolist() == [
-        ["final", "control", 2, 2],
-        ["final", "control_longer", 2, 1],
-        ["final", "final_longer", 2, 1],
-        ["final", "nb_svm", 2, 1],
-        ["tuned", "control", 2, 2],
-        ["tuned", "nb_svm", 2, 1],
-        ["tuned", "tuned_teacher", 2, 1],
-    ]
+    pairs = "final control, final control_longer, final final_longer, final nb_svm, "
+    pairs += "tuned control, tuned nb_svm, tuned tuned_teacher"
+    assert [" ".join(pair) for pair in claims[["student", "against"]].to_numpy()] == pairs.split(", ")
+    assert (claims["seeds"] == 2).all() and claims["against_seeds"].tolist() == [2, 1, 1, 1, 2, 1, 1]
     assert claims["lead"].tolist()[:6] == pytest.approx([0.05, 0.03, 0.02, -0.01, 0.1, 0.04])
     assert claims["gap_closed"].tolist()[:2] == pytest.approx([0.5, 0.03 / 0.08])
     assert claims["gap_closed"].isna().tolist() == [False] * 2 + [True] * 5
@@ -256,58 +224,40 @@ def test_few_labels_are_a_row_a_student_and_a_line_a_run_and_each_number_has_its
     expected = [[50, "control", 1], [50, "nb_svm", 42], [500, "control", 1], [500, "nb_svm", 42]]
     assert made["few_labels.csv"][["labels", "run", "seed"]].to_numpy().tolist() == expected
     assert (made["few_labels.csv"]["accuracy"] == 0.8).all()
-    student = {"labels": "50", "validation": "50", "teacher": "teacher"}
-    stops(lambda: add(tmp_path, "student_of_encoder", 1, odds(0.8, 1), train="500", **student), "another train_reviews")
-    add(tmp_path, "student_of_encoder", 1, odds(0.8, 1), train="50", **student)
-    other = {"train": "50", "teacher_weights": "another"}
-    stops(lambda: add(tmp_path, "student_of_encoder", 2, odds(0.8, 1), **student, **other), "has another teacher")
-    of_500 = {"labels": "500", "validation": "500", "teacher": "teacher", "train": "500", "teacher_weights": "another"}
-    add(tmp_path, "student_of_encoder", 1, odds(0.8, 1), **of_500)
-    draw = {
-        "subset_seed": 43,
-        "train": "others",
-        "validation": "others",
-        "unlabelled": "others",
-        "teacher_weights": "2",
-    }
-    add(tmp_path, "student_of_encoder", 2, odds(0.8, 1), **student | draw)
+
+    def add_student(seed: int, labels: str = "50", **facts) -> None:
+        facts = {"labels": labels, "train": labels, "validation": labels, "teacher": "teacher"} | facts
+        add(tmp_path, "student_of_encoder", seed, odds(0.8, 1), **facts)
+
+    stops(lambda: add_student(1, train="500"), "another train_reviews")
+    add_student(1)
+    stops(lambda: add_student(2, teacher_weights="another"), "has another teacher")
+    add_student(1, "500", teacher_weights="another")
+    others = dict.fromkeys(("train", "validation", "unlabelled", "teacher_weights"), "others")
+    add_student(2, subset_seed=43, **others)
 
 
-def test_the_claim_compares_seed_means_review_by_review():
-    rng = np.random.default_rng(0)
-    control, final = rng.random((3, 4000)) < 0.85, rng.random((3, 4000)) < 0.9
-    teacher = rng.random((1, 4000)) < 0.92
-    row = tables.claim(final, control, teacher)
-    lead = final.mean(0) - control.mean(0)
-    normal = 1.959964 * lead.std() / np.sqrt(4000)  # the bootstrap's interval of a mean, in the limit
-    assert row["seeds"] == 3 and row["lead"] == pytest.approx(final.mean() - control.mean())
-    assert row["ci_low"] == pytest.approx(lead.mean() - normal, abs=0.0005)
-    assert row["ci_high"] == pytest.approx(lead.mean() + normal, abs=0.0005)
-    gap = (final.mean() - control.mean()) / (teacher.mean() - control.mean())
-    assert row["gap_closed"] == pytest.approx(gap)
-    without = tables.claim(final, control, control[:1])  # no teacher that leads, no gap
-    assert without["gap_closed"] is without["gap_low"] is without["gap_high"] is None
-
-
-def test_a_claims_intervals_are_those_of_scipy_and_wider_where_seeds_count():
+def test_a_claim_compares_seed_means_with_the_intervals_of_scipy_and_wider_ones_where_seeds_count():
     rng = np.random.default_rng(1)
     teacher = rng.random((1, 2000)) < 0.92
-    alike = teacher & (rng.random((3, 2000)) < 0.97)
-    control = alike & (rng.random((3, 2000)) < np.array([[0.97], [0.94], [0.91]]))  # its seeds differ
-    row = tables.claim(alike, control, teacher)
-    lead = alike.mean(0) - control.mean(0)
-    ours = row["ci_low"], row["ci_high"]
-    assert ours == pytest.approx(tuple(bootstrap((lead,), np.mean, method="percentile").confidence_interval), abs=0.001)
+    student = teacher & (rng.random((3, 2000)) < 0.97)
+    control = student & (rng.random((3, 2000)) < np.array([[0.97], [0.94], [0.91]]))  # its seeds differ
+    row, lead = tables.claim(student, control, teacher), student.mean(0) - control.mean(0)
+    assert row["seeds"] == 3 and row["lead"] == pytest.approx(student.mean() - control.mean())
+    assert row["gap_closed"] == pytest.approx(lead.mean() / (teacher.mean() - control.mean()))
+    theirs = bootstrap((lead,), np.mean, method="percentile").confidence_interval
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(theirs), abs=0.001)
     spread = control.mean(1).std() / np.sqrt(3)  # of a mean of three drawn with replacement
     both = 1.959964 * np.hypot(spread, lead.std() / np.sqrt(2000))
     assert row["seeds_high"] - row["seeds_low"] == pytest.approx(2 * both, rel=0.1)
     assert row["gap_low"] < row["gap_closed"] < row["gap_high"]
-    one = tables.claim(alike[:1], control[:1], teacher)  # one seed each: nothing to draw
+    without = tables.claim(student, control, control[2:])  # no teacher that leads, no gap
+    assert without["gap_closed"] is without["gap_low"] is without["gap_high"] is None
+    one = tables.claim(student[:1], control[:1], teacher)  # one seed each: nothing to draw
     assert (one["seeds_low"], one["seeds_high"]) == pytest.approx((one["ci_low"], one["ci_high"]))
-    gap = bootstrap(
-        (alike[0], control[0], teacher[0]),
-        lambda ours, theirs, best: (ours.mean(-1) - theirs.mean(-1)) / (best.mean(-1) - theirs.mean(-1)),
-        paired=True,
-        method="percentile",
-    ).confidence_interval
-    assert (one["gap_low"], one["gap_high"]) == pytest.approx(tuple(gap), abs=0.02)
+
+    def gap(ours, theirs, best):
+        return (ours.mean(-1) - theirs.mean(-1)) / (best.mean(-1) - theirs.mean(-1))
+
+    theirs = bootstrap((student[0], control[0], teacher[0]), gap, paired=True, method="percentile").confidence_interval
+    assert (one["gap_low"], one["gap_high"]) == pytest.approx(tuple(theirs), abs=0.02)
