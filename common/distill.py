@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import device, models, patches, scoring, settings, training
-from common.data import LABELS, Reviews
+from common import data, device, models, patches, scoring, settings, training
+from common.data import LABELS, ReviewDataset, Reviews
 
 IGNORED = -100  # the label of a review without a gold label, as in torch's cross_entropy
 
@@ -157,7 +157,7 @@ class DistillationTrainer(training.ReviewTrainer):
 
 def student_datasets(
     args: argparse.Namespace, reviews: Reviews, teacher: dict[str, np.ndarray]
-) -> tuple[training.ReviewDataset, training.ReviewDataset, training.ReviewDataset]:
+) -> tuple[ReviewDataset, ReviewDataset, ReviewDataset]:
     """The student's dataset, the control's and validation's, with the ids of the student's tokenizer.
 
     The student's holds the labelled reviews, then the transfer set, and the teacher's arrays in this order. The
@@ -165,15 +165,15 @@ def student_datasets(
     """
     tokenizer = models.load_tokenizer(args.student_model)
     gold_ids, transfer_ids, validation_ids = (
-        models.encode(tokenizer, table["text"].tolist(), args.max_length)
+        data.encode(tokenizer, table["text"].tolist(), args.max_length)
         for table in (reviews.train, reviews.transfer, reviews.validation)
     )
     gold = reviews.train["label"].to_numpy()
     hard_labels = np.concatenate([gold, np.full(len(transfer_ids), IGNORED)])
     return (
-        training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
-        training.ReviewDataset(gold_ids, gold),
-        training.ReviewDataset(validation_ids, reviews.validation["label"]),
+        ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
+        ReviewDataset(gold_ids, gold),
+        ReviewDataset(validation_ids, reviews.validation["label"]),
     )
 
 
@@ -245,8 +245,8 @@ def train_student(
     args: argparse.Namespace,
     hardware: device.Hardware,
     target: Path,
-    train: training.ReviewDataset,
-    validation: training.ReviewDataset | None,
+    train: ReviewDataset,
+    validation: ReviewDataset | None,
     *,
     epochs: float,
     alpha: float,
@@ -270,7 +270,7 @@ def train_student(
             args=training.training_arguments(args, hardware, checkpoints, len(train), **overrides),
             train_dataset=train,
             eval_dataset=None if validation is None else validation.longest_first(),
-            data_collator=training.Collator(tokenizer.pad_token_id),
+            data_collator=data.Collator(tokenizer.pad_token_id),
             compute_metrics=training.validation_accuracy,
             alpha=alpha,
             temperature=args.temperature,

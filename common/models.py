@@ -1,12 +1,10 @@
-"""Models and tokenizers: load an encoder, a 4-bit causal LM or an adapter, count them, truncate reviews head+tail."""
+"""Models and tokenizers: load an encoder, a 4-bit causal LM or an adapter; count parameters."""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from common import hub, patches
 from common.data import LABELS
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-# Sun et al. 2019 (How to Fine-Tune BERT), 5.3.1: on IMDB 128 head and 382 tail tokens beat 510 tokens of either.
-HEAD_SHARE = 0.25
 MIN_LENGTH = 8
 
 
@@ -137,56 +133,6 @@ def check_length(max_length: int, name: str, flag: str = "--max-length") -> None
         stop(f"{flag} {max_length} is more than the {longest} positions of {name}")
     if max_length < MIN_LENGTH:
         stop(f"{flag} {max_length} is too short for a review: pass at least {MIN_LENGTH}")
-
-
-def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens. If a reviewer typed one, it is plain text."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning about long texts, which are truncated next
-    )
-    return encoded["input_ids"]
-
-
-def head_and_tail(ids: list[int], budget: int) -> list[int]:
-    """At most `budget` ids: a quarter from the beginning and the rest from the end."""
-    if len(ids) <= budget:
-        return ids
-    head = int(budget * HEAD_SHARE)
-    return ids[:head] + ids[len(ids) - (budget - head) :]
-
-
-def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: int) -> list[np.ndarray]:
-    """Each text as at most `max_length` int32 ids: first special token, head+tail of the review, last special token."""
-    special_ids = tokenizer("")["input_ids"]
-    if len(special_ids) != 2:
-        stop(f"the tokenizer adds {len(special_ids)} special tokens to a text, but an encoder's adds 2")
-    first, last = special_ids
-    encoded = []
-    for start in range(0, len(texts), 1000):  # Python ints of all 75,000 reviews at once would take gigabytes
-        for ids in token_ids(tokenizer, texts[start : start + 1000]):
-            encoded.append(np.array([first, *head_and_tail(ids, max_length - 2), last], dtype=np.int32))
-    return encoded
-
-
-def pad(ids: list[np.ndarray], pad_id: int) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """One (n, longest) int64 tensor of ids, padded at the end, and its attention mask."""
-    import torch
-
-    longest = max(map(len, ids))
-    padded = np.full((len(ids), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(ids), longest), dtype=np.int64)
-    for row, review in enumerate(ids):
-        padded[row, : len(review)], mask[row, : len(review)] = review, 1
-    return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
 def pool(hidden: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common import device, models
+from common import data, device, models
 from common.artifacts import read_json, read_table, whole, write_json, write_table
 from common.device import Hardware
 from common.settings import stop
@@ -49,7 +49,7 @@ def padded_batches(
     Copies from pinned memory let a GPU compute while the next batch is padded and copied.
     """
     for rows in batches_by_length(np.array([len(review) for review in ids]), batch_tokens or hardware.batch_tokens):
-        tensors = models.pad([ids[row] for row in rows], pad_id)
+        tensors = data.pad([ids[row] for row in rows], pad_id)
         if hardware.device == "cuda":
             tensors = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in tensors)
         yield rows, *tensors

@@ -1,4 +1,4 @@
-"""Training: datasets, padding, TrainingArguments, the trainers, checks of memory and disk, safe resume."""
+"""Training: TrainingArguments, the trainers, checks of memory and disk, safe resume."""
 
 import argparse
 import json
@@ -25,36 +25,6 @@ from common.settings import stop
 
 # For `training_arguments` when there are no validation reviews: the last weights are kept.
 WITHOUT_VALIDATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-
-
-class ReviewDataset(Dataset):
-    """Token ids and labels by row, with optional arrays such as a teacher's logits and memory-mapped features."""
-
-    def __init__(self, ids: list[np.ndarray], labels: np.ndarray, **arrays: np.ndarray):
-        self.ids, self.labels, self.arrays = ids, np.asarray(labels), arrays
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        return {"input_ids": self.ids[row], "labels": self.labels[row]} | {k: a[row] for k, a in self.arrays.items()}
-
-    def longest_first(self) -> "ReviewDataset":
-        """The same reviews without their arrays, in the order with the least padding: evaluation needs no order."""
-        order = sorted(range(len(self)), key=lambda row: -len(self.ids[row]))
-        return ReviewDataset([self.ids[row] for row in order], self.labels[order])
-
-
-class Collator:
-    """Pads a micro-batch to its longest review and stacks the other arrays."""
-
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
-
-    def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        input_ids, mask = models.pad([row["input_ids"] for row in rows], self.pad_id)
-        others = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0] if key != "input_ids"}
-        return {"input_ids": input_ids, "attention_mask": mask, **others}
 
 
 class LengthGrouped(Sampler[int]):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.models import head_and_tail, token_ids
+from common.data import head_and_tail, token_ids
 from common.settings import stop
 
 if TYPE_CHECKING:

@@ -109,7 +109,7 @@ class Study:
         key = tokenizer, max_length, split
         if key not in self.encoded:
             texts = getattr(self.reviews, split)["text"].tolist()
-            self.encoded[key] = models.encode(models.load_tokenizer(tokenizer), texts, max_length)
+            self.encoded[key] = data.encode(models.load_tokenizer(tokenizer), texts, max_length)
         return self.encoded[key]
 
     def column(self, name: str, seed: int) -> str:
@@ -328,7 +328,7 @@ def chosen_rows(
 
 def train(study: Study, args: argparse.Namespace, run: dict, target: Path, soft: dict[str, np.ndarray]) -> None:
     """Train a run's student from the teacher's logits of each split into `target`, unless it is there."""
-    from common import distill, training
+    from common import distill
 
     reviews, tokenizer = study.reviews, study.args.student_model
     models.check_length(args.max_length, tokenizer)
@@ -350,9 +350,9 @@ def train(study: Study, args: argparse.Namespace, run: dict, target: Path, soft:
         width = parts[0][0].shape[-1]
     if args.reads_validation:
         ids = study.ids(tokenizer, args.max_length, "validation")
-        validation = training.ReviewDataset(ids, reviews.validation["label"].to_numpy())
+        validation = data.ReviewDataset(ids, reviews.validation["label"].to_numpy())
     ids = [study.ids(tokenizer, args.max_length, split)[row] for split, kept in rows.items() for row in kept]
-    dataset, chosen = training.ReviewDataset(ids, hard, **arrays), {"epochs": run["epochs"], "alpha": run["alpha"]}
+    dataset, chosen = data.ReviewDataset(ids, hard, **arrays), {"epochs": run["epochs"], "alpha": run["alpha"]}
     chosen |= {"feature_weight": run["feature_weight"], "teacher_width": width}
     chosen["soft_labels"] = "transfer" if run["terms"] == "one" else "all"
     distill.train_student(args, study.hardware, target, dataset, validation, **chosen)
@@ -427,7 +427,7 @@ def pretrain(study: Study, args: argparse.Namespace) -> Path:
     trainer = MaskedTokens(
         model=model,
         args=training.training_arguments(args, study.hardware, checkpoints, len(ids), **training.WITHOUT_VALIDATION),
-        train_dataset=training.ReviewDataset(ids, np.zeros(len(ids))),
+        train_dataset=data.ReviewDataset(ids, np.zeros(len(ids))),
         data_collator=lambda rows: collator([{"input_ids": row["input_ids"].tolist()} for row in rows]),
     )
     training.train(trainer, study.hardware)

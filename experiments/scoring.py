@@ -62,7 +62,7 @@ def encoder_methods(args: argparse.Namespace, hardware: device.Hardware) -> Meth
 
     return {
         "ours": ours,
-        "ours, head and tail": lambda texts: score(models.encode(tokenizer, texts, args.max_length)),
+        "ours, head and tail": lambda texts: score(data.encode(tokenizer, texts, args.max_length)),
         "ours, weights cast at every call": lambda texts: ours(texts, model),
         "ours, one review at a time": lambda texts: np.concatenate([ours([text]) for text in texts]),
         "ours, one at a time, cast at every call": lambda texts: np.concatenate(

@@ -157,7 +157,7 @@ def test_a_run_trains_by_its_recipe_on_its_own_reviews(study, monkeypatch):
     np.testing.assert_array_equal(final["train"].arrays["teacher_logits"], np.concatenate([*SOFT.values()]))
     assert final["validation"].labels.tolist() == GOLD
     tokenizer = models.load_tokenizer(study.args.student_model)
-    ids = models.encode(tokenizer, [*study.reviews.train["text"], *study.reviews.transfer["text"]], 16)
+    ids = data.encode(tokenizer, [*study.reviews.train["text"], *study.reviews.transfer["text"]], 16)
     assert [one.tolist() for one in final["train"].ids] == [one.tolist() for one in ids]
 
     control = trained_with(study, monkeypatch, "control", soft={})
@@ -314,7 +314,7 @@ def test_masked_language_modelling_moves_the_weights_that_a_student_starts_from(
 def test_the_loss_of_masked_tokens_alone_is_that_of_transformers_over_all(tiny, architecture):
     name = str(tiny / architecture)
     tokenizer, model = models.load_tokenizer(name), AutoModelForMaskedLM.from_pretrained(name).eval()
-    ids = models.encode(tokenizer, ["a good film and a long one", "bad", "it was all right, I think"] * 2, 32)
+    ids = data.encode(tokenizer, ["a good film and a long one", "bad", "it was all right, I think"] * 2, 32)
     batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4)([{"input_ids": one} for one in ids])
     theirs = model(**batch)
     assert distillation.masked_loss(model, batch).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
