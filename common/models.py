@@ -48,7 +48,7 @@ def load_classifier(name: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: label for label, name in enumerate(LABELS)}}
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": dict(zip(LABELS, (0, 1)))}
     with _explained(name), _quiet():
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, num_labels=2, **labels)
     patches.divide_loss_by_accumulation(model)
@@ -112,10 +112,8 @@ def _with_adapter(model: "PreTrainedModel", name: str, adapter: Path, device: st
         model = PeftModel.from_pretrained(model, str(adapter), torch_device=device)
     # Causes: other modules, weights of other shapes, a file that lacks keys or is cut short.
     except (ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        stop(
-            f"{adapter}/ is no adapter of {name} ({hub.reason(problem)}): pass the LLM that it was trained on, or "
-            "run 03_finetune_mistral.py --force"
-        )
+        remedy = "pass the LLM that it was trained on, or run 03_finetune_mistral.py --force"
+        stop(f"{adapter}/ is no adapter of {name} ({hub.reason(problem)}): {remedy}")
     # With float32 adapters autocast would cast them, and peft the activations, at every call. Results are the same.
     for parameter_name, parameter in model.named_parameters():
         if "lora_" in parameter_name:
@@ -212,13 +210,11 @@ def count(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
     parameters = weight_bytes = 0
     for tensor in model.parameters():
         state = getattr(tensor, "quant_state", None)
-        weight_bytes += tensor.nbytes
-        if state is None:
-            parameters += tensor.numel()
-        else:
-            parameters += state.shape.numel()
-            nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-            weight_bytes += sum(constants.nbytes for constants in [state.absmax, state.code, *nested])
+        parameters += tensor.numel() if state is None else state.shape.numel()
+        constants = [] if state is None else [state.absmax, state.code]
+        if state is not None and state.nested:
+            constants += [state.state2.absmax, state.state2.code, state.offset]
+        weight_bytes += tensor.nbytes + sum(constant.nbytes for constant in constants)
     return parameters, weight_bytes
 
 
@@ -227,21 +223,19 @@ def _explained(name: str) -> Iterator[None]:
     """Turn the errors that a user can make in loading `name` into one sentence."""
     from safetensors import SafetensorError
 
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        stop(
-            f"{name} is no model folder (it has no config.json): pass a folder written by save_pretrained or a hub name"
-        )
-    if not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
-        stop(f"the model folder {name} does not exist: pass a folder written by save_pretrained or a hub name")
+    is_folder, remedy = Path(name).is_dir(), "pass a folder written by save_pretrained or a hub name"
+    if is_folder and not Path(name, "config.json").exists():
+        stop(f"{name} is no model folder (it has no config.json): {remedy}")
+    if not is_folder and (name.startswith((".", "/")) or name.count("/") > 1):
+        stop(f"the model folder {name} does not exist: {remedy}")
     try:
-        with nullcontext() if folder.is_dir() else hub.explained(name, "pass a local folder"):
+        with nullcontext() if is_folder else hub.explained(name, "pass a local folder"):
             yield
     # ValueError: an unknown kind of model or tokenizer. RuntimeError: weights of other shapes, or too little memory.
     # ImportError: a library that is needed only without tokenizer.json, or for 4 bits.
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as problem:
-        reason = hub.reason(problem)
-        stop(f"{name} cannot be loaded ({reason}): check the name and its files, or pass a local folder instead")
+        remedy = "check the name and its files, or pass a local folder instead"
+        stop(f"{name} cannot be loaded ({hub.reason(problem)}): {remedy}")
 
 
 @contextmanager
