@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -232,21 +233,18 @@ def fingerprint(table: pd.DataFrame) -> str:
     return digest.hexdigest()[:16]
 
 
-def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
+def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> Iterator[list[int]]:
     """The ids of each text, without special tokens. If a reviewer typed one, it is plain text."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning about long texts, which are truncated next
-    )
-    return encoded["input_ids"]
+    for start in range(0, len(texts), 1000):  # Python ints of all 75,000 reviews at once would take gigabytes
+        encoded = tokenizer(
+            texts[start : start + 1000],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning about long texts, which are truncated next
+        )
+        yield from encoded["input_ids"]
 
 
 def head_and_tail(ids: list[int], budget: int) -> list[int]:
@@ -263,11 +261,8 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: i
     if len(special_ids) != 2:
         stop(f"the tokenizer adds {len(special_ids)} special tokens to a text, but an encoder's adds 2")
     first, last = special_ids
-    encoded = []
-    for start in range(0, len(texts), 1000):  # Python ints of all 75,000 reviews at once would take gigabytes
-        for ids in token_ids(tokenizer, texts[start : start + 1000]):
-            encoded.append(np.array([first, *head_and_tail(ids, max_length - 2), last], dtype=np.int32))
-    return encoded
+    reviews = (head_and_tail(ids, max_length - 2) for ids in token_ids(tokenizer, texts))
+    return [np.array([first, *review, last], dtype=np.int32) for review in reviews]
 
 
 def pad(ids: list[np.ndarray], pad_id: int) -> tuple["torch.Tensor", "torch.Tensor"]:

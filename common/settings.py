@@ -58,14 +58,11 @@ _defaults: dict[str, object] = {}  # of the last `parse`, with the preset's valu
 
 
 class Stop(SystemExit):
-    """A user error. The exit code is 2, like argparse's."""
+    """A user error; its text is the message, and the exit code is 2, like argparse's."""
 
     def __init__(self, message: str):
-        super().__init__(2)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
+        super().__init__(message)
+        self.code = 2
 
 
 def stop(message: str) -> NoReturn:

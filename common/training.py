@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
-from common import callbacks, device, memory, models
+from common import device, memory, models
 from common.artifacts import whole
-from common.callbacks import DIVERGED
+from common.callbacks import DIVERGED, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
@@ -50,14 +50,7 @@ class ReviewTrainer(Trainer):
     """A Trainer with this project's callbacks. Its batches hold reviews of similar length."""
 
     def __init__(self, *args, **kwargs):
-        added = [
-            callbacks.RecordFiles(),
-            callbacks.SaveOften(),
-            callbacks.MaxHours(),
-            callbacks.RefuseNaN(),
-            callbacks.Progress(),
-        ]
-        super().__init__(*args, callbacks=added, **kwargs)
+        super().__init__(*args, callbacks=[RecordFiles, SaveOften, MaxHours, RefuseNaN, Progress], **kwargs)
         self.remove_callback(PrinterCallback)  # prints dictionaries
 
     def get_train_dataloader(self) -> DataLoader:
@@ -217,10 +210,8 @@ def refuse_full_disk(model: torch.nn.Module, checkpoints: Path) -> None:
     parent = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
     free = shutil.disk_usage(parent).free + used
     if free < needed:
-        stop(
-            f"training needs up to {needed / 1e9:.1f} GB of disk for checkpoints, but only {free / 1e9:.1f} GB are "
-            "free: make room, or pass an --output-dir on another disk"
-        )
+        lack = f"up to {needed / 1e9:.1f} GB of disk for checkpoints, but only {free / 1e9:.1f} GB are free"
+        stop(f"training needs {lack}: make room, or pass an --output-dir on another disk")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -229,9 +220,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Trainer does not write checkpoints atomically. If the optimizer, scheduler or random state is missing, it continues
     silently, but differently.
     """
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        damage = _damage(path)
+    steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for step in sorted(steps, reverse=True):
+        damage = _damage(path := folder / f"checkpoint-{step}")
         if damage is None:
             return path
         print(f"{path} is damaged ({damage}): deleting it and trying the one before")
@@ -245,13 +236,11 @@ def _damage(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json"
-    saved = [checkpoint / "scheduler.pt", checkpoint / "optimizer.pt", *checkpoint.glob("rng_state*.pth")]
-    recorded = state.get("stateful_callbacks", {})
-    if len(saved) - 2 < recorded.get("processes", 1):  # any number of processes can continue
+    recorded, random_states = state.get("stateful_callbacks", {}), list(checkpoint.glob("rng_state*.pth"))
+    if len(random_states) < recorded.get("processes", 1):  # any number of processes can continue
         return "a random state is missing"
-    if recorded.get("fp16"):
-        saved.append(checkpoint / "scaler.pt")
-    for file in saved:
+    names = ["scheduler.pt", "optimizer.pt", *(["scaler.pt"] if recorded.get("fp16") else [])]
+    for file in [*map(checkpoint.joinpath, names), *random_states]:
         if not zipfile.is_zipfile(file):
             return file.name
     weights = [checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors"]

@@ -42,11 +42,8 @@ def encode_prompts(
     if budget < 8:
         used = len(start) + len(end)
         stop(f"{max_length} tokens are too few for a review and the prompt's {used} tokens: pass a larger length")
-    encoded = []
-    for begin in range(0, len(texts), 1000):
-        for ids in token_ids(tokenizer, texts[begin : begin + 1000]):
-            encoded.append(np.array([*start, *head_and_tail(ids, budget), *end], dtype=np.int32))
-    return encoded
+    reviews = (head_and_tail(ids, budget) for ids in token_ids(tokenizer, texts))
+    return [np.array([*start, *review, *end], dtype=np.int32) for review in reviews]
 
 
 def label_token_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, label_words: tuple[str, str]) -> list[int]:
