@@ -93,11 +93,9 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV or parquet (by the suffix of `path`), whole or not at all."""
+    write = table.to_csv if path.suffix == ".csv" else table.to_parquet
     with whole(path) as temporary:
-        if path.suffix == ".csv":
-            table.to_csv(temporary, index=False)
-        else:
-            table.to_parquet(temporary, index=False)
+        write(temporary, index=False)
 
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
@@ -288,18 +286,16 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
 
 
 def made_with() -> dict:
-    """The package versions and the git commit that are in use."""
+    """The versions of Python and PACKAGES, and the commit of the scripts ("+" marks uncommitted changes).
+
+    An absent package's version is None, and so is the commit outside a git checkout.
+    """
     versions: dict[str, str | None] = {"python": sys.version.split()[0]} | dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {"versions": versions, "git_commit": _git_commit()}
-
-
-def _git_commit() -> str | None:
-    """The commit of the scripts ("+" marks uncommitted changes); None outside a git checkout."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    commit, describe = None, ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    return None
+        described = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        commit = described.stdout.strip()
+    return {"versions": versions, "git_commit": commit}

@@ -34,16 +34,18 @@ class LengthGrouped(Sampler[int]):
     each process. The processes would disagree on the order: some reviews would come twice and others never.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, trainer: Trainer):
-        self.lengths, self.batch_size, self.seed, self.trainer = lengths, batch_size, seed, trainer
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.trainer.train_dataset)
 
     def __iter__(self) -> Iterator[int]:
+        arguments, lengths = self.trainer.args, [len(ids) for ids in self.trainer.train_dataset.ids]
+        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         epoch = int(self.trainer.state.epoch or 0)  # rounded down, so that a resumed epoch has the same order
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        generator = torch.Generator().manual_seed(arguments.seed + epoch)
+        return iter(get_length_grouped_indices(lengths, batch, generator=generator))
 
 
 class ReviewTrainer(Trainer):
@@ -65,9 +67,7 @@ class ReviewTrainer(Trainer):
             super()._load_scaler(checkpoint)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGrouped:
-        lengths = [len(ids) for ids in self.train_dataset.ids]
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGrouped(lengths, batch, self.args.seed, self)
+        return LengthGrouped(self)
 
 
 class LabelWordTrainer(ReviewTrainer):
@@ -220,9 +220,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Trainer does not write checkpoints atomically. If the optimizer, scheduler or random state is missing, it continues
     silently, but differently.
     """
-    steps = [int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    for step in sorted(steps, reverse=True):
-        damage = _damage(path := folder / f"checkpoint-{step}")
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    for step in sorted(map(int, filter(str.isdigit, steps)), reverse=True):
+        path = folder / f"checkpoint-{step}"
+        damage = _damage(path)
         if damage is None:
             return path
         print(f"{path} is damaged ({damage}): deleting it and trying the one before")
