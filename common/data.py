@@ -79,9 +79,8 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
         test = stratified_subset(splits["test"], args.max_test_samples, seed, "test")
     subsets = {"train": train, "validation": validation, "transfer": transfer, "test": test}
     print("reviews:", ", ".join(f"{split} {len(table):,}" for split, table in subsets.items()))
-    return Reviews(
-        **{split: table.reset_index(drop=True) for split, table in subsets.items()}, fingerprints=fingerprints
-    )
+    subsets = {split: table.reset_index(drop=True) for split, table in subsets.items()}
+    return Reviews(**subsets, fingerprints=fingerprints)
 
 
 def stratified_order(labels: pd.Series | np.ndarray, seed: int) -> np.ndarray:
@@ -106,9 +105,7 @@ def stratified_subset(table: pd.DataFrame, n: int | None, seed: int, split: str)
     return table
 
 
-def _split_train(
-    table: pd.DataFrame, n_validation: int, n_train: int | None, seed: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _split_train(table: pd.DataFrame, n_validation: int, n_train: int | None, seed: int) -> tuple[pd.DataFrame, ...]:
     if len(table) < n_validation + MIN_TRAIN:
         stop(f"train has {len(table)} reviews: too few for --validation-samples {n_validation} and {MIN_TRAIN} more")
     if n_train is not None and n_train < MIN_TRAIN:
@@ -197,16 +194,14 @@ def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
     ids = [f"{split}/{row:05d}" for row in range(len(texts))]
     cleaned = pd.DataFrame({"example_id": ids, "text": texts, "label": labels})
     cleaned = cleaned.astype({"text": "str", "label": "int64"})
-    empty = cleaned["text"] == ""
-    if split == "test" or not empty.any():
-        return cleaned
-    print(f"{split}: left out {empty.sum()} reviews without text")
+    empty = (cleaned["text"] == "") & (split != "test")
+    if empty.any():
+        print(f"{split}: left out {empty.sum()} reviews without text")
     return cleaned[~empty]
 
 
 def _parse_labels(column: pd.Series, split: str) -> np.ndarray:
-    words = column.astype(str).str.strip().str.lower()
-    labels = words.map(LABEL_VALUES)
+    labels = column.astype(str).str.strip().str.lower().map(LABEL_VALUES)
     if labels.isna().any():
         unknown = column[labels.isna()].astype(str).unique()[:3]
         stop(f"the {split} labels include {', '.join(map(repr, unknown))}: use 0 and 1, or negative and positive")

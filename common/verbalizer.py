@@ -38,9 +38,9 @@ def encode_prompts(
     """
     start, after = prompt_parts(tokenizer, prompt)
     end = tokenizer(after, add_special_tokens=False)["input_ids"]
-    budget = max_length - len(start) - len(end)
+    used = len(start) + len(end)
+    budget = max_length - used
     if budget < 8:
-        used = len(start) + len(end)
         stop(f"{max_length} tokens are too few for a review and the prompt's {used} tokens: pass a larger length")
     reviews = (head_and_tail(ids, budget) for ids in token_ids(tokenizer, texts))
     return [np.array([*start, *review, *end], dtype=np.int32) for review in reviews]
