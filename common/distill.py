@@ -71,6 +71,7 @@ class Student(nn.Module):
             width, layers = model.config.hidden_size, model.config.num_hidden_layers
             self.projections.extend(nn.Linear(width, teacher_width, bias=False) for _ in range(layers))
 
+    # No **kwargs: with them Trainer would not divide the loss by the accumulation steps.
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """`logits` (n, 2); in training with projections also `features` (n, layers, 2, teacher width)."""
         with_features = self.training and len(self.projections) > 0

@@ -153,6 +153,7 @@ def test_each_weighted_term_is_logged_and_they_add_up_to_the_loss(trainer):
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
     training.train(trainer, CPU)
+    assert trainer.model_accepts_loss_kwargs is False  # else accumulated losses would add up
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 3
     for entry in logged:
