@@ -45,7 +45,7 @@ def finetune(
     device.seed_everything(args.seed)
     model = models.load_classifier(args.roberta_model)
     train, validation = (
-        training.ReviewDataset(models.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
+        data.ReviewDataset(data.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
         for part in (reviews.train, reviews.validation)
     )
     trainer = training.ReviewTrainer(
@@ -53,7 +53,7 @@ def finetune(
         args=training.training_arguments(args, hardware, folder / "checkpoints", len(train)),
         train_dataset=train,
         eval_dataset=validation.longest_first(),
-        data_collator=training.Collator(tokenizer.pad_token_id),
+        data_collator=data.Collator(tokenizer.pad_token_id),
         compute_metrics=training.validation_accuracy,
     )
     training.train(trainer, hardware)
@@ -75,7 +75,7 @@ def save_soft_labels(
     soft_labels = folder / "soft_labels"
 
     def score(texts: list[str], layers: list[int]) -> dict[str, np.ndarray]:
-        ids = models.encode(tokenizer, texts, args.max_length)
+        ids = data.encode(tokenizer, texts, args.max_length)
         return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens, layers)
 
     for split, saved in (("validation", []), ("train", layers), ("transfer", layers)):

@@ -75,7 +75,7 @@ def finetune(
     from common import training
 
     train, validation = (
-        training.ReviewDataset(
+        data.ReviewDataset(
             verbalizer.encode_prompts(tokenizer, part["text"].tolist(), args.prompt, args.max_length), part["label"]
         )
         for part in (reviews.train, reviews.validation)
@@ -90,7 +90,7 @@ def finetune(
         args=training.training_arguments(args, hardware, checkpoints, len(train)),
         train_dataset=train,
         eval_dataset=validation.longest_first(),
-        data_collator=training.Collator(tokenizer.pad_token_id),
+        data_collator=data.Collator(tokenizer.pad_token_id),
         compute_metrics=training.validation_accuracy,
     )
     training.train(trainer, hardware)

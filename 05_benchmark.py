@@ -89,7 +89,7 @@ def load_encoder(args: argparse.Namespace, hardware: device.Hardware, folder: Pa
     model = models.prepare_for_scoring(model, hardware)
 
     def logits(texts: list[str]) -> np.ndarray:
-        ids = models.encode(tokenizer, texts, max_length)
+        ids = data.encode(tokenizer, texts, max_length)
         return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens)["scores"]
 
     facts = {"precision": hardware.precision, "device": hardware.device, "max_length": max_length}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +50,9 @@ def whole(path: Path) -> Iterator[Path]:
         if problem.errno == errno.ENOSPC:
             stop(f"the disk is full ({path}): make room, then the same command continues")
         raise
-    for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
-        if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+    for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(temporary, path)
@@ -94,11 +93,9 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV or parquet (by the suffix of `path`), whole or not at all."""
+    write = table.to_csv if path.suffix == ".csv" else table.to_parquet
     with whole(path) as temporary:
-        if path.suffix == ".csv":
-            table.to_csv(temporary, index=False)
-        else:
-            table.to_parquet(temporary, index=False)
+        write(temporary, index=False)
 
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
@@ -120,8 +117,7 @@ def read_run(args: argparse.Namespace, step: str) -> dict:
     """The run.json of a finished step."""
     path = require(args, step, "run.json")
     run = read_json(path)
-    complete = isinstance(run, dict) and {"step", "settings", "inputs", "facts"} <= run.keys()
-    if not complete or "labels" not in run["facts"]:
+    if not {"step", "settings", "inputs", "facts"} <= run.keys() or "labels" not in run["facts"]:
         stop(f"{path} is damaged: run {SCRIPTS.get(step, OTHER)} again with --force")
     return run
 
@@ -145,21 +141,18 @@ def _is_interrupted(folder: Path) -> bool:
 
 
 def refuse_conflict(
-    args: argparse.Namespace,
-    run: dict,
-    fingerprints: dict[str, str],
-    same: tuple[str, ...] = ("seed", "validation_samples"),
+    args: argparse.Namespace, run: dict, fingerprints: dict[str, str], same=("seed", "validation_samples")
 ) -> None:
     """Stop when an earlier step used other reviews, another split or another label order than this step.
 
     `run` is the earlier step's run.json. With other reviews its example_ids name other texts. With another split it
     trained on this step's validation reviews. With another label order its logits mean the opposite.
     """
-    script = SCRIPTS[run["step"]]
-    if run["facts"].get("labels") != list(LABELS):
-        stop(f"{script} numbered the labels {run['facts'].get('labels')}, not {list(LABELS)}: run it again")
-    for split, fingerprint_here in fingerprints.items():
-        if run["inputs"].get(split, fingerprint_here) != fingerprint_here:
+    script, labels = SCRIPTS[run["step"]], run["facts"].get("labels")
+    if labels != list(LABELS):
+        stop(f"{script} numbered the labels {labels}, not {list(LABELS)}: run it again")
+    for split, current in fingerprints.items():
+        if run["inputs"].get(split, current) != current:
             stop(f"{script} read other reviews ({split} differs): pass the --dataset that it read, or run it again")
     for name in same:
         earlier, current, flag = run["settings"][name], getattr(args, name), f"--{name.replace('_', '-')}"
@@ -251,24 +244,19 @@ def _delete(folder: Path, keep: str | None) -> None:
 
 def _refuse_missing(folder: Path, part: Path, remedy: str) -> None:
     """Stop when a file under `part` that the finished step in `folder` wrote is missing or has another size."""
-    run = read_json(folder / "run.json")
-    for name, size in (run.get("files", {}) if isinstance(run, dict) else {}).items():
+    for name, size in read_json(folder / "run.json").get("files", {}).items():
         file = folder / name
         if file.is_relative_to(part) and (not file.is_file() or file.stat().st_size != size):
             stop(f"{file} is missing or damaged though its step is finished: {remedy} to make it again")
 
 
 def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> None:
-    old, new = ({**run.get("settings", {}), **run.get("inputs", {})} for run in (recorded, current))
-    differing = [
-        f"{name} was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
-        for name in sorted((old.keys() | new.keys()) - NOT_COMPARED)
-        if old.get(name, "absent") != new.get(name, "absent")
-    ]
-    if differing:
-        stop(
-            f"{folder}/ was {state} with other settings ({'; '.join(differing)}): pass --force or another --output-dir"
-        )
+    old, new = (run.get("settings", {}) | run.get("inputs", {}) for run in (recorded, current))
+    names = sorted((old | new).keys() - NOT_COMPARED)
+    pairs = [(name, old.get(name, "absent"), new.get(name, "absent")) for name in names]
+    changed = [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
+    if changed:
+        stop(f"{folder}/ was {state} with other settings ({'; '.join(changed)}): pass --force or another --output-dir")
 
 
 def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | None = None) -> None:
@@ -283,10 +271,8 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
         write_json(folder / "metrics.json", figures)
     for leftover in folder.glob("*checkpoints"):  # from a kill between saving the model and deleting its checkpoints
         shutil.rmtree(leftover)
-    started = read_json(folder / "started.json")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
-    run = {
-        **started,
+    run = read_json(folder / "started.json") | {
         "settings": dict(sorted(vars(args).items())),
         "facts": facts,
         "seed": args.seed,
@@ -300,23 +286,16 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
 
 
 def made_with() -> dict:
-    """The package versions and the git commit that are in use."""
-    versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
-    return {"versions": versions, "git_commit": _git_commit()}
+    """The versions of Python and PACKAGES, and the commit of the scripts ("+" marks uncommitted changes).
 
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the scripts ("+" marks uncommitted changes); None outside a git checkout."""
-    scripts = str(Path(__file__).parent)
-    command = ["git", "-C", scripts, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    An absent package's version is None, and so is the commit outside a git checkout.
+    """
+    versions: dict[str, str | None] = {"python": sys.version.split()[0]} | dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    commit, describe = None, ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        described = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        commit = described.stdout.strip()
+    return {"versions": versions, "git_commit": commit}

@@ -25,25 +25,21 @@ class Baseline:
         return np.asarray(self.vectorizer.transform(texts) @ self.weights + self.bias, dtype=np.float32)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        idf = {"idf": self.vectorizer.idf_} if _is_tfidf(self.vectorizer) else {}
+        idf = {"idf": self.vectorizer.idf_} if isinstance(self.vectorizer, TfidfVectorizer) else {}
         return {"weights": self.weights, "bias": self.bias} | idf
 
     def count(self) -> tuple[int, int]:
         """The number of parameters, and the bytes of parameters (float32, as saved) and vocabulary."""
-        arrays = self._arrays().values()
-        vocabulary = sum(len(term.encode()) for term in self.vectorizer.vocabulary_)
-        return sum(array.size for array in arrays), 4 * sum(array.size for array in arrays) + vocabulary
+        parameters = sum(array.size for array in self._arrays().values())
+        return parameters, 4 * parameters + sum(len(term.encode()) for term in self.vectorizer.vocabulary_)
 
     def save(self, folder: Path) -> None:
         """Write config.json, vocabulary.json (the terms in column order) and .npy arrays into `folder`, whole."""
         with whole(folder) as temporary:
             temporary.mkdir()
-            tfidf = _is_tfidf(self.vectorizer)
-            config = {
-                "weighting": "tfidf" if tfidf else "binary",
-                "ngram_range": list(self.vectorizer.ngram_range),
-                "sublinear_tf": bool(tfidf and self.vectorizer.sublinear_tf),
-            }
+            tfidf = isinstance(self.vectorizer, TfidfVectorizer)
+            config = {"weighting": "tfidf" if tfidf else "binary", "ngram_range": list(self.vectorizer.ngram_range)}
+            config["sublinear_tf"] = bool(tfidf and self.vectorizer.sublinear_tf)
             write_json(temporary / "config.json", config)
             write_json(temporary / "vocabulary.json", list(self.vectorizer.get_feature_names_out()))
             for name, array in self._arrays().items():
@@ -67,17 +63,11 @@ def load_baseline(folder: Path) -> Baseline:
 
 def make_tfidf(ngram_range: tuple[int, int], sublinear_tf: bool, **options: object) -> TfidfVectorizer:
     """The naive Bayes model's features."""
-    return TfidfVectorizer(
-        ngram_range=ngram_range, sublinear_tf=sublinear_tf, token_pattern=TOKEN_PATTERN, dtype=np.float32, **options
-    )
+    options |= {"token_pattern": TOKEN_PATTERN, "dtype": np.float32}
+    return TfidfVectorizer(ngram_range=ngram_range, sublinear_tf=sublinear_tf, **options)
 
 
 def make_binary(ngram_range: tuple[int, int], **options: object) -> CountVectorizer:
     """NB-SVM's features: whether the review contains an n-gram."""
-    return CountVectorizer(
-        ngram_range=ngram_range, binary=True, token_pattern=TOKEN_PATTERN, dtype=np.float32, **options
-    )
-
-
-def _is_tfidf(vectorizer: CountVectorizer) -> bool:
-    return isinstance(vectorizer, TfidfVectorizer)
+    options |= {"token_pattern": TOKEN_PATTERN, "dtype": np.float32}
+    return CountVectorizer(ngram_range=ngram_range, binary=True, **options)

@@ -89,56 +89,40 @@ def start(args: argparse.Namespace, script: str) -> Hardware:
 def detect(args: argparse.Namespace) -> Hardware:
     """Join the other processes, if there are any, and detect the hardware. Nothing may touch CUDA before this call."""
     global _deadline
-    _deadline = time.monotonic() + 3600 * (getattr(args, "max_hours", None) or math.inf)
-    if begun_by_parent():
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C reaches every process; the parent reports it
-    _quiet_libraries()
-    gpus, processes = _join_or_count(args)
-    if getattr(args, "batch_size", 0) % processes:
-        stop(f"--batch-size {args.batch_size} does not divide by {processes} processes: pass a multiple of {processes}")
-    hardware = _on_gpu(args.precision, processes) if gpus else _on_cpu(args.precision, processes)
-    name = f"{processes} x {hardware.name}" if processes > 1 else hardware.name
-    print(f"running on {name} in {hardware.precision}{', one process each' if processes > 1 else ''}")
-    return hardware
-
-
-def _join_or_count(args: argparse.Namespace) -> tuple[int, int]:
-    """The GPUs in sight and the number of processes. A script without --num-processes runs on one GPU."""
     import torch
 
-    gpus = torch.cuda.device_count()
-    if world_size() > 1:
+    _deadline = time.monotonic() + 3600 * (getattr(args, "max_hours", None) or math.inf)
+    if begun_by_parent():  # Ctrl-C reaches every process, and the parent reports it
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    _quiet_libraries()
+    gpus, processes = torch.cuda.device_count(), world_size()
+    if processes > 1:
         if "num_processes" not in args:
             stop("this script measures one process on one GPU: start it with python instead of torchrun")
         _join(gpus)
-        return gpus, world_size()
-    processes = getattr(args, "num_processes", 1) or max(1, gpus)
-    if gpus and processes > gpus:
-        stop(f"--num-processes {processes} is more than the {gpus} GPUs in sight")
-    if processes == 1:
-        # With two GPUs in sight Trainer would use nn.DataParallel, and a 4-bit model would be split.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return gpus, processes
-
-
-def _on_gpu(precision: str, processes: int) -> Hardware:
-    """--precision auto is bf16 from compute capability 8.0 on, and fp16 below. torch says that a T4 supports bf16."""
-    import torch
-
-    name, old = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0] < 8
-    if old and precision == "bf16":
-        stop(f"{name} has no bf16 arithmetic: pass --precision fp16 or leave it at auto")
-    auto = "fp16" if old else "bf16"
-    return Hardware("cuda", auto if precision == "auto" else precision, name, processes)
-
-
-def _on_cpu(precision: str, processes: int) -> Hardware:
-    import torch
-
-    if precision == "fp16":
-        stop("fp16 needs a GPU and none is in sight: pass --precision fp32, or bf16 on a processor with AVX512-BF16")
-    name = f"CPU, {torch.get_num_threads()} threads"
-    return Hardware("cpu", "fp32" if precision == "auto" else precision, name, processes)
+    else:
+        processes = getattr(args, "num_processes", 1) or max(1, gpus)
+        if gpus and processes > gpus:
+            stop(f"--num-processes {processes} is more than the {gpus} GPUs in sight")
+        if processes == 1:
+            # With two GPUs in sight Trainer would use nn.DataParallel, and a 4-bit model would be split.
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if getattr(args, "batch_size", 0) % processes:
+        stop(f"--batch-size {args.batch_size} does not divide by {processes} processes: pass a multiple of {processes}")
+    if gpus:
+        name, old = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0] < 8
+        auto = "fp16" if old else "bf16"  # torch says that a T4 supports bf16, but its compute capability is 7.5
+        if old and args.precision == "bf16":
+            stop(f"{name} has no bf16 arithmetic: pass --precision fp16 or leave it at auto")
+    else:
+        name, auto = f"CPU, {torch.get_num_threads()} threads", "fp32"
+        if args.precision == "fp16":
+            remedy = "pass --precision fp32, or bf16 on a processor with AVX512-BF16"
+            stop(f"fp16 needs a GPU and none is in sight: {remedy}")
+    precision = auto if args.precision == "auto" else args.precision
+    shown = f"{processes} x {name} in {precision}, one process each" if processes > 1 else f"{name} in {precision}"
+    print(f"running on {shown}")
+    return Hardware("cuda" if gpus else "cpu", precision, name, processes)
 
 
 def one_process_per_gpu(args: argparse.Namespace, hardware: Hardware, script: str, argv: list[str] | None) -> None:
@@ -155,6 +139,7 @@ def one_process_per_gpu(args: argparse.Namespace, hardware: Hardware, script: st
 
 
 def _launch(processes: int, command: list[str]) -> NoReturn:
+    """Run torchrun in this process, and exit with the code of the process that failed first, or with 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -166,9 +151,7 @@ def _launch(processes: int, command: list[str]) -> NoReturn:
     # The loopback address is given because some containers cannot resolve their own host name.
     torchrun_flags = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     # This process has done what --force asks. A second --force would delete the folder that it opened.
-    overrides = ["--no-force"]
-    if _deadline < math.inf:
-        overrides.append(f"--max-hours={max(seconds_left(), 1) / 3600}")
+    overrides = ["--no-force"] + ([f"--max-hours={max(seconds_left(), 1) / 3600}"] if _deadline < math.inf else [])
     try:
         torchrun([*torchrun_flags, *command, *overrides])
     except ChildFailedError as failed:
@@ -176,10 +159,8 @@ def _launch(processes: int, command: list[str]) -> NoReturn:
         if failure.exitcode < 0:
             killer = signal.Signals(-failure.exitcode).name
             guess = " (often out of memory)" if killer == "SIGKILL" else ""
-            print(
-                f"error: {killer} ended process {failure.local_rank}{guess}: the same command continues",
-                file=sys.stderr,
-            )
+            ended = f"{killer} ended process {failure.local_rank}{guess}"
+            print(f"error: {ended}: the same command continues", file=sys.stderr)
         raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
     except SignalException as interrupted:
         print(f"{interrupted.sigval.name} ended all processes: the same command continues", file=sys.stderr)
@@ -259,14 +240,16 @@ def _join(gpus: int) -> None:
     """
     import torch
 
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank, started_by = int(os.environ.get("LOCAL_RANK", "0")), os.environ.get(STARTED)
     if gpus:
         if local_rank >= gpus:
             stop(f"process {local_rank} of this machine has no GPU: {gpus} in sight")
         torch.cuda.set_device(local_rank)
-    if STARTED in os.environ:
-        _die_with_parent(int(os.environ[STARTED]))
-    if rank() > 0 or STARTED in os.environ:
+    if started_by and sys.platform == "linux":  # with its parent this process ends: kill -9 leaves no orphan on a GPU
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(started_by):
+            raise SystemExit(1)
+    if rank() > 0 or started_by:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     if rank() > 0:
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -278,14 +261,6 @@ def _join(gpus: int) -> None:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
         patches.pause_at_exit()
         patches.read_to_a_numbered_cpu()
-
-
-def _die_with_parent(parent: int) -> None:
-    """Ask Linux to end this process when its parent dies, so that kill -9 leaves no orphan on a GPU."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            raise SystemExit(1)
 
 
 def _quiet_libraries() -> None:

@@ -1,4 +1,4 @@
-"""Distillation: the losses, the student with its projections, and the one trainer of 04a and 04b."""
+"""Distillation: the losses, the one trainer of 04a and 04b, its datasets, and the checks of a teacher's outputs."""
 
 import argparse
 from pathlib import Path
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import device, models, patches, scoring, settings, training
-from common.data import LABELS, Reviews
+from common import data, device, models, scoring, training
+from common.data import LABELS, ReviewDataset, Reviews
+from common.settings import stop
 
 IGNORED = -100  # the label of a review without a gold label, as in torch's cross_entropy
 
@@ -65,15 +66,13 @@ class Student(nn.Module):
 
     def __init__(self, model: PreTrainedModel, teacher_width: int | None = None):
         super().__init__()
-        self.model = model
-        patches.divide_loss_by_accumulation(self)
-        width, layers = model.config.hidden_size, model.config.num_hidden_layers
-        count = layers if teacher_width is not None else 0
-        self.projections = nn.ModuleList(nn.Linear(width, teacher_width or 0, bias=False) for _ in range(count))
+        self.model, self.projections = model, nn.ModuleList()
+        if teacher_width is not None:
+            width, layers = model.config.hidden_size, model.config.num_hidden_layers
+            self.projections.extend(nn.Linear(width, teacher_width, bias=False) for _ in range(layers))
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    # No **kwargs: with them Trainer would not divide the loss by the accumulation steps.
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """`logits` (n, 2); in training with projections also `features` (n, layers, 2, teacher width)."""
         with_features = self.training and len(self.projections) > 0
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=with_features)
@@ -92,48 +91,33 @@ class DistillationTrainer(training.ReviewTrainer):
     the control, alpha is 0 and the dataset has no teacher.
     """
 
-    def __init__(
-        self,
-        *args,
-        alpha: float,
-        temperature: float,
-        feature_weight: float,
-        soft_loss: str = "kl",
-        soft_labels: str = "all",
-        **kwargs,
-    ):
+    def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_loss="kl", soft_labels="all", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
         self.soft_loss, self.soft_labels = soft_loss, soft_labels
         self.labelled_share = float(np.mean(self.train_dataset.labels != IGNORED))
         self._terms: dict[str, list[torch.Tensor]] = {}
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: object = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum in training. Evaluation has no teacher: there it is the mean cross-entropy."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        logits = outputs["logits"].float()
+        logits, hard_labels = outputs["logits"].float(), inputs["labels"]
         if not model.training:
-            loss = F.cross_entropy(logits, inputs["labels"])
+            loss = F.cross_entropy(logits, hard_labels)
             return (loss, outputs) if return_outputs else loss
-        terms, soft = {}, None
+        terms = {}
         if self.alpha > 0 and self.soft_loss == "kl":
             soft = soft_label_loss(logits, inputs["teacher_logits"], self.temperature)
         elif self.alpha > 0:
             soft = margin_loss(logits, inputs["teacher_logits"].float())
-        if soft is not None and self.soft_labels == "transfer":
-            terms[self.soft_loss] = (soft * (inputs["labels"] == IGNORED)).mean()
-            terms["ce"] = hard_label_loss(logits, inputs["labels"], labelled_share=1.0)
+        if self.alpha > 0 and self.soft_labels == "transfer":  # each review has one term
+            terms[self.soft_loss] = (soft * (hard_labels == IGNORED)).mean()
+            terms["ce"] = hard_label_loss(logits, hard_labels, labelled_share=1.0)
         else:
-            if soft is not None:
+            if self.alpha > 0:
                 terms[self.soft_loss] = self.alpha * soft.mean()
             if self.alpha < 1:
-                terms["ce"] = (1 - self.alpha) * hard_label_loss(logits, inputs["labels"], self.labelled_share)
+                terms["ce"] = (1 - self.alpha) * hard_label_loss(logits, hard_labels, self.labelled_share)
         if "features" in outputs:
             distance = feature_loss(outputs["features"].float(), inputs["teacher_features"].float())
             terms["features"] = self.feature_weight * distance
@@ -157,7 +141,7 @@ class DistillationTrainer(training.ReviewTrainer):
 
 def student_datasets(
     args: argparse.Namespace, reviews: Reviews, teacher: dict[str, np.ndarray]
-) -> tuple[training.ReviewDataset, training.ReviewDataset, training.ReviewDataset]:
+) -> tuple[ReviewDataset, ReviewDataset, ReviewDataset]:
     """The student's dataset, the control's and validation's, with the ids of the student's tokenizer.
 
     The student's holds the labelled reviews, then the transfer set, and the teacher's arrays in this order. The
@@ -165,16 +149,57 @@ def student_datasets(
     """
     tokenizer = models.load_tokenizer(args.student_model)
     gold_ids, transfer_ids, validation_ids = (
-        models.encode(tokenizer, table["text"].tolist(), args.max_length)
+        data.encode(tokenizer, table["text"].tolist(), args.max_length)
         for table in (reviews.train, reviews.transfer, reviews.validation)
     )
     gold = reviews.train["label"].to_numpy()
     hard_labels = np.concatenate([gold, np.full(len(transfer_ids), IGNORED)])
     return (
-        training.ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
-        training.ReviewDataset(gold_ids, gold),
-        training.ReviewDataset(validation_ids, reviews.validation["label"]),
+        ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
+        ReviewDataset(gold_ids, gold),
+        ReviewDataset(validation_ids, reviews.validation["label"]),
     )
+
+
+def train_student(
+    args: argparse.Namespace,
+    hardware: device.Hardware,
+    target: Path,
+    train: ReviewDataset,
+    validation: ReviewDataset | None,
+    *,
+    epochs: float,
+    teacher_width: int | None = None,
+    **weights: float | str,
+) -> np.ndarray | None:
+    """Train a student (or the control: alpha 0, no teacher), save it, and return its (n, 2) validation logits.
+
+    `weights` are DistillationTrainer's alpha, feature_weight and soft_labels. A student that `target` already holds is
+    only scored. If `validation` is None, it keeps the last epoch's weights.
+    """
+    tokenizer = models.load_tokenizer(args.student_model)
+    if not device.share(target.exists()):
+        device.seed_everything(args.seed)
+        student = Student(models.load_classifier(args.student_model), teacher_width)
+        checkpoints = target.with_name(f"{target.name}_checkpoints")
+        overrides = {"num_train_epochs": epochs} | (training.WITHOUT_VALIDATION if validation is None else {})
+        trainer = DistillationTrainer(
+            model=student,
+            args=training.training_arguments(args, hardware, checkpoints, len(train), **overrides),
+            train_dataset=train,
+            eval_dataset=None if validation is None else validation.longest_first(),
+            data_collator=data.Collator(tokenizer.pad_token_id),
+            compute_metrics=training.validation_accuracy,
+            temperature=args.temperature,
+            soft_loss=args.soft_loss,
+            **weights,
+        )
+        training.train(trainer, hardware)
+        training.save(student.model, tokenizer, target, checkpoints)
+    if validation is None:
+        return None
+    model = models.prepare_for_scoring(models.load_classifier(str(target)), hardware)
+    return scoring.score_encoder(model, validation.ids, tokenizer.pad_token_id, hardware, None)["scores"]
 
 
 def reviews_with_soft_labels(args: argparse.Namespace, reviews: Reviews) -> str:
@@ -185,13 +210,10 @@ def reviews_with_soft_labels(args: argparse.Namespace, reviews: Reviews) -> str:
 def teacher_rows(file_ids: pd.Index, example_ids: pd.Series, split: str, script: str) -> np.ndarray:
     """The row of each example_id in a file of soft labels; stops if one is missing or comes twice."""
     if not file_ids.is_unique:
-        settings.stop(f"the soft labels of {split} hold an example_id twice: run {script} --force")
+        stop(f"the soft labels of {split} hold an example_id twice: run {script} --force")
     rows = file_ids.get_indexer(example_ids)
-    missing = int((rows < 0).sum())
-    if missing:
-        settings.stop(
-            f"{missing} of {len(rows)} {split} reviews have no soft label: run {script} with the same sample counts"
-        )
+    if missing := int((rows < 0).sum()):
+        stop(f"{missing} of {len(rows)} {split} reviews have no soft label: run {script} with the same sample counts")
     return rows
 
 
@@ -216,21 +238,18 @@ def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: st
     """Stop when soft labels cannot teach: not finite, constant, or the opposite of the gold labels."""
     _refuse_not_finite(teacher_logits, split)
     if float(np.ptp(teacher_logits[:, 1] - teacher_logits[:, 0])) < 1e-6:
-        settings.stop(f"the teacher's logits on {split} are constant: run the teacher's step again with --force")
+        stop(f"the teacher's logits on {split} are constant: run the teacher's step again with --force")
     accuracy = float((teacher_logits.argmax(axis=1) == labels).mean())
     if accuracy < 0.5 - 1 / np.sqrt(len(labels)):
-        settings.stop(f"the teacher's {split} accuracy is {accuracy:.3f}, below chance: its label order is swapped")
+        stop(f"the teacher's {split} accuracy is {accuracy:.3f}, below chance: its label order is swapped")
 
 
 def refuse_one_class(teacher_logits: np.ndarray) -> None:
-    """Stop when the teacher puts 98% or more of the transfer set into one class: a student would always predict it.
-
-    An earlier version of this recipe took a slice of a label-sorted set. Its student reached 0.51.
-    """
+    """Stop when the teacher puts 98% or more of the transfer set into one class: a student would always predict it."""
     _refuse_not_finite(teacher_logits, "transfer")
     share = float((teacher_logits.argmax(axis=1) == 1).mean())
     if not 0.02 <= share <= 0.98:
-        settings.stop(
+        stop(
             f"the teacher calls {max(share, 1 - share):.0%} of the transfer set {LABELS[round(share)]}: pass a "
             "--dataset whose unlabelled reviews hold both classes, or check the teacher's calibration"
         )
@@ -238,49 +257,4 @@ def refuse_one_class(teacher_logits: np.ndarray) -> None:
 
 def _refuse_not_finite(teacher_logits: np.ndarray, split: str) -> None:
     if not np.isfinite(teacher_logits).all():
-        settings.stop(f"the teacher's logits on {split} are not all finite: run its step again with --force")
-
-
-def train_student(
-    args: argparse.Namespace,
-    hardware: device.Hardware,
-    target: Path,
-    train: training.ReviewDataset,
-    validation: training.ReviewDataset | None,
-    *,
-    epochs: float,
-    alpha: float,
-    feature_weight: float = 0.0,
-    teacher_width: int | None = None,
-    soft_labels: str = "all",
-) -> np.ndarray | None:
-    """Train a student (or the control: alpha 0, no teacher), save it, and return its (n, 2) validation logits.
-
-    A student that `target` already holds is only scored. If `validation` is None, it keeps the last epoch's weights.
-    """
-    name = args.student_model
-    tokenizer = models.load_tokenizer(name)
-    if not device.share(target.exists()):
-        device.seed_everything(args.seed)
-        student = Student(models.load_classifier(name), teacher_width)
-        checkpoints = target.with_name(f"{target.name}_checkpoints")
-        overrides = {"num_train_epochs": epochs} | (training.WITHOUT_VALIDATION if validation is None else {})
-        trainer = DistillationTrainer(
-            model=student,
-            args=training.training_arguments(args, hardware, checkpoints, len(train), **overrides),
-            train_dataset=train,
-            eval_dataset=None if validation is None else validation.longest_first(),
-            data_collator=training.Collator(tokenizer.pad_token_id),
-            compute_metrics=training.validation_accuracy,
-            alpha=alpha,
-            temperature=args.temperature,
-            feature_weight=feature_weight,
-            soft_loss=args.soft_loss,
-            soft_labels=soft_labels,
-        )
-        training.train(trainer, hardware)
-        training.save(student.model, tokenizer, target, checkpoints)
-    if validation is None:
-        return None
-    model = models.prepare_for_scoring(models.load_classifier(str(target)), hardware)
-    return scoring.score_encoder(model, validation.ids, tokenizer.pad_token_id, hardware, None)["scores"]
+        stop(f"the teacher's logits on {split} are not all finite: run its step again with --force")

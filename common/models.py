@@ -1,12 +1,10 @@
-"""Models and tokenizers: load an encoder, a 4-bit causal LM or an adapter, count them, truncate reviews head+tail."""
+"""Models and tokenizers: load an encoder, a 4-bit causal LM or an adapter; count parameters."""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from common import hub, patches
 from common.data import LABELS
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-# Sun et al. 2019 (How to Fine-Tune BERT), 5.3.1: on IMDB 128 head and 382 tail tokens beat 510 tokens of either.
-HEAD_SHARE = 0.25
 MIN_LENGTH = 8
 
 
@@ -52,7 +48,7 @@ def load_classifier(name: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: label for label, name in enumerate(LABELS)}}
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": dict(zip(LABELS, (0, 1)))}
     with _explained(name), _quiet():
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, num_labels=2, **labels)
     patches.divide_loss_by_accumulation(model)
@@ -116,10 +112,8 @@ def _with_adapter(model: "PreTrainedModel", name: str, adapter: Path, device: st
         model = PeftModel.from_pretrained(model, str(adapter), torch_device=device)
     # Causes: other modules, weights of other shapes, a file that lacks keys or is cut short.
     except (ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        stop(
-            f"{adapter}/ is no adapter of {name} ({hub.reason(problem)}): pass the LLM that it was trained on, or "
-            "run 03_finetune_mistral.py --force"
-        )
+        remedy = "pass the LLM that it was trained on, or run 03_finetune_mistral.py --force"
+        stop(f"{adapter}/ is no adapter of {name} ({hub.reason(problem)}): {remedy}")
     # With float32 adapters autocast would cast them, and peft the activations, at every call. Results are the same.
     for parameter_name, parameter in model.named_parameters():
         if "lora_" in parameter_name:
@@ -137,56 +131,6 @@ def check_length(max_length: int, name: str, flag: str = "--max-length") -> None
         stop(f"{flag} {max_length} is more than the {longest} positions of {name}")
     if max_length < MIN_LENGTH:
         stop(f"{flag} {max_length} is too short for a review: pass at least {MIN_LENGTH}")
-
-
-def token_ids(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens. If a reviewer typed one, it is plain text."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning about long texts, which are truncated next
-    )
-    return encoded["input_ids"]
-
-
-def head_and_tail(ids: list[int], budget: int) -> list[int]:
-    """At most `budget` ids: a quarter from the beginning and the rest from the end."""
-    if len(ids) <= budget:
-        return ids
-    head = int(budget * HEAD_SHARE)
-    return ids[:head] + ids[len(ids) - (budget - head) :]
-
-
-def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: int) -> list[np.ndarray]:
-    """Each text as at most `max_length` int32 ids: first special token, head+tail of the review, last special token."""
-    special_ids = tokenizer("")["input_ids"]
-    if len(special_ids) != 2:
-        stop(f"the tokenizer adds {len(special_ids)} special tokens to a text, but an encoder's adds 2")
-    first, last = special_ids
-    encoded = []
-    for start in range(0, len(texts), 1000):  # Python ints of all 75,000 reviews at once would take gigabytes
-        for ids in token_ids(tokenizer, texts[start : start + 1000]):
-            encoded.append(np.array([first, *head_and_tail(ids, max_length - 2), last], dtype=np.int32))
-    return encoded
-
-
-def pad(ids: list[np.ndarray], pad_id: int) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """One (n, longest) int64 tensor of ids, padded at the end, and its attention mask."""
-    import torch
-
-    longest = max(map(len, ids))
-    padded = np.full((len(ids), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(ids), longest), dtype=np.int64)
-    for row, review in enumerate(ids):
-        padded[row, : len(review)], mask[row, : len(review)] = review, 1
-    return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
 def pool(hidden: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
@@ -266,13 +210,11 @@ def count(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
     parameters = weight_bytes = 0
     for tensor in model.parameters():
         state = getattr(tensor, "quant_state", None)
-        weight_bytes += tensor.nbytes
-        if state is None:
-            parameters += tensor.numel()
-        else:
-            parameters += state.shape.numel()
-            nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-            weight_bytes += sum(constants.nbytes for constants in [state.absmax, state.code, *nested])
+        parameters += tensor.numel() if state is None else state.shape.numel()
+        constants = [] if state is None else [state.absmax, state.code]
+        if state is not None and state.nested:
+            constants += [state.state2.absmax, state.state2.code, state.offset]
+        weight_bytes += tensor.nbytes + sum(constant.nbytes for constant in constants)
     return parameters, weight_bytes
 
 
@@ -281,21 +223,19 @@ def _explained(name: str) -> Iterator[None]:
     """Turn the errors that a user can make in loading `name` into one sentence."""
     from safetensors import SafetensorError
 
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        stop(
-            f"{name} is no model folder (it has no config.json): pass a folder written by save_pretrained or a hub name"
-        )
-    if not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
-        stop(f"the model folder {name} does not exist: pass a folder written by save_pretrained or a hub name")
+    is_folder, remedy = Path(name).is_dir(), "pass a folder written by save_pretrained or a hub name"
+    if is_folder and not Path(name, "config.json").exists():
+        stop(f"{name} is no model folder (it has no config.json): {remedy}")
+    if not is_folder and (name.startswith((".", "/")) or name.count("/") > 1):
+        stop(f"the model folder {name} does not exist: {remedy}")
     try:
-        with nullcontext() if folder.is_dir() else hub.explained(name, "pass a local folder"):
+        with nullcontext() if is_folder else hub.explained(name, "pass a local folder"):
             yield
     # ValueError: an unknown kind of model or tokenizer. RuntimeError: weights of other shapes, or too little memory.
     # ImportError: a library that is needed only without tokenizer.json, or for 4 bits.
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as problem:
-        reason = hub.reason(problem)
-        stop(f"{name} cannot be loaded ({reason}): check the name and its files, or pass a local folder instead")
+        remedy = "check the name and its files, or pass a local folder instead"
+        stop(f"{name} cannot be loaded ({hub.reason(problem)}): {remedy}")
 
 
 @contextmanager

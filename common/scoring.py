@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common import device, models
+from common import data, device, models
 from common.artifacts import read_json, read_table, whole, write_json, write_table
 from common.device import Hardware
 from common.settings import stop
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 LOGITS = ("logit_negative", "logit_positive")  # columns of an encoder's soft labels
 LOG_PROBABILITIES = ("log_p_negative", "log_p_positive")  # columns of an LLM's soft labels: raw, per label word
-
-# Maps texts to named arrays with one row per text: `scores` (n, 2), and `features` if requested.
-Score = Callable[[list[str]], dict[str, np.ndarray]]
 
 
 def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -41,34 +38,8 @@ def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray
     return batches
 
 
-def padded_batches(
-    ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens: int | None
-) -> Iterator[tuple[np.ndarray, "torch.Tensor", "torch.Tensor"]]:
-    """The row numbers, ids and mask of each batch, on the device.
-
-    Copies from pinned memory let a GPU compute while the next batch is padded and copied.
-    """
-    for rows in batches_by_length(np.array([len(review) for review in ids]), batch_tokens or hardware.batch_tokens):
-        tensors = models.pad([ids[row] for row in rows], pad_id)
-        if hardware.device == "cuda":
-            tensors = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in tensors)
-        yield rows, *tensors
-
-
-def in_order(batches: list["torch.Tensor"], order: list[np.ndarray]) -> np.ndarray:
-    """The rows of all batches in the order of the reviews; `order` holds each batch's row numbers."""
-    import torch
-
-    return torch.cat(batches).cpu().numpy()[np.argsort(np.concatenate(order))]
-
-
 def score_encoder(
-    model: "PreTrainedModel",
-    ids: list[np.ndarray],
-    pad_id: int,
-    hardware: Hardware,
-    batch_tokens: int | None,
-    feature_layers: list[int] | None = None,
+    model: "PreTrainedModel", ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens, feature_layers=()
 ) -> dict[str, np.ndarray]:
     """`scores`, (n, 2) float32 logits, and `features`, (n, layers, 2, width) float16, in the order of `ids`.
 
@@ -76,55 +47,64 @@ def score_encoder(
     """
     import torch
 
-    order, logits, features = [], [], []  # stay on the device until the end, so that no batch waits for a copy
-    with torch.inference_mode(), hardware.autocast():
-        for rows, input_ids, mask in padded_batches(ids, pad_id, hardware, batch_tokens):
-            output = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(feature_layers))
-            order.append(rows)
-            logits.append(output.logits.float())
-            if feature_layers:
-                pooled = [models.pool(output.hidden_states[layer].float(), mask) for layer in feature_layers]
-                features.append(torch.stack(pooled, dim=1).half())
-    scores = {"scores": in_order(logits, order)}
-    _require_finite(scores["scores"])
-    return scores | {"features": in_order(features, order)} if features else scores
+    def forward(input_ids, mask):
+        output = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(feature_layers))
+        if not feature_layers:
+            return [output.logits.float()]
+        pooled = [models.pool(output.hidden_states[layer].float(), mask) for layer in feature_layers]
+        return [output.logits.float(), torch.stack(pooled, dim=1).half()]
+
+    return dict(zip(("scores", "features"), _in_batches(forward, ids, pad_id, hardware, batch_tokens)))
 
 
 def score_llm(
-    model: "PreTrainedModel",
-    ids: list[np.ndarray],
-    label_ids: list[int],
-    pad_id: int,
-    hardware: Hardware,
-    batch_tokens: int | None,
+    model: "PreTrainedModel", ids: list[np.ndarray], label_ids: list[int], pad_id: int, hardware: Hardware, batch_tokens
 ) -> np.ndarray:
     """Raw log-probabilities of the label words, (n, 2) float32, in the order of `ids`."""
+
+    def forward(input_ids, mask):
+        return [label_log_probabilities(models.last_logits(model, input_ids, mask), label_ids)]
+
+    with models.exact_logits(model, label_ids):
+        return _in_batches(forward, ids, pad_id, hardware, batch_tokens)[0]
+
+
+def _in_batches(
+    forward: Callable, ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens: int | None
+) -> list[np.ndarray]:
+    """The arrays that `forward` makes of each batch's ids and mask, joined in the order of `ids`; scores come first."""
     import torch
 
-    order, log_p = [], []
-    with torch.inference_mode(), hardware.autocast(), models.exact_logits(model, label_ids):
-        for rows, input_ids, mask in padded_batches(ids, pad_id, hardware, batch_tokens):
-            order.append(rows)
-            log_p.append(label_log_probabilities(models.last_logits(model, input_ids, mask), label_ids))
-    scores = in_order(log_p, order)
-    _require_finite(scores)
-    return scores
+    batches = batches_by_length(np.array([len(review) for review in ids]), batch_tokens or hardware.batch_tokens)
+    outputs = []  # stay on the device until the end, so that no batch waits for a copy
+    with torch.inference_mode(), hardware.autocast():
+        for rows in batches:
+            tensors = data.pad([ids[row] for row in rows], pad_id)
+            if hardware.device == "cuda":  # from pinned memory: the GPU computes while the next batch is copied
+                tensors = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in tensors)
+            outputs.append(forward(*tensors))
+    arrays = [in_order(parts, batches) for parts in zip(*outputs)]
+    if bad := int((~np.isfinite(arrays[0]).all(axis=1)).sum()):
+        raise FloatingPointError(f"{bad} of {len(ids)} reviews scored NaN or infinite: try --precision fp32")
+    return arrays
 
 
-def _require_finite(scores: np.ndarray) -> None:
-    bad = int((~np.isfinite(scores).all(axis=1)).sum())
-    if bad:
-        raise FloatingPointError(f"{bad} of {len(scores)} reviews scored NaN or infinite: try --precision fp32")
+def in_order(parts: "tuple[torch.Tensor, ...]", order: list[np.ndarray]) -> np.ndarray:
+    """The rows of all parts in the order of the reviews; `order` holds each part's row numbers."""
+    import torch
+
+    return torch.cat(parts).cpu().numpy()[np.argsort(np.concatenate(order))]
 
 
 def in_chunks(
-    folder: Path, split: str, reviews: pd.DataFrame, columns: tuple[str, str], score: Score, chunk: int = 1000
+    folder: Path, split: str, reviews: pd.DataFrame, columns: tuple[str, str], score: Callable, chunk: int = 1000
 ) -> None:
     """Score a split in chunks on disk and join them: `scores` into `split`.parquet, others into `split`_KEY.npy.
 
-    The processes take turns with the chunks, and rank 0 joins them. A restart keeps complete chunks of any process.
-    They are of this model, prompt, truncation and texts: `delete_unless_made_from` has deleted all others. The table is
-    written last and means that the split is finished. Host memory holds one chunk, whatever the number of reviews.
+    `score` maps texts to named arrays with a row for each text. The processes take turns with the chunks, and rank 0
+    joins them. A restart keeps complete chunks of any process: `delete_unless_made_from` has deleted those of another
+    model, prompt, truncation or texts. The table is written last and means that the split is finished. Host memory
+    holds one chunk, whatever the number of reviews.
     """
     n, chunks = len(reviews), folder / f"{split}_chunks"
     if n == 0 or device.share(is_scored(folder, split, n)):
@@ -146,10 +126,8 @@ def in_chunks(
             scored += len(texts)
             rate = scored / (time.time() - started) * device.world_size()
             done = min(n, chunk * len(list(chunks.glob("*.npz"))))
-            print(
-                f"  {split}: {done:,} of {n:,} scored, {rate:.1f} reviews/s, {(n - done) / rate / 60:.0f} min left",
-                flush=True,
-            )
+            left = (n - done) / rate / 60
+            print(f"  {split}: {done:,} of {n:,} scored, {rate:.1f} reviews/s, {left:.0f} min left", flush=True)
         # Each run scores at least one chunk, so that even very short runs finish some time.
         if turn + turn_size < n and device.out_of_time() and any(device.gather(scored)):
             device.stop_for_time()
@@ -191,12 +169,10 @@ def is_scored(folder: Path, split: str, n: int) -> bool:
         lengths |= {len(np.load(file, mmap_mode="r", allow_pickle=False)) for file in folder.glob(f"{split}_*.npy")}
     except (OSError, ValueError, EOFError):
         lengths = set()
-    if lengths == {n}:
-        return True
-    if device.rank() == 0:
+    if lengths != {n} and device.rank() == 0:
         print(f"{table} or its arrays are damaged: scoring {split} again")
         table.unlink()
-    return False
+    return lengths == {n}
 
 
 def delete_unless_made_from(folder: Path, split: str, origin: dict[str, object]) -> None:
@@ -223,10 +199,8 @@ def refuse_stale(folder: Path, split: str, origin: dict[str, object], script: st
     recorded = read_json(folder / "made_from.json").get(split, {})
     for name, value in origin.items():
         if recorded.get(name) != value:
-            stop(
-                f"{folder}/{split}.parquet was made with other {name} ({recorded.get(name)}, now {value}): "
-                f"run {script} --force"
-            )
+            change = f"{recorded.get(name)}, now {value}"
+            stop(f"{folder}/{split}.parquet was made with other {name} ({change}): run {script} --force")
 
 
 def read_scores(folder: Path, split: str, columns: tuple[str, str]) -> tuple[pd.Index, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -58,14 +59,11 @@ _defaults: dict[str, object] = {}  # of the last `parse`, with the preset's valu
 
 
 class Stop(SystemExit):
-    """A user error. The exit code is 2, like argparse's."""
+    """A user error; its text is the message, and the exit code is 2, like argparse's."""
 
     def __init__(self, message: str):
-        super().__init__(2)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
+        super().__init__(message)
+        self.code = 2
 
 
 def stop(message: str) -> NoReturn:
@@ -79,36 +77,23 @@ def stop(message: str) -> NoReturn:
     raise Stop(message)
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def _number(kind: type, accepts: Callable[[float], bool], wrong: str) -> Callable[[str], float]:
+    """An argparse type: a number that `accepts` allows; the error about another one ends in `wrong`."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} {wrong}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"  # argparse names the type in its error
+    return convert
 
 
-def non_negative(text: str) -> float:
-    """A finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def positive(text: str) -> float:
-    """A finite number above 0."""
-    value = non_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("0 is not above 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A number from 0 to 1."""
-    value = non_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
+positive_int = _number(int, lambda value: value >= 1, "is not at least 1")
+non_negative = _number(float, lambda value: 0 <= value < math.inf, "is not a number of at least 0")
+positive = _number(float, lambda value: 0 < value < math.inf, "is not a number above 0")
+fraction = _number(float, lambda value: 0 <= value <= 1, "is not a number from 0 to 1")
 
 
 def _or_word(kind: Callable[[str], T], noun: str, word: str) -> Callable[[str], T | None]:

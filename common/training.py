@@ -1,4 +1,4 @@
-"""Training: datasets, padding, TrainingArguments, the trainers, checks of memory and disk, safe resume."""
+"""Training: TrainingArguments, the trainers, checks of memory and disk, safe resume."""
 
 import argparse
 import json
@@ -16,45 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
-from common import callbacks, device, memory, models
+from common import device, memory, models
 from common.artifacts import whole
-from common.callbacks import DIVERGED
+from common.callbacks import DIVERGED, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
 
 # For `training_arguments` when there are no validation reviews: the last weights are kept.
 WITHOUT_VALIDATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-
-
-class ReviewDataset(Dataset):
-    """Token ids and labels by row, with optional arrays such as a teacher's logits and memory-mapped features."""
-
-    def __init__(self, ids: list[np.ndarray], labels: np.ndarray, **arrays: np.ndarray):
-        self.ids, self.labels, self.arrays = ids, np.asarray(labels), arrays
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        return {"input_ids": self.ids[row], "labels": self.labels[row]} | {k: a[row] for k, a in self.arrays.items()}
-
-    def longest_first(self) -> "ReviewDataset":
-        """The same reviews without their arrays, in the order with the least padding: evaluation needs no order."""
-        order = sorted(range(len(self)), key=lambda row: -len(self.ids[row]))
-        return ReviewDataset([self.ids[row] for row in order], self.labels[order])
-
-
-class Collator:
-    """Pads a micro-batch to its longest review and stacks the other arrays."""
-
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
-
-    def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        input_ids, mask = models.pad([row["input_ids"] for row in rows], self.pad_id)
-        others = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0] if key != "input_ids"}
-        return {"input_ids": input_ids, "attention_mask": mask, **others}
 
 
 class LengthGrouped(Sampler[int]):
@@ -64,30 +34,25 @@ class LengthGrouped(Sampler[int]):
     each process. The processes would disagree on the order: some reviews would come twice and others never.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, trainer: Trainer):
-        self.lengths, self.batch_size, self.seed, self.trainer = lengths, batch_size, seed, trainer
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.trainer.train_dataset)
 
     def __iter__(self) -> Iterator[int]:
+        arguments, lengths = self.trainer.args, [len(ids) for ids in self.trainer.train_dataset.ids]
+        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         epoch = int(self.trainer.state.epoch or 0)  # rounded down, so that a resumed epoch has the same order
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        generator = torch.Generator().manual_seed(arguments.seed + epoch)
+        return iter(get_length_grouped_indices(lengths, batch, generator=generator))
 
 
 class ReviewTrainer(Trainer):
     """A Trainer with this project's callbacks. Its batches hold reviews of similar length."""
 
     def __init__(self, *args, **kwargs):
-        added = [
-            callbacks.RecordFiles(),
-            callbacks.SaveOften(),
-            callbacks.MaxHours(),
-            callbacks.RefuseNaN(),
-            callbacks.Progress(),
-        ]
-        super().__init__(*args, callbacks=added, **kwargs)
+        super().__init__(*args, callbacks=[RecordFiles, SaveOften, MaxHours, RefuseNaN, Progress], **kwargs)
         self.remove_callback(PrinterCallback)  # prints dictionaries
 
     def get_train_dataloader(self) -> DataLoader:
@@ -102,9 +67,7 @@ class ReviewTrainer(Trainer):
             super()._load_scaler(checkpoint)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGrouped:
-        lengths = [len(ids) for ids in self.train_dataset.ids]
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGrouped(lengths, batch, self.args.seed, self)
+        return LengthGrouped(self)
 
 
 class LabelWordTrainer(ReviewTrainer):
@@ -247,10 +210,8 @@ def refuse_full_disk(model: torch.nn.Module, checkpoints: Path) -> None:
     parent = next(path for path in (checkpoints, *checkpoints.parents) if path.exists())
     free = shutil.disk_usage(parent).free + used
     if free < needed:
-        stop(
-            f"training needs up to {needed / 1e9:.1f} GB of disk for checkpoints, but only {free / 1e9:.1f} GB are "
-            "free: make room, or pass an --output-dir on another disk"
-        )
+        lack = f"up to {needed / 1e9:.1f} GB of disk for checkpoints, but only {free / 1e9:.1f} GB are free"
+        stop(f"training needs {lack}: make room, or pass an --output-dir on another disk")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -259,8 +220,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Trainer does not write checkpoints atomically. If the optimizer, scheduler or random state is missing, it continues
     silently, but differently.
     """
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    for step in sorted(map(int, filter(str.isdigit, steps)), reverse=True):
+        path = folder / f"checkpoint-{step}"
         damage = _damage(path)
         if damage is None:
             return path
@@ -275,13 +237,11 @@ def _damage(checkpoint: Path) -> str | None:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json"
-    saved = [checkpoint / "scheduler.pt", checkpoint / "optimizer.pt", *checkpoint.glob("rng_state*.pth")]
-    recorded = state.get("stateful_callbacks", {})
-    if len(saved) - 2 < recorded.get("processes", 1):  # any number of processes can continue
+    recorded, random_states = state.get("stateful_callbacks", {}), list(checkpoint.glob("rng_state*.pth"))
+    if len(random_states) < recorded.get("processes", 1):  # any number of processes can continue
         return "a random state is missing"
-    if recorded.get("fp16"):
-        saved.append(checkpoint / "scaler.pt")
-    for file in saved:
+    names = ["scheduler.pt", "optimizer.pt", *(["scaler.pt"] if recorded.get("fp16") else [])]
+    for file in [*map(checkpoint.joinpath, names), *random_states]:
         if not zipfile.is_zipfile(file):
             return file.name
     weights = [checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors"]

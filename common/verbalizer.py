@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.models import head_and_tail, token_ids
+from common.data import head_and_tail, token_ids
 from common.settings import stop
 
 if TYPE_CHECKING:
@@ -38,15 +38,12 @@ def encode_prompts(
     """
     start, after = prompt_parts(tokenizer, prompt)
     end = tokenizer(after, add_special_tokens=False)["input_ids"]
-    budget = max_length - len(start) - len(end)
+    used = len(start) + len(end)
+    budget = max_length - used
     if budget < 8:
-        used = len(start) + len(end)
         stop(f"{max_length} tokens are too few for a review and the prompt's {used} tokens: pass a larger length")
-    encoded = []
-    for begin in range(0, len(texts), 1000):
-        for ids in token_ids(tokenizer, texts[begin : begin + 1000]):
-            encoded.append(np.array([*start, *head_and_tail(ids, budget), *end], dtype=np.int32))
-    return encoded
+    reviews = (head_and_tail(ids, budget) for ids in token_ids(tokenizer, texts))
+    return [np.array([*start, *review, *end], dtype=np.int32) for review in reviews]
 
 
 def label_token_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, label_words: tuple[str, str]) -> list[int]:

@@ -82,7 +82,7 @@ class Study:
         key = tokenizer, max_length, split
         if key not in self.encoded:
             texts = getattr(self.reviews, split)["text"].tolist()
-            self.encoded[key] = models.encode(models.load_tokenizer(tokenizer), texts, max_length)
+            self.encoded[key] = data.encode(models.load_tokenizer(tokenizer), texts, max_length)
         return self.encoded[key]
 
     def column(self, name: str, seed: int) -> str:
@@ -266,7 +266,7 @@ def chosen_rows(study: Study, run: dict) -> dict[str, np.ndarray]:
 
 def train(study: Study, args: argparse.Namespace, rows: dict, target: Path, soft: dict[str, np.ndarray]) -> None:
     """Train a student on these rows of each split and their teacher's logits into `target`, unless it is there."""
-    from common import distill, training
+    from common import distill
 
     reviews, tokenizer, arrays, validation = study.reviews, args.student_model, {}, None
     models.check_length(args.max_length, tokenizer)
@@ -276,9 +276,9 @@ def train(study: Study, args: argparse.Namespace, rows: dict, target: Path, soft
         arrays["teacher_logits"] = np.concatenate([soft[split][kept] for split, kept in rows.items()])
     if args.reads_validation:
         ids = study.ids(tokenizer, args.max_length, "validation")
-        validation = training.ReviewDataset(ids, reviews.validation["label"].to_numpy())
+        validation = data.ReviewDataset(ids, reviews.validation["label"].to_numpy())
     ids = [study.ids(tokenizer, args.max_length, split)[row] for split, kept in rows.items() for row in kept]
-    dataset, terms = training.ReviewDataset(ids, hard, **arrays), "transfer" if args.terms == "one" else "all"
+    dataset, terms = data.ReviewDataset(ids, hard, **arrays), "transfer" if args.terms == "one" else "all"
     how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": terms}
     distill.train_student(args, study.hardware, target, dataset, validation, **how)
 

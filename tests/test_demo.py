@@ -58,5 +58,5 @@ def test_no_byte_of_any_alphabet_is_lost(tiny, role):
     from common import models
 
     tokenizer, text = models.load_tokenizer(str(tiny / role)), "Привет 世界 😀 naïve"
-    (ids,) = models.token_ids(tokenizer, [text])
+    (ids,) = data.token_ids(tokenizer, [text])
     assert tokenizer.decode(ids).strip() == text

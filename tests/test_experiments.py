@@ -135,7 +135,7 @@ def test_a_run_trains_by_its_recipe_on_its_own_reviews(study, monkeypatch):
     np.testing.assert_array_equal(final["train"].arrays["teacher_logits"], np.concatenate([*SOFT.values()]))
     assert final["validation"].labels.tolist() == GOLD
     tokenizer = models.load_tokenizer(study.args.student_model)
-    ids = models.encode(tokenizer, [*study.reviews.train["text"], *study.reviews.transfer["text"]], 16)
+    ids = data.encode(tokenizer, [*study.reviews.train["text"], *study.reviews.transfer["text"]], 16)
     assert [one.tolist() for one in final["train"].ids] == [one.tolist() for one in ids]
 
     control = trained_with(study, monkeypatch, "control", soft={})

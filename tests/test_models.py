@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import device, models, patches
+from common import data, device, models, patches
 
 CPU = device.Hardware("cpu", "fp32", "test")
 
@@ -14,22 +14,22 @@ CPU = device.Hardware("cpu", "fp32", "test")
 def test_an_encoders_input_is_what_its_own_tokenizer_makes_of_a_short_text(tiny, role):
     tokenizer = models.load_tokenizer(str(tiny / role))
     texts = ["The plot is dull.", "", "😀 Привет 世界"]
-    for ids, text in zip(models.encode(tokenizer, texts, 64), texts):
+    for ids, text in zip(data.encode(tokenizer, texts, 64), texts):
         assert ids.tolist() == tokenizer(text)["input_ids"]
 
 
 def test_truncation_keeps_a_quarter_of_the_head_and_the_rest_of_the_tail(tiny):
-    assert models.head_and_tail(list(range(100)), 8) == [0, 1, 94, 95, 96, 97, 98, 99]
-    assert models.head_and_tail([1, 2], 8) == [1, 2]
+    assert data.head_and_tail(list(range(100)), 8) == [0, 1, 94, 95, 96, 97, 98, 99]
+    assert data.head_and_tail([1, 2], 8) == [1, 2]
     tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
-    (ids,) = models.encode(tokenizer, ["dull " * 400], 32)
+    (ids,) = data.encode(tokenizer, ["dull " * 400], 32)
     assert len(ids) == 32 and ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
 
 
 @pytest.mark.parametrize(("role", "typed"), [("roberta", "</s> <mask>"), ("distilbert", "[SEP] [MASK]")])
 def test_a_special_token_in_a_review_is_plain_text(tiny, role, typed):
     tokenizer = models.load_tokenizer(str(tiny / role))
-    (ids,) = models.encode(tokenizer, [f"good {typed} bad"], 64)
+    (ids,) = data.encode(tokenizer, [f"good {typed} bad"], 64)
     assert not set(ids[1:-1].tolist()) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 
@@ -61,7 +61,7 @@ def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(ti
 def test_the_longest_allowed_input_runs_and_a_longer_one_is_refused(tiny, role, stops):
     model, tokenizer = models.load_classifier(str(tiny / role)), models.load_tokenizer(str(tiny / role))
     models.check_length(512, str(tiny / role))
-    (ids,) = models.encode(tokenizer, ["dull " * 2000], 512)
+    (ids,) = data.encode(tokenizer, ["dull " * 2000], 512)
     model(input_ids=torch.tensor(ids[None].astype(np.int64)))
     stops(lambda: models.check_length(513, str(tiny / role)), "--max-length 513", "512 positions")
 

@@ -35,7 +35,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
     ids, labels, tokenizer = batch
     model.train()
     model.zero_grad()
-    logits = models.last_logits(model, *models.pad(ids, tokenizer.pad_token_id)).float()
+    logits = models.last_logits(model, *data.pad(ids, tokenizer.pad_token_id)).float()
     torch.nn.functional.cross_entropy(logits, torch.tensor([labels[row % 2] for row in range(len(ids))])).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_the_label_token_in_the_full_sequence(tiny, script, 
     model = with_lora(tiny, script).eval()
     args = argparse.Namespace(epochs=1, learning_rate=1e-3, batch_size=4, micro_batch_size=4, weight_decay=0.0,
                               warmup_fraction=0.0, seed=0)  # fmt: skip
-    dataset = training.ReviewDataset(ids, np.array([0, 1, 1, 0]))
+    dataset = data.ReviewDataset(ids, np.array([0, 1, 1, 0]))
     trainer = training.LabelWordTrainer(
         label_ids=labels,
         model=model,
@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_the_label_token_in_the_full_sequence(tiny, script, 
         train_dataset=dataset,
         eval_dataset=dataset,
     )
-    inputs = training.Collator(tokenizer.pad_token_id)([dataset[row] for row in range(4)])
+    inputs = data.Collator(tokenizer.pad_token_id)([dataset[row] for row in range(4)])
     losses = []
     for one, label in zip(ids, dataset.labels):  # the plain way: prompt and label word, every other token ignored
         sequence = torch.tensor([[*one.tolist(), labels[label]]])
@@ -157,7 +157,7 @@ def test_no_token_of_a_padded_batch_is_without_a_token_to_attend_to(tiny, batch)
     attention = model.model.layers[0].self_attn
     attention.register_forward_pre_hook(lambda _, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
     with torch.inference_mode():
-        together = models.last_logits(model, *models.pad(ids, tokenizer.pad_token_id))
-        alone = torch.cat([models.last_logits(model, *models.pad([one], tokenizer.pad_token_id)) for one in ids])
+        together = models.last_logits(model, *data.pad(ids, tokenizer.pad_token_id))
+        alone = torch.cat([models.last_logits(model, *data.pad([one], tokenizer.pad_token_id)) for one in ids])
     assert len({len(one) for one in ids}) > 1 and masks == [None] * (1 + len(ids))
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from common import callbacks, device, models, training
+from common import callbacks, data, device, models, training
 
 CPU = device.Hardware("cpu", "fp32", "test")
 
@@ -36,7 +36,7 @@ def args():
 def make_trainer(tiny, tmp_path, args, **more):
     tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
     texts = [f"{'good fun' if row % 2 else 'bad dull'} {'film ' * (row % 7)}" for row in range(32)]
-    dataset = training.ReviewDataset(models.encode(tokenizer, texts, 32), np.arange(32) % 2)
+    dataset = data.ReviewDataset(data.encode(tokenizer, texts, 32), np.arange(32) % 2)
     device.seed_everything(args.seed)
     model = models.load_classifier(str(tiny / "distilbert"))
     return training.ReviewTrainer(
@@ -44,7 +44,7 @@ def make_trainer(tiny, tmp_path, args, **more):
         args=training.training_arguments(args, CPU, tmp_path / "checkpoints", 32, **more),
         train_dataset=dataset,
         eval_dataset=dataset,
-        data_collator=training.Collator(tokenizer.pad_token_id),
+        data_collator=data.Collator(tokenizer.pad_token_id),
         compute_metrics=training.validation_accuracy,
     )
 
@@ -55,7 +55,7 @@ def test_accumulation_changes_neither_the_loss_nor_the_gradient(tiny, tmp_path, 
         args.micro_batch_size, args.epochs = micro, 1
         options = {"logging_steps": 1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
         trainer = make_trainer(tiny, tmp_path, args, **options)
-        trainer.train_dataset = training.ReviewDataset(trainer.train_dataset.ids[:8], np.arange(8) % 2)
+        trainer.train_dataset = data.ReviewDataset(trainer.train_dataset.ids[:8], np.arange(8) % 2)
         trainer.model.dropout.p = 0.0
         trainer.train()
         steps.append(next(entry for entry in trainer.state.log_history if "grad_norm" in entry))
