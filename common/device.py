@@ -110,6 +110,7 @@ def detect(args: argparse.Namespace) -> Hardware:
     if getattr(args, "batch_size", 0) % processes:
         stop(f"--batch-size {args.batch_size} does not divide by {processes} processes: pass a multiple of {processes}")
     if gpus:
+        patches.attend_without_cudnn()
         name, old = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0] < 8
         auto = "fp16" if old else "bf16"  # torch says that a T4 supports bf16, but its compute capability is 7.5
         if old and args.precision == "bf16":

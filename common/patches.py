@@ -75,6 +75,18 @@ def avoid_gqa_kernel() -> None:
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
+def attend_without_cudnn() -> None:
+    """torch 2.11 on an H100 in bf16: SDPA may choose cuDNN's attention, which plans each new shape anew.
+
+    Reviews have many lengths. Without it and flash attention, in fp16, the student's shape scored a mix of lengths at
+    8,633 reviews/s instead of 1,805, and one length at 4,769 instead of 5,476 (results/gpu/true_size.csv).
+    Test: test_a_gpu_attends_without_cudnn, for the setting only.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def pause_at_exit() -> None:
     """torch 2.13: gloo's threads release their tensors a moment after the last collective.
 

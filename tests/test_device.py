@@ -53,6 +53,16 @@ def test_every_gpu_in_sight_gets_a_process_unless_told_otherwise(gpu, monkeypatc
     stops(lambda: detect(num_processes=3), "--num-processes 3", "2 GPUs")
 
 
+def test_a_gpu_attends_without_cudnn(gpu, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+    device.detect(argparse.Namespace(precision="auto"))
+    assert chosen == []
+    gpu(9, 0)
+    device.detect(argparse.Namespace(precision="auto"))
+    assert chosen == [False]
+
+
 def test_one_process_sees_the_first_gpu_alone(gpu, monkeypatch):
     gpu(7, 5, count=2)
     for flags in ({"num_processes": 1}, {}):  # the benchmark has no such flag
