@@ -79,6 +79,11 @@ def stop(message: str) -> NoReturn:
     raise Stop(message)
 
 
+def short(name: str) -> str:
+    """The last part of a hub name or folder."""
+    return name.rstrip("/").split("/")[-1]
+
+
 def positive_int(text: str) -> int:
     """An integer of at least 1."""
     value = int(text)
