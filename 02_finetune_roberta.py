@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, memory, metrics, models, scoring, settings
+from common import artifacts, data, device, export, memory, metrics, models, scoring, settings
 
 STEP = "02_roberta"
 COLLAPSED = "pass --force with another --seed, a smaller --learning-rate or a larger --warmup-fraction"
@@ -57,15 +57,15 @@ def finetune(
         compute_metrics=training.validation_accuracy,
     )
     training.train(trainer, hardware)
-    training.save(model, tokenizer, folder / "model", folder / "checkpoints")
+    training.save(model, tokenizer, folder / "model", folder / "checkpoints", args.max_length)
 
 
 def save_soft_labels(
     args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware, folder: Path
-) -> tuple[dict, dict]:
+) -> tuple[np.ndarray, dict]:
     """Save raw logits by example_id for every split, and pooled states of the mapped layers for train and transfer.
 
-    Returns the teacher's figures on validation, and the facts that 04a needs.
+    Returns the (n, 2) validation logits, and the facts that 04a needs.
     """
     from common import distill, training
 
@@ -86,8 +86,7 @@ def save_soft_labels(
         if split == "validation":  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
             _, logits = scoring.read_scores(soft_labels, split, scoring.LOGITS)
             training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
-            scores = metrics.describe(table["label"].to_numpy(), logits)
-    return scores, {
+    return logits, {
         "feature_layers": layers,
         "teacher_layers": model.config.num_hidden_layers,
         "teacher_width": model.config.hidden_size,
@@ -106,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         finetune(args, reviews, tokenizer, hardware, folder)
         memory.free()
 
-    scores, layer_facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
+    logits, layer_facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
+    export.describe_model(args, folder / "model", "A fine-tuned encoder.", args.roberta_model, reviews, logits)
+    scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
 
     facts = {"labels": data.LABELS, "teacher": args.roberta_model, "max_length": args.max_length} | layer_facts
     artifacts.finish(args, folder, facts, {"validation": scores})

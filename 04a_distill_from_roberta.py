@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, metrics, models, scoring, settings
+from common import artifacts, data, device, export, metrics, models, scoring, settings
 
 STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
@@ -126,6 +126,14 @@ def main(argv: list[str] | None = None) -> None:
     labels = reviews.validation["label"].to_numpy()
     scores = {name: metrics.describe(labels, student_logits) for name, student_logits in logits.items()}
     models_used = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
+    teacher_name = settings.short(facts["teacher"])
+    roles = {
+        "student": f"A student of {teacher_name}: it learned from gold labels and from {teacher_name}'s soft labels.",
+        "control": "A control: the student of this folder's neighbour, trained without a teacher.",
+    }
+    for name in scores:
+        model = folder / ("model" if name == "student" else name)
+        export.describe_model(args, model, roles[name], args.student_model, reviews, logits[name])
     artifacts.finish(args, folder, {"labels": data.LABELS} | models_used, {"validation": scores})
     for name, figures in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(figures)}")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, data, device, export, memory, metrics, models, scoring, settings, verbalizer
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 CANNOT_TEACH = "this LLM cannot teach: take another, or train it on more reviews with 03_finetune_mistral.py"
@@ -223,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
     models_used = {"student": args.student_model, "teacher": llm["base"], "max_length": args.max_length, "llm": llm}
     facts = {"labels": data.LABELS} | models_used | calibration
+    role = f"A student of {settings.short(llm['base'])}, which scored two label words after each review."
+    export.describe_model(args, folder / "model", role, args.student_model, reviews, logits)
     artifacts.finish(args, folder, facts, {"validation": {"student": scores} | figures})
     print(f"student: validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '05_benchmark.py')}")

@@ -71,11 +71,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return settings.parse(parser, STEP, argv)
 
 
-def short(name: str) -> str:
-    """The last part of a hub name or folder."""
-    return name.rstrip("/").split("/")[-1]
-
-
 def load_bag_of_words(folder: Path) -> Loaded:
     from common.baseline import load_baseline
 
@@ -127,18 +122,22 @@ def find_contenders(args: argparse.Namespace, hardware: device.Hardware, runs: d
             contenders.append(Contender(name, "baseline", partial(load_bag_of_words, root / "01_baseline" / folder)))
     if "02_roberta" in runs:
         load = partial(load_encoder, args, hardware, root / "02_roberta" / "model", facts["02_roberta"]["max_length"])
-        contenders.append(Contender(short(facts["02_roberta"]["teacher"]), TEACHER, load))
+        contenders.append(Contender(settings.short(facts["02_roberta"]["teacher"]), TEACHER, load))
     from_llm = facts.get("04b_student_from_mistral")
     if "03_mistral" in runs:
         calibration = from_llm if from_llm and from_llm["llm"]["adapter"] else UNCALIBRATED
         load = partial(load_mistral, args, hardware, root / "03_mistral" / "adapter", facts["03_mistral"], calibration)
-        contenders.append(Contender(short(facts["03_mistral"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True))
+        contenders.append(
+            Contender(settings.short(facts["03_mistral"]["base"]), "teacher, 4-bit + LoRA", load, is_llm=True)
+        )
     if from_llm and not from_llm["llm"]["adapter"]:
         load = partial(load_mistral, args, hardware, None, from_llm["llm"], from_llm)
-        contenders.append(Contender(short(from_llm["llm"]["base"]), "teacher, 4-bit zero-shot", load, is_llm=True))
+        contenders.append(
+            Contender(settings.short(from_llm["llm"]["base"]), "teacher, 4-bit zero-shot", load, is_llm=True)
+        )
     for step, kind in STUDENTS.items():
         if step in runs:
-            student, teacher = short(facts[step]["student"]), short(facts[step]["teacher"])
+            student, teacher = settings.short(facts[step]["student"]), settings.short(facts[step]["teacher"])
             rows = {"model": (f"{student} from {teacher}", kind), "control": (f"{student} control", CONTROL)}
             for folder, (name, row_kind) in rows.items():
                 if folder == "model" or (root / step / folder).is_dir():

@@ -195,7 +195,7 @@ def train_student(
             **weights,
         )
         training.train(trainer, hardware)
-        training.save(student.model, tokenizer, target, checkpoints)
+        training.save(student.model, tokenizer, target, checkpoints, args.max_length)
     if validation is None:
         return None
     model = models.prepare_for_scoring(models.load_classifier(str(target)), hardware)

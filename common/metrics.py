@@ -37,6 +37,17 @@ def expected_calibration_error(labels: np.ndarray, logits: np.ndarray, bins: int
     return float(np.abs(gaps).sum() / len(labels))
 
 
+def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+    """The T > 0 with the least NLL of logits / T (temperature scaling, Guo et al. 2017, section 4.2).
+
+    It is kept within 1/20 and 20: reviews that are all called right would ask for T = 0.
+    """
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(lambda log_t: nll(labels, logits / np.exp(log_t)), bounds=(-np.log(20), np.log(20)))
+    return float(np.exp(found.x))
+
+
 def mcnemar_p(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
     """Exact two-sided p of McNemar's test, a binomial test that the discordant pairs split evenly."""
     from scipy.stats import binomtest

@@ -77,6 +77,11 @@ def stop(message: str) -> NoReturn:
     raise Stop(message)
 
 
+def short(name: str) -> str:
+    """The last part of a hub name or folder."""
+    return name.rstrip("/").split("/")[-1]
+
+
 def _number(kind: type, accepts: Callable[[float], bool], wrong: str) -> Callable[[str], float]:
     """An argparse type: a number that `accepts` allows; the error about another one ends in `wrong`."""
 

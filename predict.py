@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Label a file of reviews with a saved model: a student, the control, or the encoder that taught them.
+
+The model reads a long review as in training, a quarter from its head and the rest from its tail. Probabilities are
+calibrated by the temperature that was fitted on validation. With --escalate, a second model reads the reviews of which
+the first one is unsure.
+
+Reads   a model folder, and a file of reviews: parquet, CSV or JSON lines, with a column text, review or sentence
+Writes  a CSV with a row per review, in the file's order: row, label, p_positive, model, text
+
+    python predict.py outputs/04a_student_from_roberta/model reviews.csv
+    python predict.py outputs/04a_student_from_roberta/model reviews.csv --escalate outputs/02_roberta/model
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common import artifacts, data, device, models, scoring, settings
+
+CHUNK = 4000  # reviews in memory at once
+
+
+@dataclass
+class Classifier:
+    """A saved encoder, ready to read texts."""
+
+    name: str
+    folder: str
+    hardware: device.Hardware
+
+    def __post_init__(self):
+        self.tokenizer, model = models.load_tokenizer(self.folder), models.load_classifier(self.folder)
+        self.temperature = getattr(model.config, "calibration_temperature", 1.0)
+        self.model = models.prepare_for_scoring(model, self.hardware)
+
+    def p_positive(self, texts: list[str]) -> np.ndarray:
+        """The calibrated probability that each review is positive."""
+        ids = data.encode(self.tokenizer, texts, self.tokenizer.model_max_length)
+        logits = scoring.score_encoder(self.model, ids, self.tokenizer.pad_token_id, self.hardware, None)["scores"]
+        return 1 / (1 + np.exp((logits[:, 0] - logits[:, 1]) / self.temperature))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("model_folder", help="a folder that 02, 04a or 04b has written, such as .../04a_student_from_roberta/model")
+    add("file", type=Path, help="file of reviews")
+    add("--output", type=Path, help="CSV to write (default: FILE_labels.csv beside the file)")
+    add("--escalate", metavar="MODEL_FOLDER", help="model that reads the reviews of which the first one is unsure")
+    unsure = "probabilities between which a review is escalated (default: 0.1 0.9)"
+    add("--unsure", nargs=2, type=settings.fraction, default=(0.1, 0.9), metavar=("LOW", "HIGH"), help=unsure)
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic (default: auto)")
+    add("--force", action="store_true", help="replace an existing output file")
+    return parser.parse_args(argv)
+
+
+def label(
+    table: pd.DataFrame, first: Classifier, second: Classifier | None, unsure: tuple[float, float]
+) -> pd.DataFrame:
+    """The rows of `table` (row, text) with label, p_positive and the model that decided; no label without text."""
+    read = table[table["text"] != ""].copy()
+    read["p_positive"], read["model"] = first.p_positive(read["text"].tolist()), first.name
+    doubtful = read["p_positive"].between(*unsure)
+    if second and doubtful.any():
+        read.loc[doubtful, "p_positive"] = second.p_positive(read.loc[doubtful, "text"].tolist())
+        read.loc[doubtful, "model"] = second.name
+    read["label"] = np.where(read["p_positive"] > 0.5, *reversed(data.LABELS))
+    read["p_positive"] = read["p_positive"].round(4)
+    return table[["row", "text"]].join(read[["label", "p_positive", "model"]])[
+        ["row", "label", "p_positive", "model", "text"]
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    output = args.output or args.file.with_name(f"{args.file.stem}_labels.csv")
+    if output.exists() and not args.force:
+        settings.stop(f"{output} exists: pass another --output, or --force")
+    chunks = data.read_in_chunks(args.file, CHUNK)  # stops before a model is loaded if the file cannot be read
+    first = next(chunks, None)  # of a parquet file without rows there is none
+    if first is None or not len(first):
+        settings.stop(f"{args.file} holds no reviews")
+    hardware = device.detect(args)
+    student = Classifier("student", args.model_folder, hardware)
+    teacher = Classifier("teacher", args.escalate, hardware) if args.escalate else None
+    started, done, counts = time.monotonic(), 0, pd.Series(dtype=int)
+    with artifacts.whole(output) as temporary:
+        for number, table in enumerate(itertools.chain([first], chunks)):
+            labelled = label(table, student, teacher, args.unsure)
+            labelled.to_csv(temporary, mode="a", header=number == 0, index=False)
+            done += len(labelled)
+            counts = counts.add(labelled["label"].value_counts(), fill_value=0)
+            print(f"{done:,} reviews, {done / (time.monotonic() - started):.1f}/s", file=sys.stderr, flush=True)
+    words = ", ".join(f"{int(count):,} {name}" for name, count in counts.items())
+    print(f"{output}: {words}")
+
+
+if __name__ == "__main__":
+    main()
