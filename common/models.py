@@ -159,7 +159,8 @@ def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torc
     def keep_last(_module, inputs):
         return (inputs[0][rows, last].unsqueeze(1),)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep_last)
+    unwrapped = getattr(model, "module", model)  # several processes train inside DistributedDataParallel
+    hook = unwrapped.get_output_embeddings().register_forward_pre_hook(keep_last)
     try:
         return model(input_ids=input_ids, use_cache=False).logits[:, -1]
     finally:
