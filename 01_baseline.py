@@ -6,7 +6,7 @@ A student that does not beat them is not worth a GPU.
 
 Reads   the reviews
 Writes  outputs/01_baseline/  naive_bayes/  nb_svm/  metrics.json  run.json
-Takes   about 3 minutes and 4 GB on two CPU cores; no GPU
+Takes   about 3 minutes and 2.2 GB on two CPU cores; no GPU
 
     python 01_baseline.py
     python 01_baseline.py --dataset path/to/folder

@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         memory.free()
 
     logits, layer_facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
-    export.describe_model(args, folder / "model", "A fine-tuned encoder.", args.roberta_model, reviews, logits)
+    export.describe_model(
+        args, folder / "model", "A fine-tuned encoder.", args.roberta_model, reviews, logits, epochs=args.epochs
+    )
     scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
 
     facts = {"labels": data.LABELS, "teacher": args.roberta_model, "max_length": args.max_length} | layer_facts

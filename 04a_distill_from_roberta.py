@@ -107,6 +107,19 @@ def train_students(
     return logits
 
 
+def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, logits: dict, teacher: str) -> None:
+    """Describe the student and the control, each in its folder."""
+    role = f"A student of {teacher}: it learned from gold labels and from the teacher's soft labels."
+    rows = export.student_rows(args, reviews) | {"feature_weight": args.feature_weight}
+    export.describe_model(args, folder / "model", role, args.student_model, reviews, logits["student"], **rows)
+    if args.control:
+        role, rows = (
+            "A control: the student without a teacher.",
+            {"epochs": "the best of as many steps as the student's"},
+        )
+        export.describe_model(args, folder / "control", role, args.student_model, reviews, logits["control"], **rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.start(args, __file__)
@@ -126,14 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     labels = reviews.validation["label"].to_numpy()
     scores = {name: metrics.describe(labels, student_logits) for name, student_logits in logits.items()}
     models_used = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
-    teacher_name = settings.short(facts["teacher"])
-    roles = {
-        "student": f"A student of {teacher_name}: it learned from gold labels and from {teacher_name}'s soft labels.",
-        "control": "A control: the student of this folder's neighbour, trained without a teacher.",
-    }
-    for name in scores:
-        model = folder / ("model" if name == "student" else name)
-        export.describe_model(args, model, roles[name], args.student_model, reviews, logits[name])
+    write_cards(args, folder, reviews, logits, settings.short(facts["teacher"]))
     artifacts.finish(args, folder, {"labels": data.LABELS} | models_used, {"validation": scores})
     for name, figures in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(figures)}")

@@ -224,7 +224,9 @@ def main(argv: list[str] | None = None) -> None:
     models_used = {"student": args.student_model, "teacher": llm["base"], "max_length": args.max_length, "llm": llm}
     facts = {"labels": data.LABELS} | models_used | calibration
     role = f"A student of {settings.short(llm['base'])}, which scored two label words after each review."
-    export.describe_model(args, folder / "model", role, args.student_model, reviews, logits)
+    export.describe_model(
+        args, folder / "model", role, args.student_model, reviews, logits, **export.student_rows(args, reviews)
+    )
     artifacts.finish(args, folder, facts, {"validation": {"student": scores} | figures})
     print(f"student: validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '05_benchmark.py')}")

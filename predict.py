@@ -6,7 +6,7 @@ calibrated by the temperature that was fitted on validation. With --escalate, a 
 the first one is unsure.
 
 Reads   a model folder, and a file of reviews: parquet, CSV or JSON lines, with a column text, review or sentence
-Writes  a CSV with a row per review, in the file's order: row, label, p_positive, model, text
+Writes  a CSV with a row per review, in the file's order: row, label, p_positive, model, and the cleaned text
 
     python predict.py outputs/04a_student_from_roberta/model reviews.csv
     python predict.py outputs/04a_student_from_roberta/model reviews.csv --escalate outputs/02_roberta/model
@@ -36,15 +36,22 @@ class Classifier:
     hardware: device.Hardware
 
     def __post_init__(self):
+        # A base checkpoint would get a new head and guess; another model may number its labels the other way round.
+        self.temperature = getattr(models.load_config(self.folder), "calibration_temperature", None)
+        if self.temperature is None:
+            settings.stop(
+                f"{self.folder} is no model of 02, 04a or 04b (its config.json has no calibration_temperature)"
+            )
         self.tokenizer, model = models.load_tokenizer(self.folder), models.load_classifier(self.folder)
-        self.temperature = getattr(model.config, "calibration_temperature", 1.0)
         self.model = models.prepare_for_scoring(model, self.hardware)
 
     def p_positive(self, texts: list[str]) -> np.ndarray:
         """The calibrated probability that each review is positive."""
+        from scipy.special import expit
+
         ids = data.encode(self.tokenizer, texts, self.tokenizer.model_max_length)
         logits = scoring.score_encoder(self.model, ids, self.tokenizer.pad_token_id, self.hardware, None)["scores"]
-        return 1 / (1 + np.exp((logits[:, 0] - logits[:, 1]) / self.temperature))
+        return expit((logits[:, 1] - logits[:, 0]) / self.temperature)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,23 +73,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def label(
     table: pd.DataFrame, first: Classifier, second: Classifier | None, unsure: tuple[float, float]
 ) -> pd.DataFrame:
-    """The rows of `table` (row, text) with label, p_positive and the model that decided; no label without text."""
-    read = table[table["text"] != ""].copy()
+    """The rows of `table` with label, p_positive and the name of the model that decided. An empty text gets none."""
+    columns, read = ["row", "label", "p_positive", "model", "text"], table[table["text"] != ""].copy()
+    if not len(read):
+        return table.reindex(columns=columns)
     read["p_positive"], read["model"] = first.p_positive(read["text"].tolist()), first.name
-    doubtful = read["p_positive"].between(*unsure)
+    doubtful = read["p_positive"].between(*sorted(unsure))
     if second and doubtful.any():
         read.loc[doubtful, "p_positive"] = second.p_positive(read.loc[doubtful, "text"].tolist())
         read.loc[doubtful, "model"] = second.name
     read["label"] = np.where(read["p_positive"] > 0.5, *reversed(data.LABELS))
     read["p_positive"] = read["p_positive"].round(4)
-    return table[["row", "text"]].join(read[["label", "p_positive", "model"]])[
-        ["row", "label", "p_positive", "model", "text"]
-    ]
+    return table.join(read[["label", "p_positive", "model"]])[columns]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     output = args.output or args.file.with_name(f"{args.file.stem}_labels.csv")
+    if output.is_dir():
+        settings.stop(f"{output} is a folder: name a file")
     if output.exists() and not args.force:
         settings.stop(f"{output} exists: pass another --output, or --force")
     chunks = data.read_in_chunks(args.file, CHUNK)  # stops before a model is loaded if the file cannot be read
@@ -93,10 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     student = Classifier("student", args.model_folder, hardware)
     teacher = Classifier("teacher", args.escalate, hardware) if args.escalate else None
     started, done, counts = time.monotonic(), 0, pd.Series(dtype=int)
-    with artifacts.whole(output) as temporary:
+    with artifacts.whole(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         for number, table in enumerate(itertools.chain([first], chunks)):
             labelled = label(table, student, teacher, args.unsure)
-            labelled.to_csv(temporary, mode="a", header=number == 0, index=False)
+            labelled.to_csv(file, header=number == 0, index=False)
             done += len(labelled)
             counts = counts.add(labelled["label"].value_counts(), fill_value=0)
             print(f"{done:,} reviews, {done / (time.monotonic() - started):.1f}/s", file=sys.stderr, flush=True)

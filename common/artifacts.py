@@ -271,7 +271,8 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
         write_json(folder / "metrics.json", figures)
     for leftover in folder.glob("*checkpoints"):  # from a kill between saving the model and deleting its checkpoints
         shutil.rmtree(leftover)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in files if path.name not in ("run.json", "README.md")]  # a model's card may be edited
     run = read_json(folder / "started.json") | {
         "settings": dict(sorted(vars(args).items())),
         "facts": facts,

@@ -142,7 +142,10 @@ def _read_file(file: Path) -> pd.DataFrame:
 
 
 def _tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
-    """The file's rows as one table, or as tables of `size` rows (JSON always as one); stops if it cannot be read."""
+    """The file's rows as one table, or as tables of `size` rows; stops if it cannot be read.
+
+    JSON is one table, but JSON lines are not.
+    """
     try:
         if file.suffix == ".parquet":
             whole = size is None
@@ -150,18 +153,18 @@ def _tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
                 [pd.read_parquet(file)] if whole else (b.to_pandas() for b in ParquetFile(file).iter_batches(size))
             )
         elif file.suffix == ".csv":
-            with warnings.catch_warnings():  # pandas warns of a row with too many cells: its text has an unquoted comma
-                warnings.simplefilter("error", pd.errors.ParserWarning)
-                # "NA" and "null" are words of a review, and no column is an index.
-                found = pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False, chunksize=size)
-                yield from [found] if size is None else found
+            # pandas warns of a row with too many cells: its text has an unquoted comma.
+            warnings.filterwarnings("error", category=pd.errors.ParserWarning)
+            # "NA" and "null" are words of a review, and no column is an index.
+            found = pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False, chunksize=size)
+            yield from [found] if size is None else found
         else:
             lines = file.suffix == ".jsonl" or file.read_text(encoding="utf-8").lstrip()[:1] == "{"
             options = {"dtype": False, "convert_dates": False, "lines": lines}
             found = pd.read_json(file, **options, chunksize=size if lines else None)
             yield from found if lines and size else [found]
     except (ValueError, OSError, pd.errors.ParserWarning) as problem:  # pandas' and pyarrow's errors are ValueErrors
-        stop(f"{file} cannot be read as {file.suffix[1:]}: {str(problem).splitlines()[0]}")
+        stop(f"{file} cannot be read as {file.suffix[1:]}: {hub.reason(problem)}")
 
 
 def read_in_chunks(file: Path, size: int) -> Iterator[pd.DataFrame]:
@@ -206,10 +209,12 @@ def _clean_texts(table: pd.DataFrame, owner: str) -> list[str]:
     """The text of each row, with single spaces and without line breaks of HTML; "" where there is none."""
     column = next((name for name in TEXT_COLUMNS if name in table), None)
     if column is None:
-        stop(f"{owner} have the columns {', '.join(map(str, table.columns))}: name them text and label")
+        stop(
+            f"{owner}: none of the columns {', '.join(map(str, table.columns))} is named text: rename the reviews' one"
+        )
     missing = table[column].isna()
     if table.loc[~missing, column].map(lambda text: isinstance(text, bytes | list | dict | np.ndarray)).any():
-        stop(f"{owner} hold bytes or lists where text should be: decode them to strings first")
+        stop(f"{owner}: bytes or lists stand where text should be: decode them to strings first")
     texts = ("" if absent else str(text) for text, absent in zip(table[column], missing))
     # On 100,000 reviews split() and join() are twice as fast as a regular expression for white space.
     return [" ".join(text.replace("<br />", " ").replace("<br>", " ").replace("<br/>", " ").split()) for text in texts]
@@ -218,7 +223,7 @@ def _clean_texts(table: pd.DataFrame, owner: str) -> list[str]:
 def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
     """A table with example_id, text (no <br />, single spaces) and label (0, 1 or -1)."""
     label_column = next((name for name in LABEL_COLUMNS if name in table), None)
-    if label_column is None and split != "transfer":
+    if not set(TEXT_COLUMNS) & set(table) or label_column is None and split != "transfer":
         stop(f"the {split} reviews have the columns {', '.join(map(str, table.columns))}: name them text and label")
     texts = _clean_texts(table, f"the {split} reviews")
     labels = UNLABELLED if split == "transfer" else _parse_labels(table[label_column], split)

@@ -87,8 +87,8 @@ class DistillationTrainer(training.ReviewTrainer):
     """Minimises alpha·soft + (1 − alpha)·CE + feature_weight·features; no teacher model is loaded.
 
     The teacher's outputs are arrays of the dataset. `soft_loss` is "kl" (T²·KL) or "margin". With `soft_labels`
-    "transfer" each review has one term: CE where it has a gold label, the soft loss elsewhere; alpha has no effect. For
-    the control, alpha is 0 and the dataset has no teacher.
+    "transfer" each review has one term: CE where it has a gold label, and the soft loss elsewhere. Then alpha weighs
+    nothing. For the control, alpha is 0 and the dataset has no teacher.
     """
 
     def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_loss="kl", soft_labels="all", **kwargs):

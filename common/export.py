@@ -43,21 +43,34 @@ Two classes, and reviews like those above. Other languages, other subjects and s
 """
 
 
+def student_rows(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, object]:
+    """The rows of a student's card beside those of every model's."""
+    loss = {"unlabelled_reviews": f"{len(reviews.transfer):,}", "epochs": args.epochs}
+    return loss | {name: getattr(args, name) for name in ("soft_labels", "soft_loss", "alpha", "temperature")}
+
+
 def describe_model(
-    args: argparse.Namespace, folder: Path, role: str, base: str, reviews: data.Reviews, logits: np.ndarray
+    args: argparse.Namespace,
+    folder: Path,
+    role: str,
+    base: str,
+    reviews: data.Reviews,
+    logits: np.ndarray,
+    **more: object,
 ) -> None:
     """Write a saved encoder's `calibration_temperature` into its config, and its card (README.md).
 
     `role` says in a sentence what the model is, and `base` names the model that it was trained from. `logits` (n, 2)
-    are of the validation reviews.
+    are of the validation reviews. `more` are further rows of the card.
     """
     labels = reviews.validation["label"].to_numpy()
     temperature = metrics.fit_temperature(labels, logits)
     figures = metrics.describe(labels, logits / temperature)
-    flags = ("epochs", "learning_rate", "batch_size", "max_length", "seed")
+    flags = ("learning_rate", "batch_size", "max_length", "seed")
     rows = {
         "trained from": settings.short(base),
         "data": f"{settings.short(args.dataset)}: {len(reviews.train):,} labelled reviews",
+        **{name.replace("_", " "): value for name, value in more.items()},
         "recipe": ", ".join(f"{name.replace('_', ' ')} {getattr(args, name)}" for name in flags),
         "accuracy on validation": metrics.in_words(figures),
         "NLL, ECE on validation": f"{figures['nll']:.3f}, {figures['ece']:.3f} at temperature {temperature:.2f}",
@@ -66,7 +79,7 @@ def describe_model(
     on_hub = {key: name for key, name in named.items() if name.count("/") == 1 and not Path(name).exists()}
     text = CARD.format(
         front="".join(f"{key}:\n- {name}\n" for key, name in on_hub.items()),
-        title=f"{settings.short(base)}, {folder.parent.name}",
+        title=f"{settings.short(base)}, {folder.parent.name}/{folder.name}",
         role=role,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         max_length=args.max_length,

@@ -64,9 +64,10 @@ def load_adapters_beside_other_processes() -> None:
 
 
 def avoid_gqa_kernel() -> None:
-    """transformers after 5.0.0, to 5.23 at least: a batch without padding uses SDPA's enable_gqa.
+    """transformers after 5.0.0, to 5.23 at least: attention without a mask uses SDPA's enable_gqa.
 
-    Below compute capability 8.0 only the slow math kernel supports it (transformers issue 48633).
+    03's and 04b's prompts need no mask. Below compute capability 8.0 only the slow math kernel supports it
+    (transformers issue 48633).
     Test: test_below_8_0_grouped_queries_are_repeated, for the setting only.
     """
     from transformers.integrations import sdpa_attention

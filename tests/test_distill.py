@@ -76,7 +76,7 @@ def test_the_last_layer_meets_the_last_layer():
 def args(tiny):
     return argparse.Namespace(
         student_model=str(tiny / "distilbert"), output_dir="unused", seed=1, epochs=1, learning_rate=1e-3, batch_size=4,
-        micro_batch_size=4, weight_decay=0.0, warmup_fraction=0.0, temperature=2.0, soft_loss="kl",
+        micro_batch_size=4, max_length=32, weight_decay=0.0, warmup_fraction=0.0, temperature=2.0, soft_loss="kl",
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import write_reviews
 
-from common import artifacts, device, distill, models, training
+from common import artifacts, device, distill, export, models, training
 
 NUMBERS = ("01", "02", "03", "04a", "04b", "05")
 LLM_STEPS = ("03_mistral", "04b_student_from_mistral")
@@ -120,6 +120,25 @@ def test_a_saved_teacher_loads_with_pipeline_and_says_negative_and_positive(outp
     classify = pipeline("text-classification", str(outputs / "02_roberta" / "model"), device="cpu")
     assert classify(["dull weak silly film"])[0]["label"] == "negative"
     assert classify(["funny warm fresh film"])[0]["label"] == "positive"
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("02_roberta/model", "A fine-tuned encoder"),
+        ("04a_student_from_roberta/model", "feature weight"),
+        ("04a_student_from_roberta/control", "without a teacher"),
+        ("04b_student_from_mistral/model", "two label words"),
+    ],
+)
+def test_each_saved_encoder_has_a_card_its_length_and_a_temperature(outputs, folder, words):
+    config, tokenizer = (read(outputs / folder, f"{name}.json") for name in ("config", "tokenizer_config"))
+    assert config["calibration_temperature"] > 0
+    run = read((outputs / folder).parent, "run.json")
+    assert tokenizer["model_max_length"] == run["settings"]["max_length"]
+    card = (outputs / folder / "README.md").read_text(encoding="utf-8")
+    assert words in card and "accuracy on validation" in card
+    assert f"{folder.split('/')[1]}/README.md" not in run["files"]  # so that its owner may edit it
 
 
 def test_no_checkpoint_half_file_or_pickle_is_left(outputs):
@@ -321,6 +340,7 @@ def trained_by(here, flags, script, monkeypatch):
             return logits[answers[len(calls) - 1]]
 
         monkeypatch.setattr(distill, "train_student", train_student)
+        monkeypatch.setattr(export, "describe_model", lambda *_, **__: None)  # no folder was written
         here(number, *more)
         return calls
 

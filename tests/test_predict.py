@@ -61,20 +61,30 @@ def test_an_unsure_review_gets_the_second_models_answer(model, tmp_path):
         assert set(pd.read_csv(tmp_path / name)["model"].dropna()) == answered
 
 
-def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, tmp_path, stops):
+def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, tiny, tmp_path, stops):
     file, made = tmp_path / "reviews.csv", tmp_path / "reviews_labels.csv"
     stops(lambda: predict.main([str(model[0]), str(file)]), str(file), "cannot be read")
     stops(lambda: predict.main([str(model[0]), str(tmp_path / "reviews.doc")]), "reviews.doc", ".parquet")
     file.write_text("words\nno text column\n")
-    stops(lambda: predict.main([str(model[0]), str(file)]), "words", "name them text")
+    stops(lambda: predict.main([str(model[0]), str(file)]), "words", "named text")
     file.write_text("text\n")
     stops(lambda: predict.main([str(model[0]), str(file)]), "no reviews")
     file.write_text("text\ngood\n")
     made.write_text("finished work")
     stops(lambda: predict.main([str(model[0]), str(file)]), "exists", "--force")
     assert made.read_text() == "finished work"
-    predict.main([str(model[0]), str(file), "--force"])
-    assert made.read_text().startswith("row,label")
+    stops(lambda: predict.main([str(model[0]), str(file), "--force", "--output", str(tmp_path)]), "is a folder")
+    stops(lambda: predict.main([str(tiny / "distilbert"), str(file), "--force"]), "no model of 02, 04a or 04b")
+    assert made.read_text() == "finished work" and (tmp_path / "04a").exists()
+
+
+def test_what_an_interrupted_run_left_and_reviews_without_text_leave_no_trace(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "CHUNK", 1)
+    (tmp_path / "reviews_labels.csv.partial").write_text("row,label\n0,positive\n")
+    pd.DataFrame({"text": ["", "good", ""]}).to_csv(tmp_path / "reviews.csv", index=False)
+    predict.main([str(model[0]), str(tmp_path / "reviews.csv")])
+    made = pd.read_csv(tmp_path / "reviews_labels.csv")
+    assert list(made["row"]) == [0, 1, 2] and list(made["label"].notna()) == [False, True, False]
 
 
 def test_the_folder_carries_length_temperature_and_a_card_that_the_hub_can_read(model):
