@@ -19,7 +19,7 @@ from common import report, settings
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", ROOT / "results" / "README.md")
-SCREEN = ROOT / "results" / "cpu_imdb"  # whose benchmark is on README's first screen
+SCREEN = ROOT / "results" / "imdb"  # whose benchmark is on README's first screen
 TABLE = re.compile(
     r"<!-- (?P<file>results/\S+\.csv)(?P<form>: first screen|: console|) -->\n.*?<!-- end -->", re.DOTALL
 )

@@ -70,7 +70,7 @@ def test_the_committed_tables_are_to_the_byte_what_the_committed_predictions_say
     for file in ("predictions.parquet", "runs.csv"):
         shutil.copy(question / file, tmp_path / file)
     made = tables.make_tables(tmp_path, plot=False)
-    assert {file.name for file in question.glob("*.csv")} - {"runs.csv", "levers.csv"} == made.keys()
+    assert {file.name for file in question.glob("*.csv")} - {"runs.csv", "levers.csv", "benchmark.csv"} == made.keys()
     for file, table in made.items():
         assert len(table) and (tmp_path / file).read_bytes() == (question / file).read_bytes(), file
     assert (question / "predictions.parquet").stat().st_size < 2_000_000
@@ -96,6 +96,14 @@ def test_a_row_says_how_much_of_the_gap_a_student_closes_and_whether_by_chance(f
     assert rows.loc["teacher", "accuracy"] == pytest.approx(teacher)
     add(folder, "teacher", 42, odds(0.805, 3))  # leads by less than a point
     assert rows_of(folder)["gap_closed"].isna().all()
+
+
+def test_the_first_screens_accuracies_are_those_of_the_committed_predictions():
+    table = pd.read_csv(ROOT / "results/imdb/benchmark.csv")
+    predictions = pd.read_parquet(ROOT / "results/imdb/predictions.parquet")
+    columns = ["naive_bayes-42", "nb_svm-42", "teacher-42", "final-42", "control-42"]
+    right = [((predictions[column] > 0) == (predictions["label"] == 1)).mean() for column in columns]
+    assert table["Accuracy"].to_numpy() == pytest.approx(right, abs=1e-6) and (table["n"] == len(predictions)).all()
 
 
 def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_teacher_that_it_names(folder):
