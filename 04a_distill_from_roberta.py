@@ -113,11 +113,10 @@ def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, l
     rows = export.student_rows(args, reviews) | {"feature_weight": args.feature_weight}
     export.describe_model(args, folder / "model", role, args.student_model, reviews, logits["student"], **rows)
     if args.control:
-        role, rows = (
-            "A control: the student without a teacher.",
-            {"epochs": "the best of as many steps as the student's"},
+        role, epochs = "A control: the student without a teacher.", "the best of as many steps as the student's"
+        export.describe_model(
+            args, folder / "control", role, args.student_model, reviews, logits["control"], epochs=epochs
         )
-        export.describe_model(args, folder / "control", role, args.student_model, reviews, logits["control"], **rows)
 
 
 def main(argv: list[str] | None = None) -> None:

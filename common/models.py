@@ -149,8 +149,8 @@ def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torc
     """(n, vocabulary) next-token logits after each prompt; the head runs on the last real position alone.
 
     The prompts are padded at the end. A causal LM's real tokens never see that padding, so attention needs no mask, and
-    its fast kernels run. Padded at the beginning, a padding token would attend to nothing. On an H100 in bf16 at 512
-    tokens that training became NaN after 30 steps.
+    its fast kernels run. Padding at the beginning would attend to nothing: the likely cause of a training that became
+    NaN after 30 steps, on an H100 in bf16 at 512 tokens.
     """
     import torch
 

@@ -23,11 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, metrics, settings
 
 CONTROLS = ("control", "control_longer", "control_levers")
-BESIDE = (
-    "final_longer",
-    "nb_svm",
-    "naive_bayes",
-)  # a claim compares with them though they read other unlabelled reviews, or none
+# A claim compares with these though they read other unlabelled reviews, or none.
+BESIDE = ("final_longer", "nb_svm", "naive_bayes")
 CLAIMS = (  # a student, the teacher whose gap it closes, and the runs that it is compared with
     ("final", "teacher", (*CONTROLS, *BESIDE)),
     ("tuned", "tuned_teacher", ("control", "nb_svm", "tuned_teacher")),
