@@ -22,36 +22,34 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, data, device, models, scoring, settings
+from common import artifacts, classifiers, data, device, models, settings
 
 CHUNK = 4000  # reviews in memory at once
 
 
 @dataclass
-class Classifier:
-    """A saved encoder, ready to read texts."""
+class Judge:
+    """A saved encoder and its calibration."""
 
     name: str
-    folder: str
-    hardware: device.Hardware
-
-    def __post_init__(self):
-        # A base checkpoint would get a new head and guess; another model may number its labels the other way round.
-        self.temperature = getattr(models.load_config(self.folder), "calibration_temperature", None)
-        if self.temperature is None:
-            settings.stop(
-                f"{self.folder} is no model of 02, 04a or 04b (its config.json has no calibration_temperature)"
-            )
-        self.tokenizer, model = models.load_tokenizer(self.folder), models.load_classifier(self.folder)
-        self.model = models.prepare_for_scoring(model, self.hardware)
+    model: classifiers.Classifier
+    temperature: float
 
     def p_positive(self, texts: list[str]) -> np.ndarray:
         """The calibrated probability that each review is positive."""
         from scipy.special import expit
 
-        ids = data.encode(self.tokenizer, texts, self.tokenizer.model_max_length)
-        logits = scoring.score_encoder(self.model, ids, self.tokenizer.pad_token_id, self.hardware, None)["scores"]
+        logits = self.model.logits(texts)
         return expit((logits[:, 1] - logits[:, 0]) / self.temperature)
+
+
+def load(name: str, folder: str, hardware: device.Hardware) -> Judge:
+    """A model of 02, 04a or 04b; stops at any other one."""
+    # A base checkpoint would get a new head and guess; another model may number its labels the other way round.
+    temperature = getattr(models.load_config(folder), "calibration_temperature", None)
+    if temperature is None:
+        settings.stop(f"{folder} is no model of 02, 04a or 04b (its config.json has no calibration_temperature)")
+    return Judge(name, classifiers.load_encoder(Path(folder), hardware), temperature)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,9 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def label(
-    table: pd.DataFrame, first: Classifier, second: Classifier | None, unsure: tuple[float, float]
-) -> pd.DataFrame:
+def label(table: pd.DataFrame, first: Judge, second: Judge | None, unsure: tuple[float, float]) -> pd.DataFrame:
     """The rows of `table` with label, p_positive and the name of the model that decided. An empty text gets none."""
     columns, read = ["row", "label", "p_positive", "model", "text"], table[table["text"] != ""].copy()
     if not len(read):
@@ -99,8 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     if first is None or not len(first):
         settings.stop(f"{args.file} holds no reviews")
     hardware = device.detect(args)
-    student = Classifier("student", args.model_folder, hardware)
-    teacher = Classifier("teacher", args.escalate, hardware) if args.escalate else None
+    student = load("student", args.model_folder, hardware)
+    teacher = load("teacher", args.escalate, hardware) if args.escalate else None
     started, done, counts = time.monotonic(), 0, pd.Series(dtype=int)
     with artifacts.whole(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         for number, table in enumerate(itertools.chain([first], chunks)):

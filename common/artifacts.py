@@ -160,12 +160,42 @@ def refuse_conflict(
             stop(f"{script} ran with {flag} {earlier} and this step with {current}: pass {flag} {earlier}")
 
 
-def refuse_stale(args: argparse.Namespace, run: dict) -> None:
-    """Stop when a step that `run` read has been made again since then."""
-    for step in SCRIPTS:
-        current = Path(args.output_dir, step, "run.json")
-        if step in run["inputs"] and current.exists() and fingerprint(args, step) != run["inputs"][step]:
-            stop(f"{step} was made again after {run['step']} read it: run {SCRIPTS[run['step']]} --force")
+def digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files; a model's card may be edited, so it does not count."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"):
+        with open(file, "rb") as handle:
+            total.update(str(file.relative_to(folder)).encode() + hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def reopen(args: argparse.Namespace, step: str, inputs: dict[str, str], forget: tuple[str, ...]) -> None:
+    """Open the folder of a step that keeps its own parts by digest, whatever its settings were before.
+
+    --force deletes the parts named in `forget`.
+    """
+    folder = Path(args.output_dir, step)
+    lock(folder)
+    if _is_interrupted(folder):
+        print(f"{folder}/ was interrupted; continuing.")
+    for part in forget if args.force else ():
+        shutil.rmtree(folder / part, ignore_errors=True)
+    write_json(folder / "started.json", _current(args, folder, inputs))
+    (folder / "run.json").unlink(missing_ok=True)
+
+
+def warn_if_stale(args: argparse.Namespace, run: dict) -> None:
+    """Print a warning when a step that `run` read has been made again since then."""
+    for step in _made_again(args, run):
+        print(
+            f"warning: {run['step']} is of an earlier {step}, which was made again: run {SCRIPTS[run['step']]} --force"
+        )
+
+
+def _made_again(args: argparse.Namespace, run: dict) -> list[str]:
+    """The steps that `run` read and that have been made again since then."""
+    finished = [step for step in SCRIPTS if Path(args.output_dir, step, "run.json").exists()]
+    return [step for step in finished if run["inputs"].get(step, "") not in ("", fingerprint(args, step))]
 
 
 def begin(args: argparse.Namespace, step: str, inputs: dict[str, str], keep: str | None = None) -> Path:
@@ -184,8 +214,7 @@ def begin(args: argparse.Namespace, step: str, inputs: dict[str, str], keep: str
 
 
 def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep: str | None) -> None:
-    settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_COMPARED}
-    current = {"step": folder.name, "settings": settings, "inputs": inputs}
+    current = _current(args, folder, inputs)
     if not args.force:
         _exit_if_finished(folder, current)  # without the lock: any number of processes may find this
     lock(folder)
@@ -202,13 +231,16 @@ def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep:
     write_json(folder / "started.json", current)
 
 
+def _current(args: argparse.Namespace, folder: Path, inputs: dict[str, str]) -> dict:
+    settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_COMPARED}
+    return {"step": folder.name, "settings": settings, "inputs": inputs}
+
+
 def _exit_if_finished(folder: Path, current: dict) -> None:
     """Exit with code 0 if the step is finished with the current settings and inputs, with code 2 if with others."""
     if (folder / "run.json").exists():
         _refuse_other(folder, "finished", read_json(folder / "run.json"), current)
         _refuse_missing(folder, folder, "pass --force")
-        for table in folder.glob("*.md"):  # the benchmark's table
-            print(table.read_text(encoding="utf-8"))
         print(f"{folder}/ is finished with these settings; --force redoes it.")
         raise SystemExit(0)
 

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
 from common.artifacts import read_json, whole, write_json
 from common.settings import stop
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 TOKEN_PATTERN = r"\w+|[!?]"  # "!" and "?" add half a point on IMDB; "I" and "7" are words too
 
@@ -20,9 +24,17 @@ class Baseline:
     weights: np.ndarray
     bias: np.ndarray
 
-    def logits(self, texts: list[str]) -> np.ndarray:
+    def count_ngrams(self, texts: list[str]) -> "csr_matrix":
+        """The (n, features) weighted counts of the texts' n-grams."""
+        return self.vectorizer.transform(texts)
+
+    def score(self, counts: "csr_matrix") -> np.ndarray:
         """(n, 2) scores whose softmax is the model's probability of each label."""
-        return np.asarray(self.vectorizer.transform(texts) @ self.weights + self.bias, dtype=np.float32)
+        return np.asarray(counts @ self.weights + self.bias, dtype=np.float32)
+
+    def logits(self, texts: list[str]) -> np.ndarray:
+        """The scores of texts."""
+        return self.score(self.count_ngrams(texts))
 
     def _arrays(self) -> dict[str, np.ndarray]:
         idf = {"idf": self.vectorizer.idf_} if isinstance(self.vectorizer, TfidfVectorizer) else {}

@@ -1,10 +1,13 @@
 """Memory: free it between models, measure its peak, find the micro-batch that fits."""
 
+import ctypes
 import gc
 import re
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 _earlier_peak = 0.0
@@ -26,8 +29,7 @@ def peak_mb() -> float:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 1e6 if sys.platform == "darwin" else used * 1024 / 1e6
+    return host_peak_mb()
 
 
 def highest_peak_mb() -> float:
@@ -35,16 +37,45 @@ def highest_peak_mb() -> float:
     return max(_earlier_peak, peak_mb())
 
 
+def restart_host_peak() -> float | None:
+    """Free memory, then let the host's peak start anew. Returns the MB (10⁶ bytes) that this process holds now.
+
+    None where the system has no such reset: it is Linux's alone, and a container may forbid it.
+    """
+    global _earlier_peak
+    _earlier_peak = max(_earlier_peak, peak_mb())
+    free()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # freed memory counts until the allocator returns it; musl has no such call
+            Path("/proc/self/clear_refs").write_text("5")
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return None
+
+
+def host_peak_mb() -> float:
+    """Peak resident memory of this process in MB since `restart_host_peak`, or since its start."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 1e6 if sys.platform == "darwin" else used * 1024 / 1e6
+
+
+def fits(step: Callable[[], None]) -> bool:
+    """Whether `step` runs without an out-of-memory error."""
+    try:
+        step()
+        return True
+    except (RuntimeError, MemoryError) as problem:
+        # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one.
+        if not isinstance(problem, MemoryError) and not OUT_OF_MEMORY.search(str(problem)):
+            raise
+    free()  # after the except clause: its exception holds the failed step's tensors
+    return False
+
+
 def largest_that_fits(step: Callable[[int], None], micro_batch: int) -> int | None:
     """Halve the micro-batch until `step(micro_batch)` fits in memory; None if not even one review fits."""
-    while micro_batch:
-        try:
-            step(micro_batch)
-            return micro_batch
-        except (RuntimeError, MemoryError) as problem:
-            # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one.
-            if not isinstance(problem, MemoryError) and not OUT_OF_MEMORY.search(str(problem)):
-                raise
-        free()  # after the except clause: its exception holds the failed step's tensors
+    while micro_batch and not fits(lambda: step(micro_batch)):
         micro_batch //= 2
-    return None
+    return micro_batch or None

@@ -219,6 +219,35 @@ def count(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
     return parameters, weight_bytes
 
 
+def forward_flops(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
+    """Floating-point operations of a forward pass for a token, and for a pair of tokens: a·t + b·t² for t tokens.
+
+    Two a multiply-add of the blocks' linear layers, and of QKᵀ and AV over all pairs (PaLM, Chowdhery et al. 2022,
+    appendix B). The head runs on one position and is left out.
+    """
+    import torch
+
+    model = getattr(model, "get_base_model", lambda: model)()
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    linear = (module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear))
+    per_token = 2 * sum(module.in_features * module.out_features for module in linear)
+    return per_token, 4 * config.num_hidden_layers * heads * size
+
+
+def planned_size(name: str) -> tuple[int, tuple[int, int]]:
+    """The parameters and the `forward_flops` of a hub name or folder, from its config alone."""
+    import torch
+    import transformers
+
+    config = load_config(name)
+    with torch.device("meta"):
+        model = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        model = model.from_config(config) if model is transformers.AutoModel else model(config)
+    return sum(tensor.numel() for tensor in model.parameters()), forward_flops(model)
+
+
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Turn the errors that a user can make in loading `name` into one sentence."""

@@ -54,7 +54,7 @@ def score_encoder(
         pooled = [models.pool(output.hidden_states[layer].float(), mask) for layer in feature_layers]
         return [output.logits.float(), torch.stack(pooled, dim=1).half()]
 
-    return dict(zip(("scores", "features"), _in_batches(forward, ids, pad_id, hardware, batch_tokens)))
+    return dict(zip(("scores", "features"), in_batches(forward, ids, pad_id, hardware, batch_tokens)))
 
 
 def score_llm(
@@ -66,10 +66,10 @@ def score_llm(
         return [label_log_probabilities(models.last_logits(model, input_ids, mask), label_ids)]
 
     with models.exact_logits(model, label_ids):
-        return _in_batches(forward, ids, pad_id, hardware, batch_tokens)[0]
+        return in_batches(forward, ids, pad_id, hardware, batch_tokens)[0]
 
 
-def _in_batches(
+def in_batches(
     forward: Callable, ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens: int | None
 ) -> list[np.ndarray]:
     """The arrays that `forward` makes of each batch's ids and mask, joined in the order of `ids`; scores come first."""

@@ -1,0 +1,182 @@
+"""The models of finished steps: find them, and load them ready to read texts."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common import data, device, export, models, scoring, verbalizer
+from common.device import Hardware
+from common.settings import short
+
+if TYPE_CHECKING:
+    import torch
+
+BASELINE, CONTROL, ENCODER = "baseline", "control, no teacher", "teacher, fine-tuned"
+LLM, ZERO_SHOT = "teacher, 4-bit + LoRA", "teacher, 4-bit zero-shot"
+STUDENTS = {"04a_student_from_roberta": "student, white-box", "04b_student_from_mistral": "student, black-box"}
+UNCALIBRATED = {"calibration": "none (no 04b)", "bias": 0.0, "calibration_temperature": 1.0}
+
+
+@dataclass
+class Classifier:
+    """A loaded model, in two parts, so that each can be timed."""
+
+    encode: Callable[[list[str]], Sequence]  # texts to token ids, or to n-gram counts
+    score: Callable[[Sequence, int | None], np.ndarray]  # those, and the tokens of a batch, to (n, 2) logits
+    parameters: int
+    weight_bytes: int
+    flops: tuple[int, int] | None = None  # of models.forward_flops
+    facts: dict = field(default_factory=dict)  # precision, device, max_length, calibration
+
+    def logits(self, texts: list[str], batch_tokens: int | None = None) -> np.ndarray:
+        """(n, 2) float32 logits of the texts."""
+        return self.score(self.encode(texts), batch_tokens)
+
+
+@dataclass
+class Contender:
+    """A row of the benchmark before it is measured."""
+
+    name: str
+    kind: str
+    load: Callable[[], Classifier]
+    files: Path  # the folder that it is made of
+    hardware: Hardware
+    facts: dict = field(default_factory=dict)  # what else decides its verdicts: prompt, length, calibration
+    step: str = ""  # that made it
+    samples: int | None = None  # of the test reviews, stratified; None: all
+    student: "Contender | None" = None  # of which it is a form
+    prepare: Callable[[], object] = bool  # runs before the clock
+    absent: str | None = None  # the package that it lacks
+
+
+def find(args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict]) -> list[Contender]:
+    """The models of the finished steps `runs` (run.json by step), in the order of the steps; then the students' forms."""
+    root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
+    found = []
+    if "01_baseline" in runs:
+        for name, part in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
+            folder, cpu = root / "01_baseline" / part, Hardware("cpu", "fp32", "CPU")
+            found.append(Contender(name, BASELINE, partial(load_bag_of_words, folder), folder, cpu))
+    if "02_roberta" in runs:
+        teacher = facts["02_roberta"]
+        found.append(_encoder(short(teacher["teacher"]), ENCODER, root / "02_roberta" / "model", hardware, teacher))
+    from_llm = facts.get("04b_student_from_mistral")
+    if "03_mistral" in runs:
+        calibration = from_llm if from_llm and from_llm["llm"]["adapter"] else UNCALIBRATED
+        found.append(_llm(LLM, root / "03_mistral" / "adapter", hardware, facts["03_mistral"], calibration, args))
+    if from_llm and not from_llm["llm"]["adapter"]:
+        found.append(_llm(ZERO_SHOT, None, hardware, from_llm["llm"], from_llm, args))
+    for step in filter(runs.__contains__, STUDENTS):
+        student, teacher = short(facts[step]["student"]), short(facts[step]["teacher"])
+        rows = {"model": (f"{student} from {teacher}", STUDENTS[step]), "control": (f"{student} control", CONTROL)}
+        for part, (name, kind) in rows.items():
+            if part == "model" or (root / step / part).is_dir():
+                found.append(_encoder(name, kind, root / step / part, hardware, facts[step]))
+                found[-1].step = step
+    # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
+    names = [contender.name for contender in found] + 2 * ["example_id", "label"]
+    for contender in found:
+        if names.count(contender.name) > 1:
+            contender.name = f"{contender.name} ({contender.kind})"
+    students = [contender for contender in found if contender.kind in STUDENTS.values()] if args.forms else []
+    return found + [form for student in students for form in forms(args, student)]
+
+
+def _encoder(name: str, kind: str, folder: Path, hardware: Hardware, facts: dict) -> Contender:
+    max_length = facts["max_length"]
+    load = partial(load_encoder, folder, hardware, max_length)
+    return Contender(name, kind, load, folder, hardware, {"max_length": max_length})
+
+
+def _llm(kind: str, adapter: Path | None, hardware: Hardware, llm: dict, calibration: dict, args) -> Contender:
+    llm = {key: llm[key] for key in ("base", "prompt", "label_words", "max_length")}
+    calibration = {key: calibration[key] for key in UNCALIBRATED}
+    load, files = partial(load_llm, adapter, hardware, llm, calibration), adapter or Path(llm["base"])
+    return Contender(short(llm["base"]), kind, load, files, hardware, llm | calibration, samples=args.max_llm_samples)
+
+
+def forms(args: argparse.Namespace, student: Contender) -> list[Contender]:
+    """The forms in which a student can be deployed, each on the CPU."""
+    found, target = [], Path(args.output_dir, "05_benchmark", "deploy", student.name.replace(" ", "-"))
+    for precision in ("fp32", "bf16") if device.cpu_has_bf16() else ("fp32",):
+        name, cpu = f"eager {precision}", Hardware("cpu", precision, "CPU")
+        found.append(_encoder(f"{student.name}, {name}", f"form, {name}", student.files, cpu, student.facts))
+    for name, file in (("ONNX fp32", "model.onnx"), ("ONNX int8", "model_quantized.onnx")):
+        form = _encoder(f"{student.name}, {name}", f"form, {name}", student.files, found[0].hardware, student.facts)
+        form.load = partial(load_onnx, target, file, student.facts["max_length"])
+        form.prepare, form.absent = partial(export.deploy, student.files, target), export.missing_for_onnx()
+        found.append(form)
+    for form in found:
+        form.student, form.samples = student, args.form_samples
+    return found
+
+
+def load_bag_of_words(folder: Path) -> Classifier:
+    """A model of 01."""
+    from common.baseline import load_baseline
+
+    model = load_baseline(folder)
+    facts = {"precision": "fp32", "device": "cpu"}
+    return Classifier(model.count_ngrams, lambda counts, _: model.score(counts), *model.count(), facts=facts)
+
+
+def load_encoder(folder: Path, hardware: Hardware, max_length: int | None = None) -> Classifier:
+    """A model of 02, 04a or 04b. Without `max_length` it reads the length that its tokenizer carries."""
+    tokenizer, model = models.load_tokenizer(str(folder)), models.load_classifier(str(folder))
+    parameters, weight_bytes = models.count(model)
+    model, flops = models.prepare_for_scoring(model, hardware), models.forward_flops(model)
+    max_length = max_length or tokenizer.model_max_length
+
+    def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
+        return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, batch_tokens)["scores"]
+
+    facts = {"precision": hardware.precision, "device": hardware.device, "max_length": max_length}
+    return Classifier(
+        lambda texts: data.encode(tokenizer, texts, max_length), score, parameters, weight_bytes, flops, facts
+    )
+
+
+def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: dict) -> Classifier:
+    """The 4-bit LLM of 03 with its adapter, or zero-shot. `llm` names base, prompt, label_words and max_length.
+
+    `calibration` is 04b's: its name, its bias and its calibration_temperature.
+    """
+    base, prompt, max_length = llm["base"], llm["prompt"], llm["max_length"]
+    tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, adapter)
+    label_ids = verbalizer.label_token_ids(tokenizer, prompt, llm["label_words"])
+
+    def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
+        log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, batch_tokens)
+        log_odds = verbalizer.log_odds(log_p)
+        return verbalizer.teacher_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
+
+    facts = {"precision": f"nf4, {hardware.precision}", "device": hardware.device, "max_length": max_length}
+    facts["calibration"] = calibration["calibration"]
+    encode = lambda texts: verbalizer.encode_prompts(tokenizer, texts, prompt, max_length)  # noqa: E731
+    return Classifier(encode, score, *models.count(model), models.forward_flops(model), facts)
+
+
+def load_onnx(folder: Path, file: str, max_length: int) -> Classifier:
+    """A student that `export.deploy` has written, run by ONNX Runtime on the CPU. `file` is one of folder/onnx."""
+    import torch
+
+    tokenizer, path = models.load_tokenizer(str(folder)), folder / "onnx" / file
+    run, cpu = export.onnx_logits(path, torch.get_num_threads()), Hardware("cpu", "fp32", "CPU")
+
+    def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
+        def forward(input_ids: "torch.Tensor", mask: "torch.Tensor") -> list["torch.Tensor"]:
+            return [run(input_ids, mask)]
+
+        return scoring.in_batches(forward, ids, tokenizer.pad_token_id, cpu, batch_tokens)[0]
+
+    parameters, flops = models.planned_size(str(folder))
+    facts = {"precision": file, "device": "cpu", "max_length": max_length}
+    return Classifier(
+        lambda texts: data.encode(tokenizer, texts, max_length), score, parameters, path.stat().st_size, flops, facts
+    )
