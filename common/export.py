@@ -1,11 +1,25 @@
-"""What a saved encoder needs to be used elsewhere: its trained length, a fitted temperature and a model card."""
+"""What a saved encoder needs to be used elsewhere: a fitted temperature, a model card, and its ONNX form."""
 
 import argparse
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import artifacts, data, device, metrics, settings
+from common import artifacts, data, device, metrics, models, settings
+
+if TYPE_CHECKING:
+    import torch
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# Where the hub's clients look for the two files. transformers.js calls them dtype "fp32" and "q8".
+ONNX_FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+OPSET = 17
+MAX_DIFFERENCE = 1e-3  # of logits, between the fp32 file and the model
 
 CARD = """\
 ---
@@ -92,3 +106,54 @@ def describe_model(
             temporary.write_text(text, encoding="utf-8")
 
     device.first_alone(write)
+
+
+def missing_for_onnx() -> str | None:
+    """A sentence that names the absent packages of the ONNX form and how to install them, or None."""
+    absent = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    return f"{', '.join(absent)} not installed: pip install {' '.join(absent)}" if absent else None
+
+
+def export_onnx(model_folder: Path, target: Path) -> None:
+    """Write a saved encoder's ONNX form to `target`, whole or not at all: ONNX_FILES, config and tokenizer."""
+    import torch
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model, tokenizer = models.load_classifier(str(model_folder)).eval(), models.load_tokenizer(str(model_folder))
+    with tempfile.TemporaryDirectory() as work, torch.inference_mode():
+        files = {form: Path(work, name) for form, name in ONNX_FILES.items()}
+        files["fp32"].parent.mkdir()
+        batch = data.pad(data.encode(tokenizer, ["good film", "a film"], 8), tokenizer.pad_token_id)
+        axes = {0: "batch", 1: "length"}
+        torch.onnx.export(
+            model,
+            (),
+            str(files["fp32"]),
+            kwargs={**dict(zip(("input_ids", "attention_mask"), batch)), "return_dict": False},
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": {0: "batch"}},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+        quantize_dynamic(str(files["fp32"]), str(files["int8"]), weight_type=QuantType.QInt8)
+        with artifacts.whole(target) as folder:
+            shutil.copytree(work, folder)
+            for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(model_folder / name, folder)
+
+
+def onnx_logits(file: Path, threads: int) -> Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]:
+    """A function from a batch's input_ids and attention_mask to its logits, by one of ONNX_FILES."""
+    import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def logits(input_ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+        batch = {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()}
+        return torch.from_numpy(session.run(["logits"], batch)[0])
+
+    return logits
