@@ -119,6 +119,17 @@ def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, l
         )
 
 
+def save_validation(args: argparse.Namespace, folder: Path, reviews: data.Reviews, logits: dict) -> None:
+    """Keep what student, control and teacher say of the validation reviews."""
+    from common import distill
+
+    soft_labels = artifacts.require(args, TEACHER_STEP, "soft_labels")
+    file_ids, scores = scoring.read_scores(soft_labels, "validation", scoring.LOGITS)
+    ids = reviews.validation["example_id"]
+    rows = distill.teacher_rows(file_ids, ids, "validation", "02_finetune_roberta.py")
+    distill.save_validation(folder, reviews, **logits, teacher=scores[rows])
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.start(args, __file__)
@@ -139,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = {name: metrics.describe(labels, student_logits) for name, student_logits in logits.items()}
     models_used = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
     write_cards(args, folder, reviews, logits, settings.short(facts["teacher"]))
+    save_validation(args, folder, reviews, logits)
     artifacts.finish(args, folder, {"labels": data.LABELS} | models_used, {"validation": scores})
     for name, figures in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(figures)}")

@@ -129,8 +129,8 @@ def calibrate(
     return *calibrations[chosen], quality
 
 
-def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, folder: Path) -> tuple[dict, dict, dict]:
-    """The teacher's calibrated arrays for train, then transfer; the calibration; the teacher's figures on validation.
+def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, folder: Path) -> tuple:
+    """The teacher's calibrated arrays for train, then transfer; its logits, the calibration, its figures on validation.
 
     Stops if the LLM is at chance, or is not the one that 03 trained: its student would be random.
     """
@@ -176,7 +176,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, fol
         distill.refuse_one_class(verbalizer.teacher_logits(log_odds["transfer"], bias, temperature))
     calibration = {"calibration": args.calibration, "bias": bias, "calibration_temperature": temperature}
     figures = {"label_mass": round(mass, 6)} | {f"teacher_{name}": scores for name, scores in quality.items()}
-    return {"teacher_logits": teacher_logits}, calibration, figures
+    return {"teacher_logits": teacher_logits}, validation_logits, calibration, figures
 
 
 def check_inputs(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
@@ -206,6 +206,8 @@ def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: dat
 
 
 def main(argv: list[str] | None = None) -> None:
+    from common import distill
+
     args = parse_args(argv)
     llm = find_llm(args)
     hardware = device.start(args, __file__)
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
 
     save_soft_labels(args, reviews, llm, adapter, hardware, folder / "soft_labels")
     memory.free()  # the LLM's memory, for the student
-    teacher, calibration, figures = read_teacher(args, reviews, llm, folder / "soft_labels")
+    teacher, validation_logits, calibration, figures = read_teacher(args, reviews, llm, folder / "soft_labels")
     logits = train_student(args, hardware, folder, reviews, teacher)
 
     scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
@@ -227,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     export.describe_model(
         args, folder / "model", role, args.student_model, reviews, logits, **export.student_rows(args, reviews)
     )
+    distill.save_validation(folder, reviews, student=logits, teacher=validation_logits)
     artifacts.finish(args, folder, facts, {"validation": {"student": scores} | figures})
     print(f"student: validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '05_benchmark.py')}")

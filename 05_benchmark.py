@@ -27,6 +27,7 @@ import time
 import traceback
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
     while not rows or rows[-1]["tokens_per_s"] > 0.9 * max(row["tokens_per_s"] for row in rows):
         n = min(len(ids), max(32, int(np.searchsorted(lengths, 4 * batch_tokens)) + 1))
         started = time.perf_counter()
-        if not memory.fits(lambda: classifier.score(ids[:n], batch_tokens)):  # noqa: B023 - called at once
+        if not memory.fits(partial(classifier.score, ids[:n], batch_tokens)):
             break
         seconds = time.perf_counter() - started
         rates = {"tokens_per_s": lengths[n - 1] / seconds, "reviews_per_s": n / seconds}

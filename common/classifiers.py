@@ -5,16 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import data, device, export, models, scoring, verbalizer
+from common import artifacts, data, device, export, models, scoring, verbalizer
 from common.device import Hardware
 from common.settings import short
-
-if TYPE_CHECKING:
-    import torch
 
 BASELINE, CONTROL, ENCODER = "baseline", "control, no teacher", "teacher, fine-tuned"
 LLM, ZERO_SHOT = "teacher, 4-bit + LoRA", "teacher, 4-bit zero-shot"
@@ -56,7 +52,7 @@ class Contender:
 
 
 def find(args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict]) -> list[Contender]:
-    """The models of the finished steps `runs` (run.json by step), in the order of the steps; then the students' forms."""
+    """The models of the finished steps `runs` (run.json by step), in their order, then the students' forms."""
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
     found = []
     if "01_baseline" in runs:
@@ -107,10 +103,11 @@ def forms(args: argparse.Namespace, student: Contender) -> list[Contender]:
     for precision in ("fp32", "bf16") if device.cpu_has_bf16() else ("fp32",):
         name, cpu = f"eager {precision}", Hardware("cpu", precision, "CPU")
         found.append(_encoder(f"{student.name}, {name}", f"form, {name}", student.files, cpu, student.facts))
-    for name, file in (("ONNX fp32", "model.onnx"), ("ONNX int8", "model_quantized.onnx")):
+    for precision in export.ONNX_FILES:
+        name = f"ONNX {precision}"
         form = _encoder(f"{student.name}, {name}", f"form, {name}", student.files, found[0].hardware, student.facts)
-        form.load = partial(load_onnx, target, file, student.facts["max_length"])
-        form.prepare, form.absent = partial(export.deploy, student.files, target), export.missing_for_onnx()
+        form.load = partial(load_onnx, target, precision, student.facts["max_length"])
+        form.prepare, form.absent = partial(deploy, student.files, target), export.missing_for_onnx()
         found.append(form)
     for form in found:
         form.student, form.samples = student, args.form_samples
@@ -162,21 +159,25 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
     return Classifier(encode, score, *models.count(model), models.forward_flops(model), facts)
 
 
-def load_onnx(folder: Path, file: str, max_length: int) -> Classifier:
-    """A student that `export.deploy` has written, run by ONNX Runtime on the CPU. `file` is one of folder/onnx."""
+def deploy(model_folder: Path, target: Path) -> None:
+    """Write the ONNX form of a saved encoder to `target`, unless it is there."""
+    record, origin = target / "made_from.json", {"digest": artifacts.digest(model_folder)}
+    if not record.exists() or artifacts.read_json(record) != origin:
+        export.export_onnx(model_folder, target)
+        artifacts.write_json(record, origin)
+
+
+def load_onnx(folder: Path, precision: str, max_length: int) -> Classifier:
+    """A student that `deploy` has written, run by ONNX Runtime on the CPU. `precision` is one of export.ONNX_FILES."""
     import torch
 
-    tokenizer, path = models.load_tokenizer(str(folder)), folder / "onnx" / file
-    run, cpu = export.onnx_logits(path, torch.get_num_threads()), Hardware("cpu", "fp32", "CPU")
+    tokenizer, file = models.load_tokenizer(str(folder)), folder / export.ONNX_FILES[precision]
+    run, cpu = export.onnx_logits(file, torch.get_num_threads()), Hardware("cpu", "fp32", "CPU")
 
     def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
-        def forward(input_ids: "torch.Tensor", mask: "torch.Tensor") -> list["torch.Tensor"]:
-            return [run(input_ids, mask)]
-
-        return scoring.in_batches(forward, ids, tokenizer.pad_token_id, cpu, batch_tokens)[0]
+        return scoring.in_batches(lambda *batch: [run(*batch)], ids, tokenizer.pad_token_id, cpu, batch_tokens)[0]
 
     parameters, flops = models.planned_size(str(folder))
-    facts = {"precision": file, "device": "cpu", "max_length": max_length}
-    return Classifier(
-        lambda texts: data.encode(tokenizer, texts, max_length), score, parameters, path.stat().st_size, flops, facts
-    )
+    facts = {"precision": precision, "device": "cpu", "max_length": max_length}
+    encode = lambda texts: data.encode(tokenizer, texts, max_length)  # noqa: E731
+    return Classifier(encode, score, parameters, file.stat().st_size, flops, facts)

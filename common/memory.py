@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
@@ -76,6 +77,6 @@ def fits(step: Callable[[], None]) -> bool:
 
 def largest_that_fits(step: Callable[[int], None], micro_batch: int) -> int | None:
     """Halve the micro-batch until `step(micro_batch)` fits in memory; None if not even one review fits."""
-    while micro_batch and not fits(lambda: step(micro_batch)):
+    while micro_batch and not fits(partial(step, micro_batch)):
         micro_batch //= 2
     return micro_batch or None
