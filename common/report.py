@@ -1,29 +1,127 @@
-"""The benchmark's tables and its picture, made from benchmark.csv alone."""
+"""05's tables, its advice and its report.html, made from the files of 05 alone."""
 
-import itertools
-import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
-from common.artifacts import whole
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.transforms import Bbox
+from common import pictures
+from common.artifacts import read_json, whole
+from common.pictures import draw_accuracy_latency
 
 COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
-LONGEST_NAME = 48  # characters in the picture
-COLOURS = {"baseline": "tab:gray", "teacher": "tab:blue", "student": "tab:green", "control": "tab:orange"}
+INTERVALS = {"Accuracy": ("ci_low", "ci_high"), "injection_turned": ("injection_low", "injection_high")} | {
+    f"diff_{other}": (f"diff_{other}_low", f"diff_{other}_high")
+    for other in ("baseline", "control", "teacher", "eager")
+}
+PAIRED = "on the reviews that both read, with the 95% interval of paired differences"
+# The report's tables: for each column of benchmark.csv its head, its format, and what it means.
+GROUPS = {
+    "All rows": {
+        "Model": ("Model", "{}", "Name of the row. Its number is that of the first picture."),
+        "Accuracy": ("accuracy", "{:.3f}", "Share of test reviews judged right, with Wilson's 95% interval (1927)."),
+        "Latency (ms)": ("ms", "{:,.2f}", "Median milliseconds from text to label, one review at a time (MLPerf "
+                         "SingleStream); a cascade's mean."),
+        "latency_p99_ms": ("p99 ms", "{:,.2f}", "Milliseconds that 99% of single reviews do not exceed."),
+        "Throughput (samp/s)": ("reviews/s", "{:,.1f}", "Reviews a second, all at once (MLPerf Offline)."),
+        "Speedup (x)": ("x", "{:,.2f}", "Latency of the fine-tuned teacher of step 02 / latency of the row."),
+        "Size (MB)": ("MB", "{:,.2f}", "Megabytes (10^6 bytes) of weights, counted."),
+        "n": ("n", "{:,.0f}", "Test reviews that the row read. Forms and the LLM read fewer."),
+        "Type": ("Type", "{}", "What the row is. A form is a student as it is deployed; a cascade is two models."),
+    },
+    "Compared with others": {
+        "better_than_baseline": ("better than baseline", "{}", "Yes or no, if the interval against the baseline leaves "
+                                 "out zero; else not shown."),
+        "diff_baseline": ("minus baseline", "{:+.4f}", f"Accuracy minus the baseline's, {PAIRED}."),
+        "diff_control": ("minus control", "{:+.4f}", f"Accuracy minus that of 04a's control, {PAIRED}."),
+        "mcnemar_p_control": ("p, control", "{:.2g}", "Exact two-sided p against the control (McNemar 1947)."),
+        "diff_teacher": ("minus teacher", "{:+.4f}", f"Accuracy minus that of the row's own teacher, {PAIRED}."),
+        "agreement_teacher": ("agrees with teacher", "{:.4f}", "Share of reviews with the teacher's verdict."),
+    },
+    "Deployable forms": {
+        "recommended": ("recommended", "{}", "Whether to deploy this form, as 05 judged by accuracy and speed."),
+        "diff_eager": ("minus eager fp32", "{:+.4f}", f"Accuracy minus that of the eager fp32 form, {PAIRED}."),
+        "mcnemar_p_eager": ("p, eager", "{:.2g}", "Exact two-sided p against the eager fp32 form (McNemar 1947)."),
+        "speedup_eager": ("x eager fp32", "{:,.2f}", "Latency of the eager fp32 form / latency of the row."),
+    },
+    "Cascades": {
+        "escalated_share": ("handed on", "{:.4f}", "Share of test reviews that the student hands on."),
+        "p_low": ("p from", "{:.4f}", "Lower end of the p(positive) between which a review is handed on."),
+        "p_high": ("p to", "{:.4f}", "Upper end of it."),
+    },
+    "Quality and calibration": {
+        "balanced_accuracy": ("balanced accuracy", "{:.4f}", "Mean of the accuracies on either class."),
+        "f1": ("F1", "{:.4f}", "Harmonic mean of precision and recall of the class positive."),
+        "nll": ("NLL", "{:.4f}", "Mean negative log-likelihood of the true labels, in nats."),
+        "ece": ("ECE", "{:.4f}", "Gap between confidence and accuracy, 15 equal-width bins (Guo et al. 2017)."),
+        "calibration": ("calibration", "{}", "How the LLM's log-odds were calibrated."),
+    },
+    "Speed": {
+        "latency_p90_ms": ("p90 ms", "{:,.2f}", "Milliseconds that 90% of single reviews do not exceed."),
+        "latency_n": ("timed", "{:,.0f}", "Reviews timed one at a time."),
+        "latency_passes": ("passes", "{:,.0f}", "Times that these reviews were read."),
+        "latency_half_width": ("half width", "{:.4f}", "Half of the interval of the median over passes / the median."),
+        "latency_quality": ("quality", "{}", "Noisy, if that half width is too large to trust the ratio; else ok."),
+        "tokenisation_share": ("tokenising", "{:.4f}", "Share of the latency that the tokenizer takes."),
+        "throughput_speedup": ("x, all at once", "{:,.2f}", "Throughput / throughput of step 02's teacher."),
+        "batch_tokens": ("tokens a batch", "{:,.0f}", "Tokens in a batch, padding included, for the throughput."),
+        "tokens_per_s": ("tokens/s", "{:,.0f}", "Tokens a second, without padding."),
+        "padding_share": ("padding", "{:.4f}", "Share of a batch's tokens that are padding."),
+        "gflops": ("GFLOP/s", "{:,.1f}", "10^9 floating-point operations a second of the throughput, counted."),
+        "matrix_peak_share": ("of peak", "{:.4f}", "That rate / the rate of a large matrix product on this device."),
+    },
+    "Footprint": {
+        "Params (M)": ("million parameters", "{:,.3f}", "Parameters, counted, in millions."),
+        "load_s": ("load s", "{:,.2f}", "Seconds to load the model."),
+        "peak_gpu_memory_mb": ("GPU MB", "{:,.0f}", "Peak megabytes on the GPU."),
+        "peak_host_memory_mb": ("host MB", "{:,.0f}", "Peak megabytes in memory, above the process without a model."),
+        "price_per_million": ("per million", "{:,.4f}", "Price of a million reviews, at --price-per-hour."),
+        "precision": ("precision", "{}", "Arithmetic."),
+        "device": ("device", "{}", "Where it ran."),
+        "max_length": ("max tokens", "{:,.0f}", "Tokens after which a review is cut."),
+        "measured_at": ("measured", "{}", "Date of the measurement."),
+    },
+    "Injection": {
+        "injection_turned": ("turned", "{:.3f}", "Share of 200 reviews whose verdict an added sentence turned."),
+    },
+    "Notes": {
+        "note": ("note", "{}", "What else to know about the row."),
+        "status": ("status", "{}", "Ok; or failed or absent and why, and then there are no figures."),
+    },
+}  # fmt: skip
+FIELDS = {column: field for group in GROUPS.values() for column, field in group.items()}
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
+  overflow-wrap: break-word }
+h1, h2, h3 { line-height: 1.2 }
+.box { overflow-x: auto; margin: 0 0 1rem }
+table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums }
+th, td { padding: 0.25rem 0.5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #8886 }
+th { vertical-align: bottom; white-space: normal }
+th a, dt code { color: inherit }
+.text { text-align: left }
+td.text { white-space: normal; min-width: 6.5rem; max-width: 24rem }
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; text-align: left;
+  white-space: normal; min-width: 9rem }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); gap: 0 2rem }
+figure { margin: 0 0 1rem }
+svg { max-width: 100%; height: auto; display: block }
+figcaption { font-size: 0.85rem }
+dt { font-weight: 600; margin-top: 0.6rem }
+dd { margin: 0 }
+"""
 
 
 def as_markdown(table: pd.DataFrame) -> str:
     """A Markdown table of COLUMNS and n, with the accuracy's interval."""
     shown = table[COLUMNS].copy()
     shown["Accuracy"] = [
-        f"{a:.4f} [{lo:.4f}, {hi:.4f}]" for a, lo, hi in zip(table["Accuracy"], table["ci_low"], table["ci_high"])
+        f"{row['Accuracy']:.4f} [{row['ci_low']:.4f}, {row['ci_high']:.4f}]" if row["status"] == "ok" else state(row)
+        for _, row in table.iterrows()
     ]
     shown["n"] = table["n"]
     return markdown(shown)
@@ -44,82 +142,230 @@ def as_text(table: pd.DataFrame) -> str:
     heads = ("Model", "Type", "Accuracy", "ms", "reviews/s", "x", "MB", "n")
     rows = [heads]
     for _, row in table.iterrows():
-        name = str(row["Model"]).partition(" from ")[0].removesuffix(" control")  # the type shows the rest
+        kind, name = str(row["Type"]), str(row["Model"])
+        if kind.startswith("form"):  # the type shows what follows the last comma
+            name = pictures.short_name(row).rpartition(",")[0] or name
+        elif kind == "cascade":
+            name = name.partition(", ")[2] or name
+        else:
+            name = name.partition(" from ")[0].removesuffix(" control")  # the type shows the rest
         if row["status"] != "ok":
-            rows.append((name, str(row["Type"]), "failed", *[""] * 5))
+            rows.append((name, kind, state(row), *[""] * 5))
             continue
         accuracy = f"{row['Accuracy']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
         numbers = ("" if pd.isna(row[column]) else f"{row[column]:,.1f}" for column in COLUMNS[3:7])
-        rows.append((name, row["Type"], accuracy, *numbers, f"{row['n']:,.0f}"))
+        rows.append((name, kind, accuracy, *numbers, f"{row['n']:,.0f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     widths[0] = min(widths[0], 99 - sum(widths[1:]) - len(heads))
-    lines = []
-    for row in rows:
-        left = (cell[:width].ljust(width) for cell, width in zip(row[:3], widths))
-        right = (cell.rjust(width) for cell, width in zip(row[3:], widths[3:]))
+    lines, seen = [], Counter()
+    for name, *cells in rows:
+        name = name[: widths[0]]
+        seen[name, cells[0]] += 1
+        if (count := seen[name, cells[0]]) > 1:  # cut names may be equal
+            name = f"{name[: widths[0] - 3]} #{count}"
+        left = (cell.ljust(width) for cell, width in zip([name, *cells[:2]], widths))
+        right = (cell.rjust(width) for cell, width in zip(cells[2:], widths[3:]))
         lines.append(" ".join([*left, *right]).rstrip())
     return "\n".join(lines)
 
 
-def pareto_front(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are more accurate than every faster row, the fastest first."""
-    ordered = table.sort_values(["Latency (ms)", "Accuracy"], ascending=[True, False])
-    best_before = ordered["Accuracy"].cummax().shift(fill_value=-np.inf)
-    return ordered[ordered["Accuracy"] > best_before]
+def state(row: pd.Series) -> str:
+    """The first word of a row's status: ok, failed or absent."""
+    return str(row["status"]).partition(":")[0]
 
 
-def draw_accuracy_latency(table: pd.DataFrame, file: Path) -> None:
-    """Draw accuracy with its 95% interval against the latency of one review, and the Pareto front, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    shown = table[table["status"] == "ok"]
-    figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
-    front = pareto_front(shown)
-    axes.plot(front["Latency (ms)"], front["Accuracy"], color="lightgray", zorder=0, label="Pareto front")
-    for kind, colour in COLOURS.items():
-        rows = shown[shown["Type"].str.startswith(kind)]
-        bars = [rows["Accuracy"] - rows["ci_low"], rows["ci_high"] - rows["Accuracy"]]
-        axes.errorbar(rows["Latency (ms)"], rows["Accuracy"], yerr=bars, fmt="o", capsize=3, color=colour, label=kind)
-    axes.set(xscale="log", xlabel="latency of one review, ms (log scale)", ylabel="accuracy, 95% interval")
-    axes.margins(x=0.25, y=0.15)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
-    label_points(axes, shown)
-    with whole(file) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+def cell(row: pd.Series, column: str) -> str:
+    """A figure as the report shows it, with its interval where it has one. It is empty where there is none."""
+    if pd.isna(row.get(column)):
+        return ""
+    form, ends = FIELDS[column][1], [row.get(end) for end in INTERVALS.get(column, ())]
+    interval = "" if not ends or any(map(pd.isna, ends)) else f" [{', '.join(map(form.format, ends))}]"
+    return form.format(row[column]) + interval
 
 
-def label_points(axes: "Axes", table: pd.DataFrame) -> "list[Bbox]":
-    """Write each model's name near its point, where it covers no interval and no other name. Returns pixel boxes."""
-    from matplotlib.transforms import Bbox
+def what_to_deploy(table: pd.DataFrame) -> str:
+    """One paragraph of advice that benchmark.csv supports, and what it cannot tell."""
+    ok = table[table["status"] == "ok"]
+    kinds = {kind: ok[ok["Type"].str.startswith(kind)] for kind in pictures.COLOURS}
+    students = (kinds["student"] if len(kinds["student"]) else kinds["form"]).sort_values("Accuracy", ascending=False)
+    words = [] if len(students) else ["No student was measured, so none can be recommended."]
+    if len(students):
+        best, others = students.iloc[0], students.iloc[1:]
+        kind, accuracy = str(best["Type"]).partition(",")[0], cell(best, "Accuracy")
+        words += [f"The most accurate {kind} is {best['Model']}: {accuracy} on {cell(best, 'n')} reviews."]
+        words += [f"The next one, {row['Model']}, has {cell(row, 'Accuracy')}." for _, row in others.head(1).iterrows()]
+        words += [compared(best, other, kinds[other]) for other in ("teacher", "baseline", "control")]
+        words += speed(best, kinds["teacher"])
+    words += advice_on_forms(kinds["form"]) + [rule(row) for _, row in kinds["cascade"].iterrows()]
+    if "latency_quality" in ok and len(noisy := ok.loc[ok["latency_quality"] == "noisy", "Model"]):
+        words.append(f"These latencies are noisy, so their ratios are rough: {'; '.join(noisy)}.")
+    for word in ("failed", "absent"):
+        if names := [row["Model"] for _, row in table.iterrows() if state(row) == word]:
+            words.append(f"{word.capitalize()}: {'; '.join(names)}.")
+    if missing := [kind for kind, rows in kinds.items() if not len(rows)]:
+        words.append(f"Kinds without figures: {', '.join(missing)}.")
+    return " ".join(filter(None, words))
 
-    figure = axes.figure
-    figure.draw_without_rendering()  # fixes the layout, so that positions in pixels are final
-    ends = [axes.transData.transform(table[["Latency (ms)", end]].to_numpy(float)) for end in ("ci_low", "ci_high")]
-    taken = [Bbox([low, high]).padded(12) for low, high in zip(*ends)]
-    boxes, pixels = [], figure.dpi / 72  # pixels per point
-    offsets = itertools.product((10, -10, 30, -30, 60, -60), range(-120, 121, 6))
-    offsets = sorted(offsets, key=lambda offset: math.hypot(*offset))
-    for _, row in table.sort_values("Accuracy", ascending=False).iterrows():
-        spot = (row["Latency (ms)"], row["Accuracy"])
-        words = row["Model"] if len(row["Model"]) <= LONGEST_NAME else f"{row['Model'][: LONGEST_NAME - 1]}…"
-        name = axes.annotate(
-            words, spot, (0, 0), textcoords="offset points", fontsize=7.5, va="center", parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": "lightgray", "shrinkB": 5},
-        )  # fmt: skip
-        width, height = name.get_window_extent().size
-        x, y = axes.transData.transform(spot)
-        for right, up in offsets:
-            left = x + right * pixels - (width if right < 0 else 0)
-            box = Bbox.from_bounds(left, y + up * pixels - height / 2, width, height)
-            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-        name.set(position=(right, up), horizontalalignment="left" if right > 0 else "right")
-        taken.append(box.padded(4))
-        boxes.append(box)
-    return boxes
+
+def compared(row: pd.Series, other: str, rows: pd.DataFrame) -> str:
+    """Whether a row is more accurate than its teacher, the baseline or the control: yes, no, or not shown."""
+    if difference := cell(row, f"diff_{other}"):
+        low, high = (row.get(end) for end in INTERVALS[f"diff_{other}"])
+        verdict = "yes" if low > 0 else "no" if high < 0 else "not shown"
+        return f"Better than {'its' if other == 'teacher' else 'the'} {other}: {verdict} ({difference})."
+    names = [f"{one['Model']} {cell(one, 'Accuracy')}" for _, one in rows.iterrows()]
+    if other == "control" and cell(row, "mcnemar_p_control"):
+        names.append(f"McNemar's p {cell(row, 'mcnemar_p_control')}")
+    return f"Not compared in pairs with the {other}: {'; '.join(names)}." if names else ""
+
+
+def speed(row: pd.Series, teachers: pd.DataFrame) -> list[str]:
+    """A student's speed and size in sentences."""
+    one, many = (cell(row, column) for column in ("Speedup (x)", "throughput_speedup"))
+    name = next(iter(teachers.loc[teachers["Type"] == "teacher, fine-tuned", "Model"]), "the teacher")
+    tail = f", and 99% take at most {cell(row, 'latency_p99_ms')} ms" if cell(row, "latency_p99_ms") else ""
+    words = [f"The median review takes {cell(row, 'Latency (ms)')} ms{where(row)}{tail}."]
+    if one and many:
+        words.append(f"It is {one}x as fast as {name} on one review and {many}x on many at once.")
+    else:
+        words.append("Its speed-up over a teacher was not measured.")
+    return [*words, f"Its weights take {cell(row, 'Size (MB)')} MB."]
+
+
+def where(row: pd.Series) -> str:
+    """The device of a row's times, which may differ from another row's."""
+    return f" on {cell(row, 'device')}" if cell(row, "device") else ""
+
+
+def advice_on_forms(forms: pd.DataFrame) -> list[str]:
+    """The fastest recommended form, and the forms that are not recommended."""
+    if "recommended" not in forms or not len(forms):
+        return []
+    words, good = [], forms[forms["recommended"] == "yes"].sort_values("Latency (ms)")
+    if len(good):
+        row = good.iloc[0]
+        facts = [f"{cell(row, 'Latency (ms)')} ms{where(row)}", f"accuracy {cell(row, 'Accuracy')}, n {cell(row, 'n')}"]
+        if row["Type"] != "form, eager fp32" and cell(row, "speedup_eager"):
+            facts.insert(1, f"{cell(row, 'speedup_eager')}x as fast as eager fp32")
+            facts.append(f"{cell(row, 'diff_eager')} against it")
+        words.append(f"The fastest recommended form on this machine is {row['Model']}: {', '.join(facts)}.")
+    else:
+        words.append("No form is recommended.")
+    bad = forms[forms["recommended"] == "not recommended"]
+    if len(bad):
+        words.append(f"Not recommended: {'; '.join(pictures.short_name(row) for _, row in bad.iterrows())}.")
+    return words
+
+
+def rule(row: pd.Series) -> str:
+    """What a cascade does, as an instruction with its result."""
+    student, _, second = row["Model"].rpartition(", then ")
+    if not row.get("escalated_share", 0) > 0:
+        return f"The cascade from {student} to {second} hands on no review."
+    unsure = f"p(positive) between {cell(row, 'p_low')} and {cell(row, 'p_high')}"
+    result = f"with accuracy {cell(row, 'Accuracy')} and a mean of {cell(row, 'Latency (ms)')} ms"
+    return (
+        f"Cascade: {student} reads all reviews; send those with {unsure} to {second}. "
+        f"That is {row['escalated_share']:.1%} of reviews, {result}."
+    )
+
+
+def anchor(column: str) -> str:
+    """The id of a column's explanation."""
+    return "column-" + re.sub(r"\W+", "-", column).strip("-")
+
+
+def look(column: str) -> str:
+    """The CSS class of a column's cells: figures stand at the right, words at the left."""
+    return ' class="text"' if FIELDS[column][1] == "{}" else ""
+
+
+def group_table(table: pd.DataFrame, group: str) -> str:
+    """One group's columns as an HTML table. A column without figures is left out, and so is a row, but not of all."""
+    first = group == "All rows"
+    columns = [column for column in GROUPS[group] if column in table and table[column].notna().any()]
+    shown = ["Model", *(column for column in columns if column != "Model")]
+    body = []
+    for number, (_, row) in enumerate(table.iterrows(), start=1):
+        cells = {column: cell(row, column) for column in shown}
+        if group == "Notes" and cells.get("status") == "ok":
+            cells["status"] = ""
+        if first and row["status"] != "ok":
+            cells["Accuracy"] = state(row)
+        if first or any(cells[column] for column in shown[1:]):
+            cells["Model"] = f"{number}. {cells['Model'] if first else pictures.short_name(row)}"
+            body.append("".join(f"<td{look(column)}>{escape(cells[column])}</td>" for column in shown))
+    heads = (f'<th{look(column)}><a href="#{anchor(column)}">{escape(FIELDS[column][0])}</a></th>' for column in shown)
+    return f"<h3>{group}</h3>" + html_table(heads, body) if body else ""
+
+
+def html_table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    """A table that scrolls within its own box, made of HTML heads and rows of cells."""
+    head, lines = "".join(heads), "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="box"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
+
+
+def attack_table(attacks: pd.DataFrame | None) -> str:
+    """The share of reviews that each added sentence turned, folded away."""
+    if attacks is None or not len(attacks):
+        return ""
+    body = []
+    for _, row in attacks.iterrows():
+        share = f"{row['turned']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        body.append(
+            f"<td>{escape(str(row['Model']))}</td><td>{share}</td><td>{row['n']:,.0f}</td>"
+            f'<td class="text">{escape(str(row["attack"]))}</td>'
+        )
+    table = html_table((f"<th>{head}</th>" for head in ("Model", "turned", "n", "added sentence")), body)
+    return f"<details><summary>Each added sentence by itself</summary>{table}</details>"
+
+
+def definitions(table: pd.DataFrame) -> str:
+    """What each column of the table means, as an HTML definition list."""
+    lines = []
+    for column, (head, _, meaning) in FIELDS.items():
+        names = [name for name in (column, *INTERVALS.get(column, ())) if name in table]
+        if column in table:
+            codes = " ".join(f"<code>{escape(name)}</code>" for name in names)
+            shown = codes if head == column else f"{escape(head)} {codes}"
+            lines.append(f'<dt id="{anchor(column)}">{shown}</dt><dd>{escape(meaning)}</dd>')
+    return "<dl>" + "\n".join(lines) + "</dl>"
+
+
+def machine(environment: dict) -> str:
+    """The machine on which the figures were measured, in one line."""
+    several = {name: facts for name, facts in environment.items() if isinstance(facts, dict) and "device" in facts}
+    parts = [f"{name}: {machine(facts)}" for name, facts in several.items()]
+    forms = {"device": "{}", "precision": "{}", "cpu": "{}", "cpu_capability": "{}", "logical_cpus": "{} logical CPUs"}
+    forms |= {"torch_threads": "{} threads", "platform": "{}", "cuda": "CUDA {}", "measured_minutes": "{:.0f} minutes"}
+    forms |= {"drift": "latency at the end / at the beginning {:.2f}"}
+    parts += [form.format(environment[name]) for name, form in forms.items() if environment.get(name) is not None]
+    return ("; " if several else ", ").join(parts)
+
+
+def write_report(folder: Path) -> None:
+    """Write benchmark.md, accuracy_latency.png and report.html from the other files of 05 in `folder`."""
+    table = pd.read_csv(folder / "benchmark.csv")
+    read = {}
+    for name in ("latency.parquet", "predictions.parquet", "sweep.csv", "cascade.csv", "injection.csv"):
+        file, load = folder / name, pd.read_csv if name.endswith("csv") else pd.read_parquet
+        there = file.exists() and file.stat().st_size > 2  # pandas reads no CSV without columns
+        read[file.stem] = load(file) if there else None
+    environment = read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
+    days = sorted(set(table["measured_at"].dropna().astype(str).str[:10])) if "measured_at" in table else []
+    facts = [" to ".join(dict.fromkeys([*days[:1], *days[-1:]])), machine(environment)]
+    groups = "".join(group_table(table, group) for group in GROUPS)
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Sentiment benchmark</title>',
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
+        f"<h1>Sentiment benchmark</h1><p>{escape('. '.join(filter(None, facts)))}</p>",
+        f"<h2>What to deploy</h2><p>{escape(what_to_deploy(table))}</p>",
+        f"<h2>Tables</h2>{groups}{attack_table(read['injection'])}",
+        f'<h2>Pictures</h2><div class="pictures">{pictures.all_figures(table, read)}</div>',
+        f"<h2>What each column means</h2>{definitions(table)}</body></html>",
+    ]
+    with whole(folder / "benchmark.md") as temporary:
+        temporary.write_text(as_markdown(table), encoding="utf-8")
+    draw_accuracy_latency(table, folder / "accuracy_latency.png")
+    with whole(folder / "report.html") as temporary:
+        temporary.write_text("\n".join(parts) + "\n", encoding="utf-8")
