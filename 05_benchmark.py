@@ -362,7 +362,8 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
 
 def show(folder: Path) -> pd.DataFrame:
     """Draw the report of the files in `folder`, and print the table and the advice; returns the table."""
-    table = report.write_report(folder)
+    report.write_report(folder)
+    table = pd.read_csv(folder / "benchmark.csv")
     print(report.as_text(table), "", textwrap.fill(report.what_to_deploy(table), 98), sep="\n")
     print(f"table: {folder / 'benchmark.csv'}, report: {folder / 'report.html'}")
     return table

@@ -43,10 +43,10 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
     if len(teacher):
         table["Speedup (x)"] = (teacher["Latency (ms)"].item() / table["Latency (ms)"]).round(2)
         table["throughput_speedup"] = (table["Throughput (samp/s)"] / teacher["Throughput (samp/s)"].item()).round(2)
-    rates = table.set_index("Model")["Throughput (samp/s)"]
+    latency = table.set_index("Model")["Latency (ms)"]
     for row, name in table["Model"].items():
         if pd.notna(eager := compared_with["eager"].get(name)):
-            table.loc[row, "speedup_eager"] = round(rates[name] / rates[eager], 2)
+            table.loc[row, "speedup_eager"] = round(latency[eager] / latency[name], 2)
             lost = -table.loc[row, "diff_eager"] if name != eager else 0.0
             table.loc[row, "recommended"] = "yes" if lost <= TOLERATED_LOSS else "not recommended"
     return table

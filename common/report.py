@@ -42,7 +42,7 @@ GROUPS = {
         "agreement_teacher": ("agrees with teacher", "{:.4f}", "Share of reviews with the teacher's verdict."),
     },
     "Deployable forms": {
-        "recommended": ("recommended", "{}", "Whether to deploy this form, as 05 judged by accuracy and speed."),
+        "recommended": ("recommended", "{}", "Yes, unless it loses more than 0.3 points against eager fp32."),
         "diff_eager": ("minus eager fp32", "{:+.4f}", f"Accuracy minus that of the eager fp32 form, {PAIRED}."),
         "mcnemar_p_eager": ("p, eager", "{:.2g}", "Exact two-sided p against the eager fp32 form (McNemar 1947)."),
         "speedup_eager": ("x eager fp32", "{:,.2f}", "Latency of the eager fp32 form / latency of the row."),
