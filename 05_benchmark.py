@@ -38,6 +38,7 @@ from common.classifiers import Classifier, Contender
 
 STEP = "05_benchmark"
 WARM_UP_REVIEWS, SWEPT_REVIEWS = 16, 4000
+ALIKE = 0.97  # of the best rate
 STEADY = 0.03  # the half-width of the median latency's interval, as a share of it
 # For the planned minutes: what plain PyTorch reaches of the matrix peak, and what English needs.
 ASSUMED_SHARE, CHARACTERS_A_TOKEN = 0.4, 4.2
@@ -110,9 +111,10 @@ def time_one_by_one(
 
 
 def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) -> list[dict]:
-    """Tokens a second at growing batches, until more does not help or does not fit; one row is `chosen`.
+    """Tokens a second at growing batches, until more does not help or does not fit.
 
-    Each batch size scores so many of the first `ids` that several batches are full.
+    Each batch size scores so many of the first `ids` that several batches are full. The smallest size whose rate is
+    ALIKE the best one is `chosen`.
     """
     rows, batch_tokens = [], hardware.batch_tokens // 4
     lengths = np.cumsum([len(review) for review in ids])
@@ -127,8 +129,9 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
         if batch_tokens > lengths[-1]:
             break
         batch_tokens *= 2
-    best = max(rows, key=lambda row: row["tokens_per_s"]) if rows else None
-    return [row | {"chosen": row is best} for row in rows]
+    enough = ALIKE * max((row["tokens_per_s"] for row in rows), default=0)
+    chosen = next((row for row in rows if row["tokens_per_s"] >= enough), None)
+    return [row | {"chosen": row is chosen} for row in rows]
 
 
 def inject(classifier: Classifier, texts: list[str], logits: np.ndarray, batch_tokens: int | None) -> list[dict]:
@@ -281,7 +284,7 @@ def measure_all(
     peaks = {one.hardware: device.matrix_peak(one.hardware) for one in new}
     planned = planned_minutes(new, parts, peaks, args)
     print(f"{len(new)} of {len(contenders)} models to measure: planned {planned:.0f} minutes", flush=True)
-    done, without = [], []
+    done, without, started = [], [], time.monotonic()
     for contender in contenders:
         name, part, measured = contender.name, parts[contender.name], kept[contender.name]
         row = {"Model": name, "Type": contender.kind}
@@ -292,7 +295,9 @@ def measure_all(
         try:
             measured = measured or measure(contender, part, args, peaks[contender.hardware])
         except (Exception, settings.Stop) as problem:
-            if not isinstance(problem, (settings.Stop, ImportError)):  # a user error has printed its sentence
+            if isinstance(problem, ImportError):
+                print(f"error: {name} cannot be measured: {problem}", file=sys.stderr)
+            elif not isinstance(problem, settings.Stop):  # which has printed its sentence
                 traceback.print_exc()
             without.append(row | {"status": f"failed: {type(problem).__name__}: {problem}"})
         else:
@@ -304,7 +309,9 @@ def measure_all(
         if contender in new and done and done[-1][0] is contender and contender is not new[-1] and device.out_of_time():
             device.stop_for_time()
     gflops = {f"{one.precision} {one.device}": round(peak / 1e9, 1) for one, peak in peaks.items()}
-    return done, without, {"matrix_peak_gflops": gflops, "drift": drift(done, new, args)}
+    facts = {"matrix_peak_gflops": gflops, "planned_minutes": round(planned, 1), "drift": drift(done, new, args)}
+    facts["measured_minutes"] = round((time.monotonic() - started) / 60, 1)
+    return done, without, facts if new else {}
 
 
 def drift(done: list[tuple[Contender, pd.DataFrame, Measured]], new: list[Contender], args) -> float | None:
@@ -329,35 +336,6 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, dict
         artifacts.refuse_conflict(args, run, reviews.fingerprints, same=())
         artifacts.warn_if_stale(args, run)
     return runs
-
-
-def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, done: list, without: list[dict]) -> None:
-    """Write the table, and the files of which the report is drawn."""
-    predictions, latency, sweep, injection = test[["example_id", "label"]].copy(), [], [], []
-    for contender, part, measured in done:
-        name, logits, passes = contender.name, measured.logits, len(measured.latency)
-        predictions.loc[part.index, name] = logits[:, 1] - logits[:, 0]
-        ids = np.tile(part["example_id"].iloc[: measured.latency.shape[1]], passes)
-        one = {"Model": name, "pass": np.repeat(range(1, passes + 1), len(ids) // passes), "example_id": ids}
-        latency.append(pd.DataFrame(one | {"ms": measured.latency.ravel().round(4)}))
-        sweep += [{"Model": name} | row for row in measured.sweep]
-        injection += [{"Model": name} | row for row in measured.injection]
-    rows = [measured.row for _, _, measured in done]
-    references = comparison.references(done)
-    cascades, curves = comparison.cascades(Path(args.output_dir), done, predictions, references)
-    columns = dict.fromkeys([*report.COLUMNS, *(key for row in [*rows, *cascades] for key in row if key != "status")])
-    table = pd.DataFrame([*rows, *cascades, *without]).reindex(columns=[*columns, "status"])
-    table = comparison.compare(table, predictions, references)
-    if args.price_per_hour:
-        table["price_per_million"] = (args.price_per_hour / 3600 * 1e6 / table["Throughput (samp/s)"]).round(4)
-    artifacts.write_table(folder / "benchmark.csv", table[[*table.columns.drop("status"), "status"]])
-    artifacts.write_table(folder / "predictions.parquet", predictions)
-    artifacts.write_table(folder / "errors.csv", comparison.confident_errors(predictions, test["text"]))
-    tables = {"latency.parquet": latency, "cascade.csv": curves}
-    for name, parts in tables.items():
-        artifacts.write_table(folder / name, pd.concat(parts) if parts else pd.DataFrame({"Model": []}))
-    for name, rows in {"sweep.csv": sweep, "injection.csv": injection}.items():
-        artifacts.write_table(folder / name, pd.DataFrame(rows or {"Model": []}))
 
 
 def show(folder: Path) -> pd.DataFrame:
@@ -385,8 +363,9 @@ def main(argv: list[str] | None = None) -> int:
     contenders = classifiers.find(args, hardware, runs)
     done, without, facts = measure_all(contenders, reviews.test, args, folder)
 
-    artifacts.write_json(folder / "environment.json", device.environment(hardware) | facts)
-    write_tables(args, folder, reviews.test, done, without)
+    if facts:
+        artifacts.write_json(folder / "environment.json", device.environment(hardware) | facts)
+    comparison.write_tables(args, folder, reviews.test, done, without)
     table = show(folder)
     failed = table.loc[table["status"].str.startswith("failed"), "Model"]
     if len(failed):

@@ -1,18 +1,55 @@
-"""The benchmark's rows against each other, from predictions alone: pairs, cascades and confident errors."""
+"""The benchmark's tables: its rows against each other, cascades and confident errors, from predictions alone."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from common import metrics
-from common.artifacts import read_json, read_table
+from common import artifacts, metrics
 from common.classifiers import BASELINE, CONTROL, ENCODER, LLM, STUDENTS, ZERO_SHOT
+from common.report import COLUMNS
 
 SHARES = (*np.round(np.arange(0, 0.51, 0.01), 2), 1.0)  # of the reviews that a cascade hands to the teacher
 ERRORS = 100  # a model
 TOLERATED_LOSS = 0.003  # of a form's accuracy against eager fp32
+
+
+def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, done: list, without: list[dict]) -> None:
+    """Write benchmark.csv and the files of which the report is drawn.
+
+    `done` holds (contender, reviews, measured) of each model, `without` the rows without figures.
+    """
+    predictions, latency, sweep, injection = test[["example_id", "label"]].copy(), [], [], []
+    for contender, part, measured in done:
+        name, (passes, n) = contender.name, measured.latency.shape
+        predictions.loc[part.index, name] = measured.logits[:, 1] - measured.logits[:, 0]
+        timed = {
+            "pass": np.repeat(np.arange(passes) + 1, n),
+            "example_id": np.tile(part["example_id"].iloc[:n], passes),
+        }
+        latency.append(pd.DataFrame({"Model": name, **timed, "ms": measured.latency.ravel().round(4)}))
+        sweep += [{"Model": name} | row for row in measured.sweep]
+        injection += [{"Model": name} | row for row in measured.injection]
+    rows, others = [measured.row for _, _, measured in done], references(done)
+    joint, curves = cascades(Path(args.output_dir), done, predictions, others)
+    columns = dict.fromkeys([*COLUMNS, *(key for row in [*rows, *joint] for key in row)])
+    table = compare(pd.DataFrame([*rows, *joint, *without], columns=list(columns)), predictions, others)
+    if args.price_per_hour:
+        table["price_per_million"] = (args.price_per_hour / 3600 * 1e6 / table["Throughput (samp/s)"]).round(4)
+    empty = [pd.DataFrame({"Model": []})]
+    files = {
+        "benchmark.csv": table[[*table.columns.drop("status"), "status"]],
+        "predictions.parquet": predictions,
+        "latency.parquet": pd.concat(latency or empty),
+        "sweep.csv": pd.DataFrame(sweep or empty[0]),
+        "injection.csv": pd.DataFrame(injection or empty[0]),
+        "cascade.csv": pd.concat(curves or empty),
+        "errors.csv": confident_errors(predictions, test["text"]),
+    }
+    for name, content in files.items():
+        artifacts.write_table(folder / name, content)
 
 
 def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.DataFrame) -> pd.DataFrame:
@@ -112,6 +149,7 @@ def cascades(
     counted, not timed: the student's on all reviews and the teacher's on the share that it reads.
     """
     rows, curves = [], []
+    encoder = next((contender.name for contender, _, _ in done if contender.kind == ENCODER), None)
     measured = {contender.name: result.row for contender, _, result in done}
     for contender, _, _ in done:
         name, teacher, file = (
@@ -121,8 +159,8 @@ def cascades(
         )
         if contender.kind not in STUDENTS.values() or teacher is None or not file.exists():
             continue
-        temperature = read_json(contender.files / "config.json")["calibration_temperature"]
-        validation = read_table(file)
+        temperature = artifacts.read_json(contender.files / "config.json")["calibration_temperature"]
+        validation = artifacts.read_table(file)
         test = predictions[["label"]].assign(student=predictions[name], teacher=predictions[teacher]).dropna()
         for table in (validation, test):
             table["student"] /= temperature
@@ -145,7 +183,13 @@ def cascades(
         )
         row |= {key: first[key] + second[key] for key in ("Size (MB)", "Params (M)")} | quality
         row |= {"escalated_share": round(share, 4), "p_low": best["p_low"], "p_high": round(1 - best["p_low"], 4)}
-        rows.append(row | {"note": "cost counted from the two rows", "status": "ok"})
+        how = f"predict.py {contender.files} FILE --escalate {root / '02_roberta' / 'model'}"
+        note = (
+            f"python {how} --unsure {row['p_low']} {row['p_high']}"
+            if compared_with.loc[name, "teacher"] == encoder
+            else ""
+        )
+        rows.append(row | {"note": f"cost counted from the two rows; {note}".rstrip("; "), "status": "ok"})
     return rows, curves
 
 

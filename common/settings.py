@@ -196,7 +196,7 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
 
 def start(args: argparse.Namespace, script: str) -> None:
     """Print the script's name and its settings; those that differ from the defaults come first."""
-    none_words = {"num_processes": "auto", "batch_tokens": "auto", "max_hours": "unlimited"}
+    none_words = {"num_processes": "auto", "batch_tokens": "auto", "max_hours": "unlimited", "price_per_hour": "none"}
     changed, unchanged = [], []
     for name, value in sorted(vars(args).items()):
         line = f"{name} = {none_words.get(name, 'all') if value is None else json.dumps(value, ensure_ascii=False)}"
