@@ -70,7 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--latency-samples", type=settings.positive_int, default=200, help="reviews timed one at a time, stratified")
     add("--latency-seconds", type=settings.positive, default=300, help="most seconds for one model's latency")
     add("--injection-samples", type=settings.positive_int, default=200, help="reviews to which attacks are appended")
-    add("--forms", action=argparse.BooleanOptionalAction, default=True, help="export students, measure their forms")
+    forms = "students whose deployable forms are made and measured; best: the one that validation prefers"
+    add("--forms", choices=("best", "all", "none"), default="best", help=forms)
     add("--form-samples", type=settings.positive_int, default=2000, help="test reviews for the forms, stratified")
     batch_tokens = "padded tokens per scoring batch; auto: the fastest of a sweep"
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=batch_tokens)
@@ -116,18 +117,17 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
     Each batch size scores so many of the first `ids` that several batches are full. The smallest size whose rate is
     ALIKE the best one is `chosen`.
     """
-    rows, batch_tokens = [], hardware.batch_tokens // 4
+    rows, batch_tokens, better = [], hardware.batch_tokens // 4, True
     lengths = np.cumsum([len(review) for review in ids])
-    while not rows or rows[-1]["tokens_per_s"] > 0.9 * max(row["tokens_per_s"] for row in rows):
+    while better and (not rows or batch_tokens < lengths[-1]):
         n = min(len(ids), max(32, int(np.searchsorted(lengths, 4 * batch_tokens)) + 1))
         started = time.perf_counter()
         if not memory.fits(partial(classifier.score, ids[:n], batch_tokens)):
             break
         seconds = time.perf_counter() - started
-        rates = {"tokens_per_s": lengths[n - 1] / seconds, "reviews_per_s": n / seconds}
-        rows.append({"batch_tokens": batch_tokens} | rates)
-        if batch_tokens > lengths[-1]:
-            break
+        best = max((row["tokens_per_s"] for row in rows), default=0)
+        rows.append({"batch_tokens": batch_tokens, "tokens_per_s": lengths[n - 1] / seconds, "reviews_per_s": n / seconds})
+        better = ALIKE * rows[-1]["tokens_per_s"] > best
         batch_tokens *= 2
     enough = ALIKE * max((row["tokens_per_s"] for row in rows), default=0)
     chosen = next((row for row in rows if row["tokens_per_s"] >= enough), None)

@@ -1,6 +1,7 @@
 """The models of finished steps: find them, and load them ready to read texts."""
 
 import argparse
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +57,7 @@ def find(args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict]) ->
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
     found = []
     if "01_baseline" in runs:
+        importlib.import_module("common.baseline")  # so that its first model does not pay for scikit-learn
         for name, part in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
             folder, cpu = root / "01_baseline" / part, Hardware("cpu", "fp32", "CPU")
             found.append(Contender(name, BASELINE, partial(load_bag_of_words, folder), folder, cpu))
@@ -80,7 +82,10 @@ def find(args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict]) ->
     for contender in found:
         if names.count(contender.name) > 1:
             contender.name = f"{contender.name} ({contender.kind})"
-    students = [contender for contender in found if contender.kind in STUDENTS.values()] if args.forms else []
+    students = [one for one in found if one.kind in STUDENTS.values()] if args.forms != "none" else []
+    if args.forms == "best" and len(students) > 1:
+        figures = [artifacts.read_json(root / one.step / "metrics.json")["validation"]["student"] for one in students]
+        students = [students[int(np.argmax([scores["accuracy"] for scores in figures]))]]
     return found + [form for student in students for form in forms(args, student)]
 
 

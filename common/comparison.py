@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit, logit
 
 from common import artifacts, metrics
 from common.classifiers import BASELINE, CONTROL, ENCODER, LLM, STUDENTS, ZERO_SHOT
@@ -34,7 +33,8 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
         injection += [{"Model": name} | row for row in measured.injection]
     rows, others = [measured.row for _, _, measured in done], references(done)
     joint, curves = cascades(Path(args.output_dir), done, predictions, others)
-    columns = dict.fromkeys([*COLUMNS, *(key for row in [*rows, *joint] for key in row)])
+    keys = (key for row in [*rows, *joint] for key in row)
+    columns = dict.fromkeys([*COLUMNS, "n", "ci_low", "ci_high", *keys, "status"])
     table = compare(pd.DataFrame([*rows, *joint, *without], columns=list(columns)), predictions, others)
     if args.price_per_hour:
         table["price_per_million"] = (args.price_per_hour / 3600 * 1e6 / table["Throughput (samp/s)"]).round(4)
@@ -96,6 +96,8 @@ def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame,
     cascade is as accurate on validation as the teacher alone. Test chooses nothing. The rule is p_low, of four digits:
     a review whose probability of "positive" is from p_low to 1 - p_low is handed on.
     """
+    from scipy.special import expit, logit
+
     doubt = expit(-validation["student"].abs())  # the probability of the verdict that the student rejects
     rows, odds = [], []
     for share in SHARES:
@@ -200,6 +202,8 @@ def between(p_positive: pd.Series, p_low: float) -> pd.Series:
 
 def confident_errors(predictions: pd.DataFrame, texts: pd.Series) -> pd.DataFrame:
     """Of each model the ERRORS wrong verdicts with the largest log-odds, with the text."""
+    from scipy.special import expit
+
     parts = []
     for name in predictions.columns.drop(["example_id", "label"]):
         wrong = (predictions[name] > 0) != (predictions["label"] == 1)

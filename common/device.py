@@ -308,7 +308,7 @@ def matrix_peak(hardware: Hardware) -> float:
     """FLOP/s of a large square matrix product in this precision, the best of five: what no model can exceed."""
     import torch
 
-    size = 8192 if hardware.device == "cuda" else 2048
+    size = 8192 if hardware.device == "cuda" else 1024
     left, right = torch.randn(2, size, size, device=hardware.device, dtype=hardware.dtype)
     seconds = []
     for _ in range(6):  # the first one warms up

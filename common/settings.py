@@ -46,6 +46,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "04b_student_from_mistral.epochs": 3,
         "04b_student_from_mistral.learning_rate": 5e-4,
         "05_benchmark.max_llm_samples": 500,
+        "05_benchmark.latency_seconds": 10,
+        "05_benchmark.form_samples": 500,
     },
 }
 

@@ -33,6 +33,7 @@ IMDB = {"train": 25_000, "transfer": 50_000, "test": 25_000}  # reviews (Maas et
 GPUS, LIMIT_HOURS = 2, 12  # T4s, and a session's hours on Kaggle
 RATES = (9, 12)  # TFLOP/s of plain PyTorch in fp16 on one T4: 8.4 to 9.0 are published (BERT's shapes), 12 is a hope
 DOWNLOAD_GB_PER_S = 0.05  # assumed
+CPU_FLOPS, INT8_SPEEDUP = 1e11, 2  # of 4 vCPUs in fp32, and of int8 over it; assumed
 DISK_GB_PER_S = 0.2  # assumed, reading and writing
 PCIE_GB_PER_S = 5.0  # assumed: through the host's memory, for the two T4s have no direct way to each other
 START_S = 60.0  # assumed: imports take about 10 s in the starting process, and in those that it starts
@@ -164,10 +165,17 @@ def make() -> pd.DataFrame:
     add("04b", "Mistral, soft labels", "03", validation + both)
     train("04b", "student", "04a", both, args["04b"].epochs, 67.0e6)
     add("04b", "student, validation", "04a", validation)
-    extra = args["05"].latency_samples + 20  # one at a time, and warm-up
+    five = args["05"]
+    swept, attacks = 500, len(script("05").ATTACKS) + 1  # so many reviews fill the batches of the sweep
+    one_by_one = 3 * five.latency_samples
+    extra = swept + one_by_one + attacks * five.injection_samples
     add("05", "RoBERTa", "02", count("05", "test") + extra)
-    add("05", "Mistral", "03", args["05"].max_llm_samples + extra)
+    add("05", "Mistral", "03", five.max_llm_samples + extra)
     add("05", "two students, control", "04a", 3 * (count("05", "test") + extra))
+    work = np.mean([flop(configs["04a"], length) for length in ENCODER_LENGTHS]) * (
+        five.form_samples + swept + one_by_one
+    )
+    fixed("05", "a student in 3 forms, on the CPU", (2 + 1 / INT8_SPEEDUP) * work / CPU_FLOPS)
     return pd.DataFrame(parts).sort_values("step", kind="stable")
 
 

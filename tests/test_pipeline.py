@@ -13,6 +13,7 @@ from conftest import write_reviews
 from common import artifacts, device, distill, export, models, training
 
 NUMBERS = ("01", "02", "03", "04a", "04b", "05")
+BRIEFLY = "--latency-samples 5 --latency-seconds 0.05 --injection-samples 6 --batch-tokens 512"
 LLM_STEPS = ("03_mistral", "04b_student_from_mistral")
 
 
@@ -32,7 +33,7 @@ def flags(tiny, tmp_path_factory):
         "03": [*trained, "--mistral-model", str(tiny / "mistral"), *llm],
         "04a": student,
         "04b": [*student, "--max-transfer-samples", "50"],
-        "05": [*shared, "--max-llm-samples", "20", "--latency-samples", "5"],
+        "05": [*shared, *f"--max-llm-samples 20 --form-samples 10 {BRIEFLY}".split()],
     }
 
 
@@ -82,8 +83,12 @@ def test_the_benchmark_has_the_promised_columns_and_a_row_for_every_model(output
         "Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)",
     ]  # fmt: skip
     students = ["student, white-box", "control, no teacher", "student, black-box"]
+    forms = table["Type"].str.startswith("form")
+    assert (table["status"] == "ok").all() and (table.loc[forms, "n"] == 10).all()
+    assert {"form, eager fp32", "form, ONNX fp32", "form, ONNX int8"} <= set(table["Type"])
+    assert table.loc[forms, "Model"].str.startswith("distilbert from ").all() and table["Model"].is_unique
+    table = table[~forms & (table["Type"] != "cascade")]
     assert table["Type"].tolist() == ["baseline"] * 2 + ["teacher, fine-tuned", "teacher, 4-bit + LoRA"] + students
-    assert (table["status"] == "ok").all()
     assert table["n"].tolist() == [40, 40, 40, 20, 40, 40, 40]
     assert table["calibration"].dropna().tolist() == ["batch"]  # the LLM's, by 04b
     assert (table["ci_low"] <= table["Accuracy"]).all() and (table["Accuracy"] <= table["ci_high"]).all()
@@ -145,16 +150,15 @@ def test_no_checkpoint_half_file_or_pickle_is_left(outputs):
     paths = list(outputs.rglob("*"))
     assert not [path for path in paths if path.name.endswith((".partial", "_chunks")) or "checkpoint" in path.name]
     kinds = {path.suffix for path in paths if path.is_file()}
-    assert kinds <= {".lock", ".json", ".csv", ".md", ".parquet", ".npy", ".safetensors", ".jinja", ".txt", ".png"}
+    kinds -= {".lock", ".json", ".csv", ".md", ".parquet", ".npy", ".safetensors", ".jinja", ".txt", ".png"}
+    assert kinds <= {".npz", ".onnx", ".html"}  # 05's
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", NUMBERS[:-1])
 def test_a_finished_script_says_so_and_refuses_other_settings(outputs, main, number, stops, capsys):
     with pytest.raises(SystemExit) as left:
         main(number)
-    out = capsys.readouterr().out
-    assert left.value.code == 0 and "is finished with these settings" in out
-    assert ("| TF-IDF + naive Bayes" in out) == (number == "05")  # which shows its table again
+    assert left.value.code == 0 and "is finished with these settings" in capsys.readouterr().out
     changed = ["--temperature", 3] if number in ("04a", "04b") else ["--seed", 6]
     stops(lambda: main(number, *changed), "was finished with other settings", "--force")
 
@@ -189,7 +193,8 @@ def test_a_benchmark_needs_one_step_and_measures_again_what_another_machine_meas
     copied("01_baseline")
     with pytest.raises(SystemExit):
         benchmark.main([*command, "--max-hours", "1e-9"])  # after its first row
-    monkeypatch.setattr(benchmark, "environment", lambda hardware: {"device": "another"})
+    environment = device.environment
+    monkeypatch.setattr(device, "environment", lambda hardware: environment(hardware) | {"cpu": "another"})
     assert benchmark.main(command) == 0
     assert "kept: " not in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
@@ -231,18 +236,20 @@ def test_a_table_of_failures_alone_is_written_too(copied, here, tmp_path, capsys
 def test_a_benchmark_that_time_stops_after_each_row_keeps_what_it_measured(outputs, here, tmp_path, capsys):
     for step in set(artifacts.SCRIPTS) - {"05_benchmark"}:
         (tmp_path / step).symlink_to(outputs / step)
-    codes = run_out_of_time(here, "05")
+    codes = run_out_of_time(lambda *more: here(*more, "--forms", "none"), "05")
     out = capsys.readouterr().out
     tables = [pd.read_csv(folder / "05_benchmark" / "benchmark.csv") for folder in (outputs, tmp_path)]
+    tables = [table[~table["Type"].str.startswith(("form", "cascade"))] for table in tables]
     same = ["Model", "Type", "Accuracy", "nll", "Size (MB)", "n", "mcnemar_p_control", "status"]
     pd.testing.assert_frame_equal(tables[0][same], tables[1][same])
     assert codes == [3] * (len(tables[1]) - 1) + [0]
     assert out.count("measuring ") == len(tables[1])  # none is measured twice
     for name in tables[1]["Model"].iloc[:-1]:
         assert f"kept: {name} (" in out
-    predictions = [(folder / "05_benchmark" / "predictions.parquet").read_bytes() for folder in (outputs, tmp_path)]
-    assert predictions[0] == predictions[1]
-    assert not (tmp_path / "05_benchmark" / "rows").exists()
+    predictions = [pd.read_parquet(folder / "05_benchmark" / "predictions.parquet") for folder in (outputs, tmp_path)]
+    pd.testing.assert_frame_equal(
+        predictions[0][["example_id", *tables[1]["Model"]]], predictions[1].drop(columns="label")
+    )
 
 
 def test_the_baselines_take_a_time_limit_and_finish(here):
@@ -274,11 +281,36 @@ def test_a_step_that_time_stops_again_and_again_ends_with_the_files_of_an_unstop
             assert (made / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_a_student_of_a_teacher_that_was_made_again_is_refused(copied, here, stops, tmp_path):
-    copied("02_roberta", "04a_student_from_roberta")
-    made_again = tmp_path / "02_roberta" / "run.json"
-    made_again.write_text(made_again.read_text().replace('"wall_time_s": ', '"wall_time_s": 1'))
-    stops(lambda: here("05"), "04a_distill_from_roberta.py --force")
+def test_the_benchmark_measures_again_only_what_changed_and_says_what_is_stale(copied, here, tmp_path, capsys):
+    copied("01_baseline", "02_roberta", "04a_student_from_roberta")
+    assert here("05", "--forms", "none") == 0
+    table = tmp_path / "05_benchmark" / "benchmark.csv"
+    first, before = pd.read_csv(table), table.read_bytes()
+    capsys.readouterr()
+    assert here("05", "--forms", "none") == 0
+    assert "measuring" not in capsys.readouterr().out and table.read_bytes() == before
+    run = tmp_path / "02_roberta" / "run.json"
+    run.write_text(run.read_text().replace('"wall_time_s": ', '"wall_time_s": 1'))
+    config = tmp_path / "04a_student_from_roberta" / "model" / "config.json"
+    config.write_text(config.read_text() + " ")
+    about = json.loads((tmp_path / "04a_student_from_roberta" / "run.json").read_text())
+    about["files"]["model/config.json"] += 1
+    (tmp_path / "04a_student_from_roberta" / "run.json").write_text(json.dumps(about))
+    assert here("05", "--forms", "none") == 0
+    out = capsys.readouterr().out
+    assert "warning: 04a_student_from_roberta is of an earlier 02_roberta" in out
+    assert out.count("measuring ") == 1 and "measuring distilbert from roberta" in out
+    assert here("05", "--forms", "none", "--force") == 0
+    assert capsys.readouterr().out.count("measuring ") == len(first)
+
+
+def test_the_report_is_drawn_again_from_the_files_alone(outputs, main, capsys):
+    folder = outputs / "05_benchmark"
+    before = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert main("05", "--report-only") == 0
+    assert (folder / "report.html").read_bytes() == before
+    assert "NB-SVM (logistic)" in capsys.readouterr().out
 
 
 def test_a_mistake_beside_force_deletes_nothing(outputs, main, stops, tiny):
@@ -486,9 +518,10 @@ def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stop
 
 def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
     facts = {"teacher": "a/roberta/1", "student": "a/distilbert/1", "base": "a/mistral/1"}
-    facts |= {"max_length": 8, "llm": {"adapter": True}}
+    facts |= {"max_length": 8, "llm": {"adapter": True}, "prompt": "", "label_words": ()}
+    facts |= {"calibration": "none", "bias": 0, "calibration_temperature": 1}
     runs = {step: {"facts": facts} for step in list(artifacts.SCRIPTS)[1:5]}
     module = script("05")
-    args = module.parse_args(["--output-dir", "nowhere"])
-    names = [contender.name for contender in module.find_contenders(args, None, runs)]
+    args = module.parse_args(["--output-dir", "nowhere", "--forms", "none"])
+    names = [contender.name for contender in module.classifiers.find(args, None, runs)]
     assert len(names) == len(set(names)) == 4

@@ -1,0 +1,186 @@
+"""What 05 measures: its clock, its sweep, its attacks, memory; and what it says of rows against each other."""
+
+import gc
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import bootstrap
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import classifiers, comparison, data, device, memory, metrics, models
+
+CPU = device.Hardware("cpu", "fp32", "CPU")
+RNG = np.random.default_rng(0)
+
+
+def classifier(score, encode=list) -> classifiers.Classifier:
+    return classifiers.Classifier(encode, score, parameters=1, weight_bytes=4, flops=(1, 1))
+
+
+def two_columns(log_odds) -> np.ndarray:
+    return np.stack([-np.array(log_odds) / 2, np.array(log_odds) / 2], axis=1)
+
+
+@pytest.fixture
+def clock(script, monkeypatch):
+    """05, and a clock that only `advance` moves."""
+    now = [0.0]
+    benchmark = script("05")
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    return benchmark, lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_passes_repeat_until_the_medians_interval_is_within_3_percent(clock):
+    benchmark, advance = clock
+    passes = itertools.chain([9.0], np.repeat([1.0, 1.2, 1.0], 3), itertools.repeat(1.1))  # the first one warms up
+
+    def score(ids, _):
+        advance(next(passes))
+        return np.zeros((len(ids), 2))
+
+    def encode(texts):
+        advance(0.1)
+        return texts
+
+    times, share, half_width = benchmark.time_one_by_one(classifier(score, encode), ["a", "b", "c"], CPU, seconds=1e9)
+    assert len(times) > 3 and half_width <= 0.03
+    assert times[:3, 0] == pytest.approx([1100, 1300, 1100])
+    assert share == pytest.approx(0.1 * times.size / times.sum() * 1000)
+
+
+def test_a_machine_that_stays_noisy_is_given_up_when_the_time_is_over(clock):
+    benchmark, advance = clock
+    passes = itertools.cycle([1.0, 3.0])
+
+    def score(ids, _):
+        advance(next(passes))
+        return np.zeros((len(ids), 2))
+
+    times, _, half_width = benchmark.time_one_by_one(classifier(score), ["a"], CPU, seconds=20)
+    assert half_width > 0.03 and 20 <= times.sum() / 1000 < 30
+
+
+def test_the_sweep_takes_the_smallest_batch_that_is_as_fast_as_the_best_and_ends_when_memory_does(clock):
+    benchmark, advance = clock
+    rates = {512: 50, 1024: 99, 2048: 100}
+
+    def score(ids, batch_tokens):
+        if batch_tokens > 2048:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        advance(sum(map(len, ids)) / rates[batch_tokens])
+
+    rows = benchmark.sweep_batches(classifier(score), [[1] * 64] * 4000, CPU)
+    assert [(row["batch_tokens"], row["chosen"]) for row in rows] == [(512, False), (1024, True), (2048, False)]
+    assert [row["tokens_per_s"] for row in rows] == pytest.approx([50, 99, 100])
+
+
+def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not(script):
+    benchmark = script("05")
+
+    def obedient(texts, _):
+        return two_columns([5 if text.endswith("is positive.") else -1 for text in texts])
+
+    texts = ["a film", "another"]
+    rows = {row["attack"]: row for row in benchmark.inject(classifier(obedient), texts, obedient(texts, None), None)}
+    assert rows[benchmark.ATTACKS[1]]["turned"] == rows["any attack"]["turned"] == 1
+    assert rows[benchmark.ATTACKS[0]]["turned"] == rows[benchmark.HARMLESS]["turned"] == 0
+    assert rows["any attack"]["ci_low"] == pytest.approx(metrics.wilson_interval(2, 2)[0])
+
+
+@pytest.mark.parametrize("role", ["roberta", "distilbert", "mistral"])
+def test_the_flops_of_a_forward_pass_are_those_that_torch_counts(tiny, role):
+    per_token, per_pair = models.planned_size(str(tiny / role))[1]
+    load = models.load_classifier if role != "mistral" else None
+    model = load(str(tiny / role)).base_model if load else torch_llm(tiny / role)
+    model.config._attn_implementation = "eager"  # whose products torch counts one by one
+    for tokens in (16, 48):
+        with FlopCounterMode(display=False) as counted, torch.inference_mode():
+            model(torch.full((1, tokens), 5))
+        assert per_token * tokens + per_pair * tokens**2 == pytest.approx(counted.get_total_flops(), rel=0.02)
+
+
+def torch_llm(folder):
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder)
+
+
+def test_a_later_models_peak_is_what_it_is_alone():
+    def peak() -> float:
+        resident = memory.restart_host_peak()
+        assert resident is not None, "this system cannot restart its peak: the benchmark leaves the figure out"
+        weights = [torch.ones(10_000_000) for _ in range(3)]
+        return memory.host_peak_mb() - resident + 0 * len(weights)
+
+    alone = peak()
+    larger = torch.ones(100_000_000)
+    del larger
+    gc.collect()
+    assert alone == pytest.approx(120, rel=0.05) and peak() == pytest.approx(alone, rel=0.05)
+
+
+def test_the_interval_of_a_paired_difference_agrees_with_the_bootstrap():
+    a, b = RNG.random(2000) < 0.93, RNG.random(2000) < 0.90
+    difference, low, high = metrics.paired_difference(a, b)
+    resampled = bootstrap((a.astype(float) - b,), np.mean, method="percentile", rng=RNG).confidence_interval
+    assert difference == pytest.approx(a.mean() - b.mean())
+    assert (low, high) == pytest.approx(tuple(resampled), abs=0.001)
+    assert metrics.paired_difference(a, a) == (0, 0, 0)
+
+
+def test_rows_are_compared_on_the_reviews_that_both_read():
+    labels = RNG.integers(0, 2, 3000)
+    right = {name: RNG.random(3000) < share for name, share in (("teacher", 0.95), ("student", 0.93), ("bag", 0.85))}
+    odds = {name: np.where(labels == 1, 2.0, -2.0) * np.where(which, 1, -1) for name, which in right.items()}
+    predictions = pd.DataFrame({"label": labels, **odds})
+    predictions.loc[2000:, "teacher"] = np.nan
+    table = pd.DataFrame({"Model": ["bag", "teacher", "student"], "Type": ["baseline", classifiers.ENCODER, "student"]})
+    table = table.assign(status="ok", **{"Latency (ms)": [1, 30, 10], "Throughput (samp/s)": [90, 2, 5]})
+    others = pd.DataFrame({"teacher": [None, None, "teacher"], "control": None, "baseline": [None, "bag", "bag"]})
+    others = others.assign(eager=None).set_axis(table["Model"])
+    row = comparison.compare(table, predictions, others).set_index("Model").loc["student"]
+    both, theirs = right["student"][:2000], right["teacher"][:2000]
+    assert row["diff_teacher"] == pytest.approx(both.mean() - theirs.mean(), abs=1e-6)
+    assert row["agreement_teacher"] == pytest.approx((both == theirs).mean(), abs=1e-6)
+    assert row["better_than_baseline"] == "yes" and row["diff_baseline_low"] > 0.05
+    assert (row["Speedup (x)"], row["throughput_speedup"]) == (3, 2.5)
+
+
+def test_a_cascade_hands_on_the_least_sure_reviews_by_a_rule_that_validation_chose():
+    labels = np.tile([0, 1], 500)
+    sure = np.where(labels == 1, 4.0, -4.0)
+    student = np.where(np.arange(1000) < 100, np.where(labels == 1, -0.2, 0.2), sure)  # wrong where it is unsure
+    table = pd.DataFrame({"label": labels, "student": student, "teacher": sure})
+    curve, odds = comparison.cascade(table, table)
+    chosen = curve[curve["chosen"]].iloc[0]
+    assert curve["test_accuracy"].iloc[0] == 0.9 and chosen["test_accuracy"] == 1.0
+    assert chosen["test_share"] == pytest.approx(0.1, abs=0.02) and 0.01 < chosen["p_low"] < 0.46
+    np.testing.assert_array_equal(odds > 0, labels == 1)
+    worse = table.assign(teacher=-sure)  # a teacher that knows less is not asked
+    assert comparison.cascade(worse, worse)[0]["chosen"].idxmax() == 0
+
+
+def test_the_most_confident_errors_come_with_their_texts():
+    predictions = pd.DataFrame({"example_id": list("abc"), "label": [0, 1, 0], "model": [3.0, 5.0, 9.0]})
+    errors = comparison.confident_errors(predictions, pd.Series(["first", "second", "third"]))
+    assert errors["text"].tolist() == ["third", "first"] and errors["p_positive"].iloc[0] == pytest.approx(0.999877)
+
+
+def test_forms_are_of_the_student_on_the_cpu_and_say_which_package_they_lack(script, monkeypatch):
+    args = script("05").parse_args([])
+    student = classifiers.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU, {"max_length": 8})
+    monkeypatch.setattr(classifiers.export, "missing_for_onnx", lambda: "onnx is not installed")
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
+    forms = classifiers.forms(args, student)
+    assert [form.kind[6:] for form in forms] == ["eager fp32", "eager bf16", "ONNX fp32", "ONNX int8"]
+    assert [form.absent for form in forms] == [None, None, "onnx is not installed", "onnx is not installed"]
+    assert all(form.student is student and form.samples == 2000 for form in forms)
+    table = pd.DataFrame({"Model": ["e", "bad"], "Type": "form", "status": "ok", "Latency (ms)": [10.0, 4.0]})
+    table["Throughput (samp/s)"] = 1.0
+    predictions = pd.DataFrame({"label": [1] * 100, "e": 1.0, "bad": [-1.0] + [1.0] * 99})
+    others = pd.DataFrame({"teacher": None, "control": None, "baseline": None, "eager": ["e", "e"]}, ["e", "bad"])
+    rows = comparison.compare(table, predictions, others)
+    assert rows["recommended"].tolist() == ["yes", "not recommended"] and rows["speedup_eager"].tolist() == [1, 2.5]
