@@ -116,7 +116,8 @@ def describe_model(
 def missing_for_onnx() -> str | None:
     """A sentence that names the absent packages of the ONNX form and how to install them, or None."""
     absent = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    return f"{', '.join(absent)} not installed: pip install {' '.join(absent)}" if absent else None
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{' and '.join(absent)} {verb} not installed: pip install {' '.join(absent)}" if absent else None
 
 
 def export_onnx(model_folder: Path, target: Path) -> None:
