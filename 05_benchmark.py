@@ -126,7 +126,9 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
             break
         seconds = time.perf_counter() - started
         best = max((row["tokens_per_s"] for row in rows), default=0)
-        rows.append({"batch_tokens": batch_tokens, "tokens_per_s": lengths[n - 1] / seconds, "reviews_per_s": n / seconds})
+        rows.append(
+            {"batch_tokens": batch_tokens, "tokens_per_s": lengths[n - 1] / seconds, "reviews_per_s": n / seconds}
+        )
         better = ALIKE * rows[-1]["tokens_per_s"] > best
         batch_tokens *= 2
     enough = ALIKE * max((row["tokens_per_s"] for row in rows), default=0)
