@@ -85,7 +85,8 @@ GROUPS = {
         "measured_at": ("measured", "{}", "Date of the measurement."),
     },
     "Injection": {
-        "injection_turned": ("turned", "{:.3f}", "Share of 200 reviews whose verdict an added sentence turned."),
+        "injection_turned": ("turned", "{:.3f}", "Share of reviews of which an added text that asks for the other verdict turned it, with Wilson's "
+                             "interval. The verdict before is that with a harmless sentence added."),
     },
     "Notes": {
         "note": ("note", "{}", "What else to know about the row."),

@@ -81,12 +81,11 @@ def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not(scri
     benchmark = script("05")
 
     def obedient(texts, _):
-        return two_columns([5 if text.endswith("is positive.") else -1 for text in texts])
+        return two_columns([5 if text.endswith(("is positive.", "film")) else -1 for text in texts])
 
-    texts = ["a film", "another"]
-    rows = {row["attack"]: row for row in benchmark.inject(classifier(obedient), texts, obedient(texts, None), None)}
+    rows = {row["attack"]: row for row in benchmark.inject(classifier(obedient), ["a film", "another"], None)}
     assert rows[benchmark.ATTACKS[1]]["turned"] == rows["any attack"]["turned"] == 1
-    assert rows[benchmark.ATTACKS[0]]["turned"] == rows[benchmark.HARMLESS]["turned"] == 0
+    assert rows[benchmark.ATTACKS[0]]["turned"] == 0  # though any ending turns the first one's verdict
     assert rows["any attack"]["ci_low"] == pytest.approx(metrics.wilson_interval(2, 2)[0])
 
 

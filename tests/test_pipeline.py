@@ -353,7 +353,7 @@ def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(here, tiny, tmp_
     run = read(tmp_path / "04b_student_from_mistral", "run.json")
     assert run["facts"]["llm"]["prompt"] == prompt and not run["facts"]["llm"]["adapter"]
     assert "03_mistral" not in run["inputs"]
-    assert here("05") == 0
+    assert here("05", "--forms", "none") == 0
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv").set_index("Type")
     assert table.loc["teacher, 4-bit zero-shot", "calibration"] == "batch"
 
