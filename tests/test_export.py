@@ -44,8 +44,7 @@ def save_student(base: Path, folder: Path, steps: int = 0) -> Path:
 
 @pytest.mark.parametrize(("base", "steps"), [("distilbert", 60), ("roberta", 0)])
 def test_both_files_have_the_models_labels_and_one_its_logits(base, steps, tiny, tmp_path):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime.quantization")
     import torch
 
     student, target = save_student(tiny / base, tmp_path / "model", steps), tmp_path / "deploy" / "student"
@@ -69,7 +68,6 @@ def test_both_files_have_the_models_labels_and_one_its_logits(base, steps, tiny,
 
 def test_a_failed_export_leaves_nothing_and_spares_an_earlier_one(tiny, tmp_path, monkeypatch, stops):
     quantization = pytest.importorskip("onnxruntime.quantization")
-    pytest.importorskip("onnx")
     student, target = save_student(tiny / "distilbert", tmp_path / "model"), tmp_path / "deploy" / "student"
     target.mkdir(parents=True)
     (target / "earlier").write_text("form")
@@ -86,9 +84,11 @@ def test_a_failed_export_leaves_nothing_and_spares_an_earlier_one(tiny, tmp_path
 
 
 def test_absent_packages_are_named_with_the_command_that_installs_them(monkeypatch):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else name)
-    assert export.missing_for_onnx() == "onnxruntime is not installed: pip install onnxruntime"
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    assert export.missing_for_onnx() == "onnx and onnxruntime are not installed: pip install onnx onnxruntime"
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: name)
-    assert export.missing_for_onnx() is None
+    for absent, words in (
+        ((), None),
+        (("onnx",), "onnx: pip install onnx"),
+        (export.ONNX_PACKAGES, "pip install onnx "),
+    ):
+        monkeypatch.setattr(export.importlib.util, "find_spec", lambda name, absent=absent: name not in absent or None)
+        missing = export.missing_for_onnx()
+        assert missing is None if words is None else words in missing
