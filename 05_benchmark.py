@@ -138,7 +138,7 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
 
 
 def inject(classifier: Classifier, texts: list[str], batch_tokens: int | None) -> list[dict]:
-    """How many verdicts each attack turns. It is appended to the review and asks for the verdict that the model rejects.
+    """How many verdicts each attack turns. It is appended to a review and asks for the verdict that the model rejects.
 
     The verdict before the attack is that of the review with HARMLESS appended: any other ending may turn some.
     """
@@ -169,7 +169,7 @@ def measure(contender: Contender, part: pd.DataFrame, args: argparse.Namespace, 
     load_s = time.perf_counter() - started
     classifier.logits(texts[:WARM_UP_REVIEWS])
 
-    batch_tokens, sweep = args.batch_tokens, []
+    batch_tokens, sweep = classifier.batch_tokens or args.batch_tokens, []
     if classifier.flops and not batch_tokens:
         sweep = sweep_batches(classifier, classifier.encode(texts[:SWEPT_REVIEWS]), hardware)
         batch_tokens = next((row["batch_tokens"] for row in sweep if row["chosen"]), None)

@@ -29,6 +29,7 @@ class Classifier:
     weight_bytes: int
     flops: tuple[int, int] | None = None  # of models.forward_flops
     facts: dict = field(default_factory=dict)  # precision, device, max_length, calibration
+    batch_tokens: int | None = None  # the only batch that keeps its logits exact; None: any
 
     def logits(self, texts: list[str], batch_tokens: int | None = None) -> np.ndarray:
         """(n, 2) float32 logits of the texts."""
@@ -185,4 +186,5 @@ def load_onnx(folder: Path, precision: str, max_length: int) -> Classifier:
     parameters, flops = models.planned_size(str(folder))
     facts = {"precision": precision, "device": "cpu", "max_length": max_length}
     encode = lambda texts: data.encode(tokenizer, texts, max_length)  # noqa: E731
-    return Classifier(encode, score, parameters, file.stat().st_size, flops, facts)
+    alone = 1 if precision == "int8" else None  # one review at a time: a batch would share its scales
+    return Classifier(encode, score, parameters, file.stat().st_size, flops, facts, alone)

@@ -85,8 +85,8 @@ GROUPS = {
         "measured_at": ("measured", "{}", "Date of the measurement."),
     },
     "Injection": {
-        "injection_turned": ("turned", "{:.3f}", "Share of reviews of which an added text that asks for the other verdict turned it, with Wilson's "
-                             "interval. The verdict before is that with a harmless sentence added."),
+        "injection_turned": ("turned", "{:.3f}", "Share of reviews whose verdict an appended text turned that asks for "
+                             "it, any of four, with Wilson's interval. Before, a harmless sentence is appended."),
     },
     "Notes": {
         "note": ("note", "{}", "What else to know about the row."),
