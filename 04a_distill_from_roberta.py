@@ -127,7 +127,7 @@ def save_validation(args: argparse.Namespace, folder: Path, reviews: data.Review
     file_ids, scores = scoring.read_scores(soft_labels, "validation", scoring.LOGITS)
     ids = reviews.validation["example_id"]
     rows = distill.teacher_rows(file_ids, ids, "validation", "02_finetune_roberta.py")
-    distill.save_validation(folder, reviews, **logits, teacher=scores[rows])
+    scoring.save_validation(folder, reviews.validation, **logits, teacher=scores[rows])
 
 
 def main(argv: list[str] | None = None) -> None:

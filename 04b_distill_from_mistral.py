@@ -206,8 +206,6 @@ def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: dat
 
 
 def main(argv: list[str] | None = None) -> None:
-    from common import distill
-
     args = parse_args(argv)
     llm = find_llm(args)
     hardware = device.start(args, __file__)
@@ -229,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     export.describe_model(
         args, folder / "model", role, args.student_model, reviews, logits, **export.student_rows(args, reviews)
     )
-    distill.save_validation(folder, reviews, student=logits, teacher=validation_logits)
+    scoring.save_validation(folder, reviews.validation, student=logits, teacher=validation_logits)
     artifacts.finish(args, folder, facts, {"validation": {"student": scores} | figures})
     print(f"student: validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command(args, '05_benchmark.py')}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import artifacts, data, device, models, scoring, training
+from common import data, device, models, scoring, training
 from common.data import LABELS, ReviewDataset, Reviews
 from common.settings import stop
 
@@ -232,13 +232,6 @@ class FeatureRows:
     def __getitem__(self, row: int) -> np.ndarray:
         part, file_row = self.locations[row]
         return self.files[part][file_row, self.layers]
-
-
-def save_validation(folder: Path, reviews: Reviews, **logits: np.ndarray) -> None:
-    """Write validation.parquet: the log-odds of each named (n, 2) logits, from which 05 chooses a cascade's rule."""
-    odds = {name: scores[:, 1] - scores[:, 0] for name, scores in logits.items()}
-    table = reviews.validation[["example_id", "label"]].assign(**odds)
-    device.first_alone(lambda: artifacts.write_table(folder / "validation.parquet", table))
 
 
 def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: str) -> None:

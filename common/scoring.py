@@ -207,3 +207,10 @@ def read_scores(folder: Path, split: str, columns: tuple[str, str]) -> tuple[pd.
     """The example_ids and the (n, 2) float32 scores that `in_chunks` wrote."""
     table = read_table(folder / f"{split}.parquet")
     return pd.Index(table["example_id"]), table[list(columns)].to_numpy(np.float32)
+
+
+def save_validation(folder: Path, validation: pd.DataFrame, **logits: np.ndarray) -> None:
+    """Write validation.parquet: the log-odds of each named (n, 2) logits, from which 05 chooses a cascade's rule."""
+    odds = {name: scores[:, 1] - scores[:, 0] for name, scores in logits.items()}
+    table = validation[["example_id", "label"]].assign(**odds)
+    device.first_alone(lambda: write_table(folder / "validation.parquet", table))
