@@ -61,7 +61,7 @@ def test_both_files_have_the_models_labels_and_one_its_logits(base, steps, tiny,
         with torch.inference_mode():
             expected = model(*batch).logits
         assert torch.allclose(fp32(*batch), expected, atol=1e-4)
-        assert 0 < (int8(*batch) - expected).abs().max() < 0.2
+        assert 0 < (int8(*batch) - expected).abs().max() < 0.5
     for logits in (fp32, int8) if steps else ():
         assert list(logits(*data.pad(ids[:-1], tokenizer.pad_token_id)).argmax(1)) == list(labels)
 
