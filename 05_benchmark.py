@@ -11,7 +11,7 @@ its model, reviews, settings and machine are the same.
 Reads   the test reviews and the finished folders of steps 01 to 04b, any subset of them
 Writes  outputs/05_benchmark/  benchmark.csv  report.html  benchmark.md  accuracy_latency.png  predictions.parquet
         latency.parquet  sweep.csv  injection.csv  cascade.csv  errors.csv  environment.json  deploy/  rows/  run.json
-Takes   the minutes that it prints first; nothing was measured on a T4 yet
+Takes   on one T4: planned 63 to 72 minutes (results/gpu/plan.csv), not measured yet; it prints its own plan first
 
     python 05_benchmark.py
     python 05_benchmark.py --max-test-samples 2000 --max-llm-samples 500
@@ -166,13 +166,14 @@ def measure(contender: Contender, part: pd.DataFrame, args: argparse.Namespace, 
     started = time.perf_counter()
     classifier = contender.load()
     hardware.synchronize()
-    load_s = time.perf_counter() - started
+    load_s, load_peaks = time.perf_counter() - started, (memory.peak_mb(), memory.host_peak_mb())
     classifier.logits(texts[:WARM_UP_REVIEWS])
 
     batch_tokens, sweep = classifier.batch_tokens or args.batch_tokens, []
     if classifier.flops and not batch_tokens:
         sweep = sweep_batches(classifier, classifier.encode(texts[:SWEPT_REVIEWS]), hardware)
         batch_tokens = next((row["batch_tokens"] for row in sweep if row["chosen"]), None)
+        memory.restart_host_peak()  # the larger batches of the sweep are no part of the model's peak
     started = time.perf_counter()
     ids = classifier.encode(texts)
     encoded = time.perf_counter()
@@ -185,6 +186,7 @@ def measure(contender: Contender, part: pd.DataFrame, args: argparse.Namespace, 
     attacked = 0 if contender.student else args.injection_samples  # a form has its student's verdicts
     injection = inject(classifier, texts[:attacked], batch_tokens) if attacked else []
 
+    gpu_peak, host_peak = map(max, load_peaks, (memory.peak_mb(), memory.host_peak_mb()))
     quality = metrics.describe(labels, logits)
     row = {
         "Model": contender.name,
@@ -204,8 +206,8 @@ def measure(contender: Contender, part: pd.DataFrame, args: argparse.Namespace, 
         "latency_quality": "ok" if half_width <= STEADY else "noisy",
         "tokenisation_share": round(encoding_share, 4),
         "load_s": round(load_s, 2),
-        "peak_gpu_memory_mb": round(memory.peak_mb()) if hardware.device == "cuda" else None,
-        "peak_host_memory_mb": None if resident is None else round(memory.host_peak_mb() - resident),
+        "peak_gpu_memory_mb": round(gpu_peak) if hardware.device == "cuda" else None,
+        "peak_host_memory_mb": None if resident is None else round(host_peak - resident),
         **classifier.facts,
         "measured_at": time.strftime("%Y-%m-%d"),
         "status": "ok",
