@@ -67,6 +67,16 @@ def by_labels(table: pd.DataFrame) -> pd.DataFrame:
     return wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None).reset_index()
 
 
+def by_share(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a share of the reviews that a student hands on to its teacher; * marks the one that validation chose."""
+    shown = table[["student", "seed"]].copy()
+    shown["handed on"] = [f"{share:.0%}{' *' * chosen}" for share, chosen in zip(table["share"], table["chosen"])]
+    shown["p from, to"] = [f"{low:.3f}, {1 - low:.3f}" if 0 < low < 1 else "" for low in table["p_low"]]
+    for name in ("validation accuracy", "test accuracy"):
+        shown[name] = table[name.replace(" ", "_")].map("{:.4f}".format)
+    return shown.assign(**{"handed on in test": table["test_share"].map("{:.1%}".format), "n": table["n_test"]})
+
+
 def by_work(table: pd.DataFrame) -> pd.DataFrame:
     """A row per mode, step and work that a GPU was measured at."""
     shown = table[["mode", "step", "work", "precision", "tokens", "micro_batch"]].copy()
@@ -101,7 +111,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     """A README's form of a CSV, by what its columns are."""
     if "Model" in table:
         return report.as_markdown(table).strip()
-    forms = {"lead": by_claim, "labels": by_labels, "seed": by_run, "tflops": by_work}
+    forms = {"test_share": by_share, "lead": by_claim, "labels": by_labels, "seed": by_run, "tflops": by_work}
     form = next((form for column, form in forms.items() if column in table), lambda table: table)
     return report.markdown(form(table)).strip()
 

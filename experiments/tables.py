@@ -9,7 +9,8 @@ holds the log-odds of "positive", and nothing where the run has not read the rev
 fingerprints of the reviews, teacher, versions, commit. --collect adds finished runs, or replaces their columns. Test
 predictions are added only with --read-test, once the recipe is frozen.
 
-Writes validation.csv, white_box.csv, black_box.csv (a row a run) and claims.csv, or few_labels.csv and its plot.
+Writes validation.csv, white_box.csv, black_box.csv (a row a run), claims.csv and cascade.csv; or few_labels.csv and its
+plot.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, metrics, settings
+from common import artifacts, comparison, metrics, settings
 
 CONTROLS = ("control", "control_longer", "control_levers")
 # A claim compares with these though they read other unlabelled reviews, or none.
@@ -32,7 +33,8 @@ CLAIMS = (  # a student, the teacher whose gap it closes, and the runs that it i
     ("tuned_both_16000", "tuned_teacher", ("control", "tuned_teacher")),
 )
 FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
-MADE = ("validation.csv", "white_box.csv", "black_box.csv", "claims.csv", "few_labels.csv", "few_labels.png")
+CASCADED = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 1)  # shares of the reviews that the student hands on
+MADE = "validation.csv white_box.csv black_box.csv claims.csv cascade.csv few_labels.csv few_labels.png".split()
 # runs.csv, in this order. `labels`: gold labels in all, where a table compares numbers of them.
 NAMES = "column run seed labels gold transfer teacher seconds".split()
 # Some columns of a recipe are of finished comparisons, whose code is that of the row's `commit`.
@@ -231,7 +233,30 @@ def table_of_validation(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str
     runs = runs[runs.index.isin(scores)]
     figures = [metrics.describe(labels, scores[column]) for column in runs.index]
     named = [{"run": name, "seed": int(seed)} for name, seed in zip(runs["run"], runs["seed"])]
-    return pd.DataFrame([one | of for one, of in zip(named, figures)]).drop(columns="f1", errors="ignore")
+    return pd.DataFrame([one | of for one, of in zip(named, figures)]).drop(
+        columns=["f1", "balanced_accuracy"], errors="ignore"
+    )
+
+
+def table_of_cascades(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Each student of CLAIMS with its teacher behind it, where both read validation and test; the chosen share too."""
+    rows, teachers = [], {run["run"]: column for column, run in runs[is_teacher(runs)].iterrows()}
+    claimed = runs["run"].isin([student for student, _, _ in CLAIMS]) & runs["teacher"].isin(teachers)
+    for column, run in runs[claimed].iterrows():
+        names = {column: "student", teachers[run["teacher"]]: "teacher"}
+        read = predictions[["split", "label", *names]].dropna().rename(columns=names)
+        validation, test = (read[read["split"] == split].reset_index() for split in ("validation", "test"))
+        if not len(validation) or not len(test):
+            continue
+        logits = np.stack([-validation["student"] / 2, validation["student"] / 2], axis=1)
+        temperature = metrics.fit_temperature(validation["label"].to_numpy(), logits)
+        for table in (validation, test):
+            table["student"] /= temperature
+        curve, _ = comparison.cascade(validation, test)
+        shown = curve[curve["chosen"] | curve["share"].isin(CASCADED)].drop(columns="threshold")
+        rows.append(shown.assign(student=run["run"], seed=int(run["seed"]), teacher=run["teacher"], n_test=len(test)))
+    table = pd.concat(rows) if rows else pd.DataFrame()
+    return table[[*table.columns[-4:], *table.columns[:-4]]]
 
 
 def table_of_few_labels(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -285,6 +310,7 @@ def make_tables(folder: Path, plot: bool = True) -> dict[str, pd.DataFrame]:
         made["white_box.csv"] = table_of_runs(white, *test, "teacher")
         made["black_box.csv"] = table_of_runs(black, *test, "tuned_teacher")
         made["claims.csv"] = claims(runs, *test)
+        made["cascade.csv"] = table_of_cascades(runs, predictions)
     made = {file: table.round(6) for file, table in made.items() if len(table)}
     for file in MADE:
         if file in made:
