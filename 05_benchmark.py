@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """05: one table of all models in outputs/ with accuracy, latency, throughput, size and memory; and what to deploy.
 
-Latency is the median time of one review, from text to label (MLPerf's SingleStream): the same 200 reviews, again and
-again until the median's interval is within 3%; else the row says "noisy". Throughput is the rate of all reviews at
-once, from texts to labels (MLPerf's Offline), in the batches that a sweep finds fastest. Each model warms up first, the
-clock waits for the GPU, and memory is freed between models. Every model reads the same test reviews; the LLM and the
-students' deployable forms read a stratified part of them, the forms on the CPU. A row is kept from an earlier run if
-its model, reviews, settings and machine are the same.
+Latency is the median time of one review, from text to label (MLPerf's SingleStream). The same 200 reviews repeat until
+the median's interval is within 3%; otherwise the row says "noisy". Throughput is the rate of all reviews at once, from
+texts to labels (MLPerf's Offline), in the batches that a sweep finds fastest. Each model warms up first, the clock
+waits for the GPU, and memory is freed between models. Every model reads the same test reviews. The LLM reads a
+stratified part of them, and so do the students' deployable forms, on the CPU. A row is kept from an earlier run if its
+model, reviews, settings and machine are the same.
 
 Reads   the test reviews and the finished folders of steps 01 to 04b, any subset of them
 Writes  outputs/05_benchmark/  benchmark.csv  report.html  benchmark.md  accuracy_latency.png  predictions.parquet

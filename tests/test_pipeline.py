@@ -146,6 +146,23 @@ def test_each_saved_encoder_has_a_card_its_length_and_a_temperature(outputs, fol
     assert f"{folder.split('/')[1]}/README.md" not in run["files"]  # so that its owner may edit it
 
 
+@pytest.mark.parametrize(
+    ("step", "names"), [("04a", ["student", "control", "teacher"]), ("04b", ["student", "teacher"])]
+)
+def test_both_student_steps_keep_what_student_and_teacher_say_of_validation(outputs, step, names):
+    folder = next(outputs.glob(f"{step}_*"))
+    table = pd.read_parquet(folder / "validation.parquet")
+    assert table.columns.tolist() == ["example_id", "label", *names] and len(table) == 40
+    figures = read(folder, "metrics.json")["validation"]
+    for name in names[:-1]:
+        assert ((table[name] > 0) == (table["label"] == 1)).mean() == pytest.approx(figures[name]["accuracy"], abs=1e-6)
+    soft_labels = pd.read_parquet(
+        (outputs / "02_roberta" if step == "04a" else folder) / "soft_labels/validation.parquet"
+    )
+    odds = soft_labels.iloc[:, 2] - soft_labels.iloc[:, 1]
+    assert np.corrcoef(odds, table["teacher"])[0, 1] > 0.999  # 04b's are calibrated
+
+
 def test_no_checkpoint_half_file_or_pickle_is_left(outputs):
     paths = list(outputs.rglob("*"))
     assert not [path for path in paths if path.name.endswith((".partial", "_chunks")) or "checkpoint" in path.name]
