@@ -101,9 +101,19 @@ def test_a_row_says_how_much_of_the_gap_a_student_closes_and_whether_by_chance(f
 def test_the_first_screens_accuracies_are_those_of_the_committed_predictions():
     table = pd.read_csv(ROOT / "results/imdb/benchmark.csv")
     predictions = pd.read_parquet(ROOT / "results/imdb/predictions.parquet")
+    predictions = predictions[predictions["split"] == "test"]
     columns = ["naive_bayes-42", "nb_svm-42", "teacher-42", "final-42", "control-42"]
     right = [((predictions[column] > 0) == (predictions["label"] == 1)).mean() for column in columns]
     assert table["Accuracy"].to_numpy() == pytest.approx(right, abs=1e-6) and (table["n"] == len(predictions)).all()
+    cascade = pd.read_csv(ROOT / "results/imdb/cascade.csv")
+    (chosen,) = cascade[cascade["chosen"]].itertuples()
+    ms = table.set_index("Type")["Latency (ms)"]
+    share = ms["student, white-box"] / ms["teacher, fine-tuned"] + chosen.test_share
+    promise = (
+        f"least sure {chosen.test_share:.0%} of reviews to the teacher, the two reach {chosen.test_accuracy:.3f} too"
+    )
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{promise}, in {share:.0%} of the teacher's time" in readme and f"{table['Accuracy'].max():.3f}" in promise
 
 
 def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_teacher_that_it_names(folder):

@@ -12,3 +12,5 @@ python 04a_distill_from_roberta.py $shared --student-model minilm-l6 --max-train
 # 05 reads the same 10,000 test reviews by this flag and gives the same columns. It was not run as one command: the teacher
 # and the baselines were scored by 05 on the H100, the students by 05's functions on two CPU cores, where all times are from.
 python 05_benchmark.py --dataset reviews --output-dir outputs --seed 42 --precision fp32 --max-test-samples 10000
+# Validation in predictions.parquet: the teacher's log-odds are those that 02 saved, the students' were scored on two CPU cores
+# from the weights of 04a, as 04a does it since. cascade.csv is made of them: python experiments/tables.py results/imdb
