@@ -9,7 +9,7 @@ with cross-entropy alone. It trains for up to as many steps, and validation choo
 the two is the teacher's contribution.
 
 Reads   the reviews, outputs/02_roberta/soft_labels/
-Writes  outputs/04a_student_from_roberta/  model/  control/  metrics.json  run.json
+Writes  outputs/04a_student_from_roberta/  model/  control/  validation.parquet  metrics.json  run.json
 Takes   on two T4s: planned 52 to 62 minutes (results/gpu/plan.csv), not measured yet
 
     python 04a_distill_from_roberta.py

@@ -8,7 +8,7 @@ one forward pass per batch and saves raw label log-probabilities. An interrupted
 applied when they are read. The student then trains on the labelled reviews and the transfer set, with 04a's trainer.
 
 Reads   the reviews, outputs/03_mistral/adapter/
-Writes  outputs/04b_student_from_mistral/  soft_labels/ (a table by split)  model/  metrics.json  run.json
+Writes  outputs/04b_student_from_mistral/  soft_labels/ (by split)  model/  validation.parquet  metrics.json  run.json
 Takes   on two T4s: planned 151 to 199 minutes (results/gpu/plan.csv), not measured yet
 
     python 04b_distill_from_mistral.py

@@ -31,7 +31,8 @@ SCRIPTS = {
     "05_benchmark": "05_benchmark.py",
 }
 OTHER = "the command that makes it"  # a step of experiments/
-PACKAGES = "torch transformers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
+PACKAGES = "torch transformers tokenizers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
+PACKAGES += ["onnx", "onnxruntime"]
 REWRITE = "run the script that wrote it with --force"
 _process_started = time.time()
 _locks: dict[Path, object] = {}  # held by this process
@@ -184,15 +185,7 @@ def reopen(args: argparse.Namespace, step: str, inputs: dict[str, str], forget: 
     (folder / "run.json").unlink(missing_ok=True)
 
 
-def warn_if_stale(args: argparse.Namespace, run: dict) -> None:
-    """Print a warning when a step that `run` read has been made again since then."""
-    for step in _made_again(args, run):
-        print(
-            f"warning: {run['step']} is of an earlier {step}, which was made again: run {SCRIPTS[run['step']]} --force"
-        )
-
-
-def _made_again(args: argparse.Namespace, run: dict) -> list[str]:
+def made_again(args: argparse.Namespace, run: dict) -> list[str]:
     """The steps that `run` read and that have been made again since then."""
     finished = [step for step in SCRIPTS if Path(args.output_dir, step, "run.json").exists()]
     return [step for step in finished if run["inputs"].get(step, "") not in ("", fingerprint(args, step))]

@@ -14,6 +14,7 @@ from common.device import Hardware
 from common.settings import short
 
 BASELINE, CONTROL, ENCODER = "baseline", "control, no teacher", "teacher, fine-tuned"
+EAGER = "form, eager fp32"
 LLM, ZERO_SHOT = "teacher, 4-bit + LoRA", "teacher, 4-bit zero-shot"
 STUDENTS = {"04a_student_from_roberta": "student, white-box", "04b_student_from_mistral": "student, black-box"}
 UNCALIBRATED = {"calibration": "none (no 04b)", "bias": 0.0, "calibration_temperature": 1.0}
@@ -47,37 +48,51 @@ class Contender:
     hardware: Hardware
     facts: dict = field(default_factory=dict)  # what else decides its verdicts: prompt, length, calibration
     step: str = ""  # that made it
+    teacher: "Contender | None" = None  # whose soft labels it learned, or which it is a control for
+    note: str | None = None
     samples: int | None = None  # of the test reviews, stratified; None: all
     student: "Contender | None" = None  # of which it is a form
-    prepare: Callable[[], object] = bool  # runs before the clock
+    prepare: Callable[[], object] = lambda: None  # runs before the clock
     absent: str | None = None  # the package that it lacks
 
 
-def find(args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict]) -> list[Contender]:
-    """The models of the finished steps `runs` (run.json by step), in their order, then the students' forms."""
+def find(
+    args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict], made_again: dict[str, str]
+) -> list[Contender]:
+    """The models of the finished steps `runs` (run.json by step), in their order, then the students' forms.
+
+    `made_again` names the steps whose teacher is another one now, and what to run. They are compared with no teacher.
+    """
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
     found = []
     if "01_baseline" in runs:
         importlib.import_module("common.baseline")  # so that its first model does not pay for scikit-learn
         for name, part in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
-            folder, cpu = root / "01_baseline" / part, Hardware("cpu", "fp32", "CPU")
+            folder, cpu = root / "01_baseline" / part, device.cpu("fp32")
             found.append(Contender(name, BASELINE, partial(load_bag_of_words, folder), folder, cpu))
+    teachers = {}  # by the step of their students
     if "02_roberta" in runs:
-        teacher = facts["02_roberta"]
-        found.append(_encoder(short(teacher["teacher"]), ENCODER, root / "02_roberta" / "model", hardware, teacher))
-    from_llm = facts.get("04b_student_from_mistral")
+        teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
+        found.append(_encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher))
+        teachers["04a_student_from_roberta"] = found[-1]
+    from_llm, stale = facts.get("04b_student_from_mistral"), "04b_student_from_mistral" in made_again
     if "03_mistral" in runs:
-        calibration = from_llm if from_llm and from_llm["llm"]["adapter"] else UNCALIBRATED
+        tuned = from_llm is not None and from_llm["llm"]["adapter"] and not stale
+        calibration = from_llm if tuned else UNCALIBRATED
         found.append(_llm(LLM, root / "03_mistral" / "adapter", hardware, facts["03_mistral"], calibration, args))
+        teachers["04b_student_from_mistral"] = found[-1]
     if from_llm and not from_llm["llm"]["adapter"]:
         found.append(_llm(ZERO_SHOT, None, hardware, from_llm["llm"], from_llm, args))
+        teachers["04b_student_from_mistral"] = found[-1]
     for step in filter(runs.__contains__, STUDENTS):
         student, teacher = short(facts[step]["student"]), short(facts[step]["teacher"])
         rows = {"model": (f"{student} from {teacher}", STUDENTS[step]), "control": (f"{student} control", CONTROL)}
         for part, (name, kind) in rows.items():
             if part == "model" or (root / step / part).is_dir():
-                found.append(_encoder(name, kind, root / step / part, hardware, facts[step]))
-                found[-1].step = step
+                one = _encoder(name, kind, root / step / part, hardware, facts[step])
+                one.step, one.teacher = step, None if step in made_again else teachers.get(step)
+                one.note = f"its teacher was made again: {made_again[step]}" if step in made_again else None
+                found.append(one)
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
     names = [contender.name for contender in found] + 2 * ["example_id", "label"]
     for contender in found:
@@ -107,7 +122,7 @@ def forms(args: argparse.Namespace, student: Contender) -> list[Contender]:
     """The forms in which a student can be deployed, each on the CPU."""
     found, target = [], Path(args.output_dir, "05_benchmark", "deploy", student.name.replace(" ", "-"))
     for precision in ("fp32", "bf16") if device.cpu_has_bf16() else ("fp32",):
-        name, cpu = f"eager {precision}", Hardware("cpu", precision, "CPU")
+        name, cpu = f"eager {precision}", device.cpu(precision)
         found.append(_encoder(f"{student.name}, {name}", f"form, {name}", student.files, cpu, student.facts))
     for precision in export.ONNX_FILES:
         name = f"ONNX {precision}"
@@ -116,7 +131,7 @@ def forms(args: argparse.Namespace, student: Contender) -> list[Contender]:
         form.prepare, form.absent = partial(deploy, student.files, target), export.missing_for_onnx()
         found.append(form)
     for form in found:
-        form.student, form.samples = student, args.form_samples
+        form.student, form.teacher, form.note, form.samples = student, student.teacher, student.note, args.form_samples
     return found
 
 
@@ -140,9 +155,8 @@ def load_encoder(folder: Path, hardware: Hardware, max_length: int | None = None
         return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, batch_tokens)["scores"]
 
     facts = {"precision": hardware.precision, "device": hardware.device, "max_length": max_length}
-    return Classifier(
-        lambda texts: data.encode(tokenizer, texts, max_length), score, parameters, weight_bytes, flops, facts
-    )
+    encode = partial(data.encode, tokenizer, max_length=max_length)
+    return Classifier(encode, score, parameters, weight_bytes, flops, facts)
 
 
 def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: dict) -> Classifier:
@@ -161,13 +175,18 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
 
     facts = {"precision": f"nf4, {hardware.precision}", "device": hardware.device, "max_length": max_length}
     facts["calibration"] = calibration["calibration"]
-    encode = lambda texts: verbalizer.encode_prompts(tokenizer, texts, prompt, max_length)  # noqa: E731
+    encode = partial(verbalizer.encode_prompts, tokenizer, prompt=prompt, max_length=max_length)
     return Classifier(encode, score, *models.count(model), models.forward_flops(model), facts)
 
 
 def deploy(model_folder: Path, target: Path) -> None:
     """Write the ONNX form of a saved encoder to `target`, unless it is there."""
-    record, origin = target / "made_from.json", {"digest": artifacts.digest(model_folder)}
+    versions = artifacts.made_with()["versions"]
+    importlib.import_module("onnxruntime")  # so that no row pays for it
+    record = target / "made_from.json"
+    origin = {"digest": artifacts.digest(model_folder)} | {
+        name: versions[name] for name in ("torch", "onnx", "onnxruntime")
+    }
     if not record.exists() or artifacts.read_json(record) != origin:
         export.export_onnx(model_folder, target)
         artifacts.write_json(record, origin)
@@ -178,13 +197,13 @@ def load_onnx(folder: Path, precision: str, max_length: int) -> Classifier:
     import torch
 
     tokenizer, file = models.load_tokenizer(str(folder)), folder / export.ONNX_FILES[precision]
-    run, cpu = export.onnx_logits(file, torch.get_num_threads()), Hardware("cpu", "fp32", "CPU")
+    run, cpu = export.onnx_logits(file, torch.get_num_threads()), device.cpu("fp32")
 
     def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
         return scoring.in_batches(lambda *batch: [run(*batch)], ids, tokenizer.pad_token_id, cpu, batch_tokens)[0]
 
     parameters, flops = models.planned_size(str(folder))
     facts = {"precision": precision, "device": "cpu", "max_length": max_length}
-    encode = lambda texts: data.encode(tokenizer, texts, max_length)  # noqa: E731
+    encode = partial(data.encode, tokenizer, max_length=max_length)
     alone = 1 if precision == "int8" else None  # one review at a time: a batch would share its scales
     return Classifier(encode, score, parameters, file.stat().st_size, flops, facts, alone)

@@ -1,13 +1,14 @@
 """The benchmark's tables: its rows against each other, cascades and confident errors, from predictions alone."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from common import artifacts, metrics
-from common.classifiers import BASELINE, CONTROL, ENCODER, LLM, STUDENTS, ZERO_SHOT
+from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
 from common.report import COLUMNS
 
 SHARES = (*np.round(np.arange(0, 0.51, 0.01), 2), 1.0)  # of the reviews that a cascade hands to the teacher
@@ -31,7 +32,8 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
         latency.append(pd.DataFrame({"Model": name, **timed, "ms": measured.latency.ravel().round(4)}))
         sweep += [{"Model": name} | row for row in measured.sweep]
         injection += [{"Model": name} | row for row in measured.injection]
-    rows, others = [measured.row for _, _, measured in done], references(done)
+    rows = [measured.row | ({"note": one.note} if one.note else {}) for one, _, measured in done]
+    others = references(done)
     joint, curves = cascades(Path(args.output_dir), done, predictions, others)
     keys = (key for row in [*rows, *joint] for key in row)
     columns = dict.fromkeys([*COLUMNS, "n", "ci_low", "ci_high", *keys, "status"])
@@ -73,13 +75,20 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
             if other == "teacher":
                 table.loc[row, "agreement_teacher"] = (verdicts[:, 0] == verdicts[:, 1]).mean().round(6)
             elif other == "baseline":
-                table.loc[row, "better_than_baseline"] = "yes" if low > 0 else "no" if high < 0 else "not shown"
+                table.loc[row, "better_than_baseline"] = metrics.verdict(low, high)
             else:
                 table.loc[row, f"mcnemar_p_{other}"] = metrics.mcnemar_p(correct, theirs)
+            if other == "eager":
+                gap = (predictions[name] - predictions[their_name])[read].abs().max()
+                table.loc[row, "largest_gap_eager"] = round(float(gap), 6)
     teacher = table[(table["Type"] == ENCODER) & (table["status"] == "ok")]
     if len(teacher):
-        table["Speedup (x)"] = (teacher["Latency (ms)"].item() / table["Latency (ms)"]).round(2)
-        table["throughput_speedup"] = (table["Throughput (samp/s)"] / teacher["Throughput (samp/s)"].item()).round(2)
+        # A form is measured on the CPU, so beside a teacher on a GPU its speed-up would be that of the machines.
+        alike = ~table["Type"].str.startswith("form") | (table.get("device") == teacher.iloc[0].get("device"))
+        of_teacher = teacher["Latency (ms)"].item() / table["Latency (ms)"]
+        table["Speedup (x)"] = of_teacher.where(alike).round(2)
+        of_teacher = table["Throughput (samp/s)"] / teacher["Throughput (samp/s)"].item()
+        table["throughput_speedup"] = of_teacher.where(alike).round(2)
     latency = table.set_index("Model")["Latency (ms)"]
     for row, name in table["Model"].items():
         if pd.notna(eager := compared_with["eager"].get(name)):
@@ -92,19 +101,19 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
 def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """The student first, its least sure reviews to the teacher: a row a share, and the test log-odds of the chosen one.
 
-    Both tables hold label, and calibrated log-odds: student, teacher. The chosen share is the smallest with which the
-    cascade is as accurate on validation as the teacher alone. Test chooses nothing. The rule is p_low, of four digits:
-    a review whose probability of "positive" is from p_low to 1 - p_low is handed on.
+    Both tables hold label, and log-odds: student (calibrated) and teacher. The chosen share is the smallest with which
+    the cascade is as accurate on validation as the teacher alone. Test chooses nothing. The rule has four digits: a
+    review whose probability of "positive" is from p_low to p_high is handed on.
     """
-    from scipy.special import expit, logit
+    from scipy.special import expit
 
     doubt = expit(-validation["student"].abs())  # the probability of the verdict that the student rejects
     rows, odds = [], []
     for share in SHARES:
         row = {"share": share, "p_low": round(float(doubt.quantile(1 - share)), 4) if 0 < share < 1 else 1 - share}
-        row["threshold"] = float(logit(1 - row["p_low"]))
+        row["p_high"] = round(1 - row["p_low"], 4)
         for split, table in (("validation", validation), ("test", test)):
-            handed_on = between(expit(table["student"]), row["p_low"]) & (share > 0)
+            handed_on = expit(table["student"]).between(row["p_low"], row["p_high"]) & (share > 0)
             joint = table["teacher"].where(handed_on, table["student"])
             row[f"{split}_accuracy"] = float(((joint > 0) == (table["label"] == 1)).mean())
             row[f"{split}_share"] = float(handed_on.mean())
@@ -122,22 +131,19 @@ def references(done: list) -> pd.DataFrame:
 
     `done` holds (contender, reviews, measured) of each model.
     """
-    by_kind = {contender.kind: contender.name for contender, _, _ in done}
-    encoder, llm = by_kind.get(ENCODER), by_kind.get(ZERO_SHOT, by_kind.get(LLM))
-    teachers = {"student, white-box": encoder, CONTROL: encoder, "student, black-box": llm}
-    baselines = {
-        contender.name: measured.row["Accuracy"] for contender, _, measured in done if contender.kind == BASELINE
-    }
-    best = max(baselines, key=baselines.get, default=None)
-    eager = {one.student.name: one.name for one, _, _ in done if one.kind == "form, eager fp32"}
+    measured = {contender.name: result.row["Accuracy"] for contender, _, result in done}
+    control = next((one.name for one, _, _ in done if one.kind == CONTROL), None)
+    baselines = [one.name for one, _, _ in done if one.kind == BASELINE]
+    best = max(baselines, key=measured.get, default=None)
+    eager = {one.student.name: one.name for one, _, _ in done if one.kind == EAGER}
     rows = {}
     for contender, _, _ in done:
-        student = contender.student or contender
+        teacher = contender.teacher and contender.teacher.name
         rows[contender.name] = {
-            "teacher": teachers.get(student.kind),
-            "control": by_kind.get(CONTROL),
+            "teacher": teacher if teacher in measured else None,
+            "control": control,
             "baseline": None if contender.kind == BASELINE else best,
-            "eager": eager.get(student.name) if contender.student else None,
+            "eager": eager.get(contender.student.name) if contender.student else None,
         }
     return pd.DataFrame.from_dict(rows, orient="index", columns=["teacher", "control", "baseline", "eager"])
 
@@ -151,53 +157,45 @@ def cascades(
     counted, not timed: the student's on all reviews and the teacher's on the share that it reads.
     """
     rows, curves = [], []
-    encoder = next((contender.name for contender, _, _ in done if contender.kind == ENCODER), None)
-    measured = {contender.name: result.row for contender, _, result in done}
-    for contender, _, _ in done:
-        name, teacher, file = (
-            contender.name,
-            compared_with.loc[contender.name, "teacher"],
-            root / contender.step / "validation.parquet",
-        )
-        if contender.kind not in STUDENTS.values() or teacher is None or not file.exists():
+    results = {contender.name: result for contender, _, result in done}
+    for contender, _, first in done:
+        name, teacher, file = contender.name, contender.teacher, root / contender.step / "validation.parquet"
+        if (
+            contender.kind not in STUDENTS.values()
+            or teacher is None
+            or teacher.name not in results
+            or not file.exists()
+        ):
             continue
+        second = results[teacher.name]
         temperature = artifacts.read_json(contender.files / "config.json")["calibration_temperature"]
         validation = artifacts.read_table(file)
-        test = predictions[["label"]].assign(student=predictions[name], teacher=predictions[teacher]).dropna()
+        test = predictions[["label"]].assign(student=predictions[name], teacher=predictions[teacher.name]).dropna()
         for table in (validation, test):
             table["student"] /= temperature
         curve, odds = cascade(validation, test)
-        first, second = measured[name], measured[teacher]
-        curve["ms"] = first["Latency (ms)"] + curve["test_share"] * second["Latency (ms)"]
-        joint = f"{name}, then {teacher}"
+        curve["ms"] = first.latency.mean() + curve["test_share"] * second.latency.mean()
+        joint = f"{name}, then {teacher.name}"
         curves.append(curve.assign(Model=joint))
         best = curve[curve["chosen"]].iloc[0]
         if not 0 < best["share"] < 1:
             continue
         predictions.loc[test.index, joint] = odds
         compared_with.loc[joint] = compared_with.loc[name]
-        share = best["test_share"]
         quality = metrics.describe(test["label"].to_numpy(), np.stack([-odds / 2, odds / 2], axis=1))
-        row = {"Model": joint, "Type": "cascade", "Accuracy": quality.pop("accuracy")}
-        row["Latency (ms)"] = round(best["ms"], 3)
-        row["Throughput (samp/s)"] = round(
-            1 / (1 / first["Throughput (samp/s)"] + share / second["Throughput (samp/s)"]), 2
-        )
-        row |= {key: first[key] + second[key] for key in ("Size (MB)", "Params (M)")} | quality
-        row |= {"escalated_share": round(share, 4), "p_low": best["p_low"], "p_high": round(1 - best["p_low"], 4)}
-        how = f"predict.py {contender.files} FILE --escalate {root / '02_roberta' / 'model'}"
-        note = (
-            f"python {how} --unsure {row['p_low']} {row['p_high']}"
-            if compared_with.loc[name, "teacher"] == encoder
-            else ""
-        )
-        rows.append(row | {"note": f"cost counted from the two rows; {note}".rstrip("; "), "status": "ok"})
+        both, share = (first.row, second.row), best["test_share"]
+        row = {"Model": joint, "Type": "cascade", "Accuracy": quality["accuracy"], "Latency (ms)": round(best["ms"], 3)}
+        seconds = [1 / one["Throughput (samp/s)"] for one in both]
+        row["Throughput (samp/s)"] = round(1 / (seconds[0] + share * seconds[1]), 2)
+        row |= {key: sum(one[key] for one in both) for key in ("Size (MB)", "Params (M)")}
+        row |= {key: quality[key] for key in ("n", "ci_low", "ci_high", "balanced_accuracy", "f1")}
+        row |= {"escalated_share": round(share, 4), "p_low": best["p_low"], "p_high": best["p_high"], "status": "ok"}
+        row["note"] = "cost counted from the two rows"
+        if teacher.kind == ENCODER:
+            command = ["python", "predict.py", str(contender.files), "FILE", "--escalate", str(teacher.files)]
+            row["note"] += f": {shlex.join([*command, '--unsure', str(best['p_low']), str(best['p_high'])])}"
+        rows.append(row)
     return rows, curves
-
-
-def between(p_positive: pd.Series, p_low: float) -> pd.Series:
-    """Whether each probability is from `p_low` to 1 - `p_low`."""
-    return p_positive.between(p_low, round(1 - p_low, 4))
 
 
 def confident_errors(predictions: pd.DataFrame, texts: pd.Series) -> pd.DataFrame:

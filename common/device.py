@@ -292,6 +292,13 @@ def environment(hardware: Hardware) -> dict:
     }
 
 
+def cpu(precision: str) -> Hardware:
+    """This machine's processor."""
+    import torch
+
+    return Hardware("cpu", precision, f"CPU, {torch.get_num_threads()} threads")
+
+
 def cpu_has_bf16() -> bool:
     """Whether the processor multiplies in bf16 (AVX512-BF16 or AMX); others emulate it, slower than fp32."""
     return bool({"avx512_bf16", "amx_bf16"} & set(_cpu_info("flags").split()))
@@ -305,7 +312,7 @@ def _cpu_info(key: str) -> str:
 
 
 def matrix_peak(hardware: Hardware) -> float:
-    """FLOP/s of a large square matrix product in this precision, the best of five: what no model can exceed."""
+    """FLOP/s of a large square matrix product in this precision, the best of five."""
     import torch
 
     size = 8192 if hardware.device == "cuda" else 1024

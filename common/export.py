@@ -154,8 +154,10 @@ def export_onnx(model_folder: Path, target: Path) -> None:
         for file in (plain, fused):
             _refuse_difference(model, tokenizer, file)
         logging.disable(logging.WARNING)  # it advises a pre-processing that changed no result
-        quantize_dynamic(fused, int8, weight_type=QuantType.QInt8, **options)
-        logging.disable(logging.NOTSET)
+        try:
+            quantize_dynamic(fused, int8, weight_type=QuantType.QInt8, **options)
+        finally:
+            logging.disable(logging.NOTSET)
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(model_folder / name, made)
         with artifacts.whole(target) as temporary:

@@ -47,17 +47,18 @@ def restart_host_peak() -> float | None:
     _earlier_peak = max(_earlier_peak, peak_mb())
     free()
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(
-                0
-            )  # freed memory counts until the allocator returns it; musl has no such call
+        with suppress(OSError, AttributeError):  # musl has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory counts until the allocator returns it
             Path("/proc/self/clear_refs").write_text("5")
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+            return host_peak_mb()
     return None
 
 
 def host_peak_mb() -> float:
     """Peak resident memory of this process in MB since `restart_host_peak`, or since its start."""
+    with suppress(OSError, StopIteration):  # getrusage would count the peak of the process that started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / 1e6 if sys.platform == "darwin" else used * 1024 / 1e6
 

@@ -67,6 +67,11 @@ def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[flo
     return float(differences.mean()), float(interval.low), float(interval.high)
 
 
+def verdict(low: float, high: float) -> str:
+    """Whether a difference with this interval is above 0: yes, no, or not shown."""
+    return "yes" if low > 0 else "no" if high < 0 else "not shown"
+
+
 def in_words(scores: dict[str, float | int]) -> str:
     """The accuracy that `describe` returns, as text with its interval and n."""
     return f"{scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}"

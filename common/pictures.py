@@ -70,9 +70,9 @@ def draw_accuracy_latency(table: pd.DataFrame, file: Path) -> None:
 
 
 def accuracy_latency(figure: "Figure", table: pd.DataFrame, names: list[str], fontsize: float) -> None:
-    """Accuracy against latency. Forms are hollow and not in the front, because they read fewer reviews."""
+    """Accuracy against latency. Rows that read fewer reviews are not in the front. Forms are hollow."""
     axes = figure.subplots()
-    front = pareto_front(table[~table["Type"].str.startswith("form")])
+    front = pareto_front(table[table["n"] == table["n"].max()])
     axes.plot(front["Latency (ms)"], front["Accuracy"], color="gray", alpha=0.5, zorder=0, label="Pareto front")
     for kind, colour in COLOURS.items():
         rows = table[table["Type"].str.startswith(kind)]
@@ -237,8 +237,8 @@ def all_figures(table: pd.DataFrame, files: dict[str, pd.DataFrame | None]) -> s
     named = "; ".join(f"{row['number']}. {short_name(row)}" for _, row in shown.iterrows())
     captions = {
         "Accuracy against latency": (numbered, shown, "The line joins the rows that are more accurate than every "
-            f"faster one. Forms are hollow and not on it, because they may have read fewer reviews. Each "
-            f"time is of the row's own device; a cascade's is a mean. {named}."),
+            f"faster one, of those that read all reviews. Forms are hollow. Each time is of the row's own device; a "
+            f"cascade's is a mean. {named}."),
         "Latency of single reviews": (latencies, files["latency"], "The thin line holds 98% of the times, the thick "
             "one half of them, and the mark is the median."),
         "Throughput against batch size": (sweep, files["sweep"], "The ring marks the size that was chosen."),

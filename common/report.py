@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from common import pictures
+from common import metrics, pictures
 from common.artifacts import read_json, whole
 from common.pictures import draw_accuracy_latency
 
@@ -24,11 +24,11 @@ GROUPS = {
         "Model": ("Model", "{}", "Name of the row. Its number is that of the first picture."),
         "Accuracy": ("accuracy", "{:.3f}", "Share of test reviews judged right, with Wilson's 95% interval (1927)."),
         "Latency (ms)": ("ms", "{:,.2f}", "Median milliseconds from text to label, one review at a time (MLPerf "
-                         "SingleStream); a cascade's mean."),
+                         "SingleStream). A cascade's is a mean: the student's and its share of the teacher's."),
         "latency_p99_ms": ("p99 ms", "{:,.2f}", "Milliseconds that 99% of single reviews do not exceed."),
         "Throughput (samp/s)": ("reviews/s", "{:,.1f}", "Reviews a second, all at once (MLPerf Offline)."),
         "Speedup (x)": ("x", "{:,.2f}", "Latency of the fine-tuned teacher of step 02 / latency of the row."),
-        "Size (MB)": ("MB", "{:,.2f}", "Megabytes (10^6 bytes) of weights, counted."),
+        "Size (MB)": ("MB", "{:,.2f}", "Megabytes (10^6 bytes) of weights as loaded, or of the ONNX file."),
         "n": ("n", "{:,.0f}", "Test reviews that the row read. Forms and the LLM read fewer."),
         "Type": ("Type", "{}", "What the row is. A form is a student as it is deployed; a cascade is two models."),
     },
@@ -45,6 +45,7 @@ GROUPS = {
         "recommended": ("recommended", "{}", "Yes, unless it loses more than 0.3 points against eager fp32."),
         "diff_eager": ("minus eager fp32", "{:+.4f}", f"Accuracy minus that of the eager fp32 form, {PAIRED}."),
         "mcnemar_p_eager": ("p, eager", "{:.2g}", "Exact two-sided p against the eager fp32 form (McNemar 1947)."),
+        "largest_gap_eager": ("largest gap", "{:.4f}", "Largest difference of a review's log-odds from eager fp32's."),
         "speedup_eager": ("x eager fp32", "{:,.2f}", "Latency of the eager fp32 form / latency of the row."),
     },
     "Cascades": {
@@ -55,7 +56,8 @@ GROUPS = {
     "Quality and calibration": {
         "balanced_accuracy": ("balanced accuracy", "{:.4f}", "Mean of the accuracies on either class."),
         "f1": ("F1", "{:.4f}", "Harmonic mean of precision and recall of the class positive."),
-        "nll": ("NLL", "{:.4f}", "Mean negative log-likelihood of the true labels, in nats."),
+        "nll": ("NLL", "{:.4f}", "Mean negative log-likelihood of the true labels in nats, before predict.py's "
+                "temperature."),
         "ece": ("ECE", "{:.4f}", "Gap between confidence and accuracy, 15 equal-width bins (Guo et al. 2017)."),
         "calibration": ("calibration", "{}", "How the LLM's log-odds were calibrated."),
     },
@@ -63,14 +65,15 @@ GROUPS = {
         "latency_p90_ms": ("p90 ms", "{:,.2f}", "Milliseconds that 90% of single reviews do not exceed."),
         "latency_n": ("timed", "{:,.0f}", "Reviews timed one at a time."),
         "latency_passes": ("passes", "{:,.0f}", "Times that these reviews were read."),
-        "latency_half_width": ("half width", "{:.4f}", "Half of the interval of the median over passes / the median."),
+        "latency_half_width": ("half width", "{:.4f}", "Half of the 95% interval of the passes' medians / their mean."),
         "latency_quality": ("quality", "{}", "Noisy, if that half width is too large to trust the ratio; else ok."),
         "tokenisation_share": ("tokenising", "{:.4f}", "Share of the latency that the tokenizer takes."),
         "throughput_speedup": ("x, all at once", "{:,.2f}", "Throughput / throughput of step 02's teacher."),
-        "batch_tokens": ("tokens a batch", "{:,.0f}", "Tokens in a batch, padding included, for the throughput."),
+        "batch_tokens": ("tokens a batch", "{:,.0f}", "Most tokens in a bulk batch, padding included; 1 is one "
+                         "review at a time."),
         "tokens_per_s": ("tokens/s", "{:,.0f}", "Tokens a second, without padding."),
         "padding_share": ("padding", "{:.4f}", "Share of a batch's tokens that are padding."),
-        "gflops": ("GFLOP/s", "{:,.1f}", "10^9 floating-point operations a second of the throughput, counted."),
+        "gflops": ("GFLOP/s", "{:,.1f}", "10^9 floating-point operations a second of bulk scoring, on real tokens."),
         "matrix_peak_share": ("of peak", "{:.4f}", "That rate / the rate of a large matrix product on this device."),
     },
     "Footprint": {
@@ -85,8 +88,9 @@ GROUPS = {
         "measured_at": ("measured", "{}", "Date of the measurement."),
     },
     "Injection": {
-        "injection_turned": ("turned", "{:.3f}", "Share of reviews whose verdict an appended text turned that asks for "
-                             "it, any of four, with Wilson's interval. Before, a harmless sentence is appended."),
+        "injection_turned": ("turned", "{:.3f}", "Share of reviews whose verdict at least one of four appended texts "
+                             "turned, with Wilson's interval. Each asks for the other verdict. The verdict before is "
+                             "that with a harmless sentence appended."),
     },
     "Notes": {
         "note": ("note", "{}", "What else to know about the row."),
@@ -191,10 +195,15 @@ def what_to_deploy(table: pd.DataFrame) -> str:
     students = (kinds["student"] if len(kinds["student"]) else kinds["form"]).sort_values("Accuracy", ascending=False)
     words = [] if len(students) else ["No student was measured, so none can be recommended."]
     if len(students):
-        best, others = students.iloc[0], students.iloc[1:]
+        exported = [name for name in students["Model"] if kinds["form"]["Model"].str.startswith(f"{name}, ").any()]
+        chosen = students["Model"] == (exported[0] if len(exported) == 1 else students["Model"].iloc[0])
+        best, others = students[chosen].iloc[0], students[~chosen]
+        how = "The one that validation prefers as" if len(exported) == 1 < len(students) else "The most accurate"
         kind, accuracy = str(best["Type"]).partition(",")[0], cell(best, "Accuracy")
-        words += [f"The most accurate {kind} is {best['Model']}: {accuracy} on {cell(best, 'n')} reviews."]
-        words += [f"The next one, {row['Model']}, has {cell(row, 'Accuracy')}." for _, row in others.head(1).iterrows()]
+        words += [f"{how} {kind} is {best['Model']}: {accuracy} on {cell(best, 'n')} reviews."]
+        words += [
+            f"The other one, {row['Model']}, has {cell(row, 'Accuracy')}." for _, row in others.head(1).iterrows()
+        ]
         words += [compared(best, other, kinds[other]) for other in ("teacher", "baseline", "control")]
         words += speed(best, kinds["teacher"])
     words += advice_on_forms(kinds["form"]) + [rule(row) for _, row in kinds["cascade"].iterrows()]
@@ -212,8 +221,8 @@ def compared(row: pd.Series, other: str, rows: pd.DataFrame) -> str:
     """Whether a row is more accurate than its teacher, the baseline or the control: yes, no, or not shown."""
     if difference := cell(row, f"diff_{other}"):
         low, high = (row.get(end) for end in INTERVALS[f"diff_{other}"])
-        verdict = "yes" if low > 0 else "no" if high < 0 else "not shown"
-        return f"Better than {'its' if other == 'teacher' else 'the'} {other}: {verdict} ({difference})."
+        answer = metrics.verdict(low, high)
+        return f"Better than {'its' if other == 'teacher' else 'the'} {other}: {answer} ({difference})."
     names = [f"{one['Model']} {cell(one, 'Accuracy')}" for _, one in rows.iterrows()]
     if other == "control" and cell(row, "mcnemar_p_control"):
         names.append(f"McNemar's p {cell(row, 'mcnemar_p_control')}")
@@ -338,20 +347,29 @@ def machine(environment: dict) -> str:
     several = {name: facts for name, facts in environment.items() if isinstance(facts, dict) and "device" in facts}
     parts = [f"{name}: {machine(facts)}" for name, facts in several.items()]
     forms = {"device": "{}", "precision": "{}", "cpu": "{}", "cpu_capability": "{}", "logical_cpus": "{} logical CPUs"}
-    forms |= {"torch_threads": "{} threads", "platform": "{}", "cuda": "CUDA {}", "measured_minutes": "{:.0f} minutes"}
+    forms |= {
+        "torch_threads": "{} threads",
+        "platform": "{}",
+        "cuda": "CUDA {}",
+        "measured_minutes": "last run {:.0f} minutes",
+    }
     forms |= {"drift": "latency at the end / at the beginning {:.2f}"}
     parts += [form.format(environment[name]) for name, form in forms.items() if environment.get(name) is not None]
     return ("; " if several else ", ").join(parts)
 
 
+def read(folder: Path) -> pd.DataFrame:
+    """The benchmark's table; a model may be named by a number."""
+    return pd.read_csv(folder / "benchmark.csv", dtype={"Model": str})
+
+
 def write_report(folder: Path) -> None:
     """Write benchmark.md, accuracy_latency.png and report.html from the other files of 05 in `folder`."""
-    table = pd.read_csv(folder / "benchmark.csv")
-    read = {}
+    table, files = read(folder), {}
     for name in ("latency.parquet", "predictions.parquet", "sweep.csv", "cascade.csv", "injection.csv"):
         file, load = folder / name, pd.read_csv if name.endswith("csv") else pd.read_parquet
         there = file.exists() and file.stat().st_size > 2  # pandas reads no CSV without columns
-        read[file.stem] = load(file) if there else None
+        files[file.stem] = load(file) if there else None
     environment = read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
     days = sorted(set(table["measured_at"].dropna().astype(str).str[:10])) if "measured_at" in table else []
     facts = [" to ".join(dict.fromkeys([*days[:1], *days[-1:]])), machine(environment)]
@@ -361,8 +379,8 @@ def write_report(folder: Path) -> None:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
         f"<h1>Sentiment benchmark</h1><p>{escape('. '.join(filter(None, facts)))}</p>",
         f"<h2>What to deploy</h2><p>{escape(what_to_deploy(table))}</p>",
-        f"<h2>Tables</h2>{groups}{attack_table(read['injection'])}",
-        f'<h2>Pictures</h2><div class="pictures">{pictures.all_figures(table, read)}</div>',
+        f"<h2>Tables</h2>{groups}{attack_table(files['injection'])}",
+        f'<h2>Pictures</h2><div class="pictures">{pictures.all_figures(table, files)}</div>',
         f"<h2>What each column means</h2>{definitions(table)}</body></html>",
     ]
     with whole(folder / "benchmark.md") as temporary:

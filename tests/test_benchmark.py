@@ -11,6 +11,7 @@ from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import classifiers, comparison, data, device, memory, metrics, models
+from common.rows import Measured
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
 RNG = np.random.default_rng(0)
@@ -46,7 +47,7 @@ def test_passes_repeat_until_the_medians_interval_is_within_3_percent(clock):
         return texts
 
     times, share, half_width = benchmark.time_one_by_one(classifier(score, encode), ["a", "b", "c"], CPU, seconds=1e9)
-    assert len(times) > 3 and half_width <= 0.03
+    assert len(times) > 4 and half_width <= 0.03
     assert times[:3, 0] == pytest.approx([1100, 1300, 1100])
     assert share == pytest.approx(0.1 * times.size / times.sum() * 1000)
 
@@ -83,7 +84,9 @@ def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not(scri
     def obedient(texts, _):
         return two_columns([5 if text.endswith(("is positive.", "film")) else -1 for text in texts])
 
-    rows = {row["attack"]: row for row in benchmark.inject(classifier(obedient), ["a film", "another"], None)}
+    rows = {
+        row["attack"]: row for row in benchmark.inject(classifier(obedient), ["a film", "another"], data.LABELS, None)
+    }
     assert rows[benchmark.ATTACKS[1]]["turned"] == rows["any attack"]["turned"] == 1
     assert rows[benchmark.ATTACKS[0]]["turned"] == 0  # though any ending turns the first one's verdict
     assert rows["any attack"]["ci_low"] == pytest.approx(metrics.wilson_interval(2, 2)[0])
@@ -160,6 +163,36 @@ def test_a_cascade_hands_on_the_least_sure_reviews_by_a_rule_that_validation_cho
     np.testing.assert_array_equal(odds > 0, labels == 1)
     worse = table.assign(teacher=-sure)  # a teacher that knows less is not asked
     assert comparison.cascade(worse, worse)[0]["chosen"].idxmax() == 0
+
+
+def test_a_student_whose_teacher_has_no_row_is_compared_with_no_other(tmp_path):
+    row = {"Accuracy": 0.9, "Latency (ms)": 1.0, "Throughput (samp/s)": 9.0}
+    measured = Measured(row, np.zeros((1, 2)), np.ones((1, 1)), [], [])
+    encoder, llm, other = (
+        classifiers.Contender(name, name, None, tmp_path, CPU) for name in ("encoder", "llm", "other")
+    )
+    students = [
+        classifiers.Contender(f"student {step}", kind, None, tmp_path, CPU, step=step, teacher=teacher)
+        for (step, kind), teacher in zip(classifiers.STUDENTS.items(), (encoder, llm))
+    ]
+    done = [(one, None, measured) for one in (encoder, other, *students)]  # the LLM failed
+    found = comparison.references(done)
+    assert found["teacher"].isna().tolist() == [True, True, False, True]
+        1,
+        1,
+        0,
+        1,
+    ]
+    for step in classifiers.STUDENTS:
+        (tmp_path / step).mkdir()
+        pd.DataFrame({"label": [0, 1], "student": [-1.0, 1.0], "teacher": [-2.0, 2.0]}).to_parquet(
+            tmp_path / step / "validation.parquet"
+        )
+    (tmp_path / "config.json").write_text('{"calibration_temperature": 1.0}')
+    predictions = pd.DataFrame({"label": [0, 1], "encoder": [-2.0, 2.0], "other": 1.0})
+    predictions = predictions.assign(**{one.name: [-1.0, 1.0] for one in students})
+    joint, curves = comparison.cascades(tmp_path, done, predictions, found)
+    assert joint == [] and [curve["Model"].iloc[0] for curve in curves] == [f"{students[0].name}, then encoder"]
 
 
 def test_the_most_confident_errors_come_with_their_texts():

@@ -232,12 +232,14 @@ def run_out_of_time(run, number: str) -> list[int]:
 
 def test_models_that_fail_are_rows_that_say_so_even_without_time_and_the_exit_is_not_zero(copied, here, tmp_path):
     copied("01_baseline", "02_roberta")
-    for file in (*tmp_path.glob("01_baseline/nb_svm/*.npy"), tmp_path / "02_roberta/model/model.safetensors"):
+    for file in tmp_path.glob("01_baseline/nb_svm/*.npy"):
         file.write_bytes(b"x" * file.stat().st_size)
+    shutil.rmtree(tmp_path / "02_roberta/model")
     assert run_out_of_time(here, "05") == [3, 1]  # after the one model that works, and at the end
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
     assert table["status"].str.startswith("failed").tolist() == [False, True, True]
     assert not (tmp_path / "05_benchmark" / "run.json").exists()
+    assert here("05", "--report-only") == 0  # of a run with failures too
 
 
 def test_a_table_of_failures_alone_is_written_too(copied, here, tmp_path, capsys):
@@ -315,7 +317,11 @@ def test_the_benchmark_measures_again_only_what_changed_and_says_what_is_stale(c
     (tmp_path / "04a_student_from_roberta" / "run.json").write_text(json.dumps(about))
     assert here("05", "--forms", "none") == 0
     out = capsys.readouterr().out
-    assert "warning: 04a_student_from_roberta is of an earlier 02_roberta" in out
+    assert (
+        "warning: 04a_student_from_roberta is of an earlier 02_roberta: run 04a_distill_from_roberta.py --force" in out
+    )
+    student = pd.read_csv(table).set_index("Type").loc["student, white-box"]
+    assert np.isnan(student["diff_teacher"]) and "its teacher was made again" in student["note"]
     assert out.count("measuring ") == 1 and "measuring distilbert from roberta" in out
     assert here("05", "--forms", "none", "--force") == 0
     assert capsys.readouterr().out.count("measuring ") == len(first)
@@ -540,5 +546,5 @@ def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
     runs = {step: {"facts": facts} for step in list(artifacts.SCRIPTS)[1:5]}
     module = script("05")
     args = module.parse_args(["--output-dir", "nowhere", "--forms", "none"])
-    names = [contender.name for contender in module.classifiers.find(args, None, runs)]
+    names = [contender.name for contender in module.classifiers.find(args, None, runs, {})]
     assert len(names) == len(set(names)) == 4

@@ -1,0 +1,60 @@
+"""A model's row of the benchmark and all that was measured for it, kept for the next run of 05."""
+
+import argparse
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common import artifacts, data, device
+from common.classifiers import Contender
+
+FORMAT = 1  # of a kept row; raise it when 05 measures something else
+
+
+@dataclass
+class Measured:
+    """What one model gave."""
+
+    row: dict
+    logits: np.ndarray  # (n, 2), of its test reviews
+    latency: np.ndarray  # (passes, reviews) ms
+    sweep: list[dict]
+    injection: list[dict]
+
+
+def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argparse.Namespace) -> Path:
+    """Where a contender's row on the reviews `part` is kept.
+
+    The name is a digest of all that the row depends on: the model's files (of an LLM its adapter's, and its base's
+    name), the reviews, the settings, the machine and the packages.
+    """
+    names = ("latency_samples", "latency_seconds", "injection_samples", "batch_tokens")
+    about = {
+        "format": FORMAT,
+        "model": artifacts.digest(contender.files) if contender.files.exists() else None,
+        "row": [contender.name, contender.kind, contender.facts],
+        "reviews": data.fingerprint(part),
+        "settings": {name: getattr(args, name) for name in names},
+        "machine": device.environment(contender.hardware) | artifacts.made_with()["versions"],
+    }
+    return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.npz"
+
+
+def keep(file: Path, measured: Measured) -> None:
+    """Write what one model gave, so that no later run measures it again."""
+    about = {"row": measured.row, "sweep": measured.sweep, "injection": measured.injection}
+    with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, logits=measured.logits, latency=measured.latency, about=json.dumps(about))
+
+
+def read(file: Path) -> Measured | None:
+    """What an earlier run kept; None if there is nothing, or half a file."""
+    if not zipfile.is_zipfile(file):
+        return None
+    with np.load(file, allow_pickle=False) as kept:
+        return Measured(logits=kept["logits"], latency=kept["latency"], **json.loads(str(kept["about"])))
