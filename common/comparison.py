@@ -9,10 +9,11 @@ import pandas as pd
 
 from common import artifacts, metrics
 from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
-from common.report import COLUMNS
+from common.report import COLUMNS, FIELDS, INTERVALS
 
 SHARES = (*np.round(np.arange(0, 0.51, 0.01), 2), 1.0)  # of the reviews that a cascade hands to the teacher
 ERRORS = 100  # a model
+WORDS = ("better_than_baseline", "recommended")  # what `compare` says in words
 TOLERATED_LOSS = 0.003  # of a form's accuracy against eager fp32
 
 
@@ -35,14 +36,15 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
     rows = [measured.row | ({"note": one.note} if one.note else {}) for one, _, measured in done]
     others = references(done)
     joint, curves = cascades(Path(args.output_dir), done, predictions, others)
-    keys = (key for row in [*rows, *joint] for key in row)
-    columns = dict.fromkeys([*COLUMNS, "n", "ci_low", "ci_high", *keys, "status"])
-    table = compare(pd.DataFrame([*rows, *joint, *without], columns=list(columns)), predictions, others)
+    named = (name for column in FIELDS for name in (column, *INTERVALS.get(column, ())))
+    columns = list(dict.fromkeys([*COLUMNS, "n", "ci_low", "ci_high", *named]))  # the same in every run; status is last
+    table = pd.DataFrame([*rows, *joint, *without], columns=columns)
+    table = compare(table.astype(dict.fromkeys(WORDS, object)), predictions, others)
     if args.price_per_hour:
         table["price_per_million"] = (args.price_per_hour / 3600 * 1e6 / table["Throughput (samp/s)"]).round(4)
     empty = [pd.DataFrame({"Model": []})]
     files = {
-        "benchmark.csv": table[[*table.columns.drop("status"), "status"]],
+        "benchmark.csv": table,
         "predictions.parquet": predictions,
         "latency.parquet": pd.concat(latency or empty),
         "sweep.csv": pd.DataFrame(sweep or empty[0]),

@@ -178,11 +178,6 @@ def test_a_student_whose_teacher_has_no_row_is_compared_with_no_other(tmp_path):
     done = [(one, None, measured) for one in (encoder, other, *students)]  # the LLM failed
     found = comparison.references(done)
     assert found["teacher"].isna().tolist() == [True, True, False, True]
-        1,
-        1,
-        0,
-        1,
-    ]
     for step in classifiers.STUDENTS:
         (tmp_path / step).mkdir()
         pd.DataFrame({"label": [0, 1], "student": [-1.0, 1.0], "teacher": [-2.0, 2.0]}).to_parquet(
