@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import classifiers, device, export
 from experiments.plan import script
 
-CPU, TURNS, SWEPT = device.Hardware("cpu", "fp32", "CPU"), 3, 200
+CPU, TURNS, SWEPT = device.Hardware("cpu", "fp32", "CPU"), 2, 200
 TOKENS, OF = (64, 128, 256, 512), 100  # tokens; reviews for each of these
 NUMBERS, OF_TOKENS = (100, 400, 1600), 128  # reviews; tokens for each of these
 

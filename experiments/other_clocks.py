@@ -29,8 +29,8 @@ from common import artifacts, classifiers, data, device
 from experiments import growth
 from experiments.plan import script
 
-ONE_BY_ONE, SLICE = 200, 20  # reviews; those of a turn
-BULK, TURNS = 200, 3  # reviews of each turn
+REVIEWS, ONE_BY_ONE, AT_ONCE = 200, 20, 50  # in all, and those of a turn
+TIMES = 2  # that the turns of AT_ONCE are repeated
 OURS, PASSES, PIPELINE_BATCH, MAX_LENGTH = "05_benchmark.py", 3, 8, 512  # 05 makes three passes
 COLUMNS = "workload tool p50_ms p90_ms reviews_per_s ratio lowest highest ratio_p90 reviews turns note".split()
 
@@ -96,10 +96,10 @@ def compare(workload: str, figures: list[str], tools: dict[str, Callable], turns
 
 
 def clocks(student: str, classifier: classifiers.Classifier, texts: list[str]) -> pd.DataFrame:
-    """Both workloads: ONE_BY_ONE reviews, and BULK at once."""
+    """Both workloads, one by one and all at once."""
     from transformers import pipeline
 
-    batch_tokens, five = growth.chosen_batch(classifier, texts[:BULK]), script("05")
+    batch_tokens, five = growth.chosen_batch(classifier, texts[:REVIEWS]), script("05")
     pipe = pipeline("text-classification", model=student, dtype="float32", device="cpu")
     label = lambda texts: classifier.logits(texts, batch_tokens).argmax(axis=1)  # noqa: E731
     in_batches = partial(pipe, batch_size=PIPELINE_BATCH, truncation=True)
@@ -116,9 +116,9 @@ def clocks(student: str, classifier: classifiers.Classifier, texts: list[str]) -
         "pipeline, sorted by length": lambda texts: rate(in_batches, sorted(texts, key=len, reverse=True)),
         "pipeline, in the given order": partial(rate, in_batches),
     }
-    slices = [texts[start : start + SLICE] for start in range(0, ONE_BY_ONE, SLICE)]
-    latency = compare("one by one", ["p50_ms", "p90_ms"], one_by_one, slices)
-    return pd.concat([latency, compare("all at once", ["reviews_per_s"], at_once, TURNS * [texts[:BULK]])])
+    singles, bulks = ([texts[at : at + n] for at in range(0, REVIEWS, n)] for n in (ONE_BY_ONE, AT_ONCE))
+    latency = compare("one by one", ["p50_ms", "p90_ms"], one_by_one, singles)
+    return pd.concat([latency, compare("all at once", ["reviews_per_s"], at_once, TIMES * bulks)])
 
 
 def main(argv: list[str] | None = None) -> int:
