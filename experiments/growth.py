@@ -67,9 +67,9 @@ def draw(table: pd.DataFrame, file: Path) -> None:
     names = {"tokens": ("max_length", "tokens at most"), "reviews": ("reviews", f"reviews of {OF_TOKENS} tokens")}
     for axes, (against, (column, words)) in zip(figure.subplots(1, 2), names.items()):
         for form, rows in table[table["against"] == against].groupby("form", sort=False):
-            axes.loglog(rows[column], rows["reviews_per_s"], marker="o", label=form)
+            axes.semilogx(rows[column], rows["reviews_per_s"], marker="o", label=form)
             axes.set_xticks(rows[column], rows[column].astype(str), minor=False)
-        axes.set(xlabel=words, ylabel="reviews/s")
+        axes.set(xlabel=words, ylabel="reviews/s", ylim=(0, 1.05 * table["reviews_per_s"].max()))
         axes.xaxis.minorticks_off()
         axes.legend()
     figure.savefig(file)
