@@ -40,7 +40,7 @@ SCRIPTS = {
     "03_finetune_mistral.py": f"{TRAINED} --max-length 96 --epochs 2 --learning-rate 3e-3",
     "04a_distill_from_roberta.py": f"{TRAINED} --max-length 32",
     "04b_distill_from_mistral.py": f"{TRAINED} --max-length 32 --max-transfer-samples 50",
-    "05_benchmark.py": "--max-llm-samples 20 --latency-samples 5 --latency-seconds 1 --injection-samples 5 --forms none",
+    "05_benchmark.py": "--max-llm-samples 20 --latency-samples 5 --latency-seconds 1 --forms none",
 }
 # Each argument is a command, or a thing to load. The libraries wait between their tries; this process does not.
 PROCESS = """
