@@ -253,7 +253,7 @@ def table_of_cascades(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataF
         for table in (validation, test):
             table["student"] /= temperature
         curve, _ = comparison.cascade(validation, test)
-        shown = curve[curve["chosen"] | curve["share"].isin(CASCADED)].drop(columns="threshold")
+        shown = curve[curve["chosen"] | curve["share"].isin(CASCADED)]
         rows.append(shown.assign(student=run["run"], seed=int(run["seed"]), teacher=run["teacher"], n_test=len(test)))
     table = pd.concat(rows) if rows else pd.DataFrame()
     return table[[*table.columns[-4:], *table.columns[:-4]]]
