@@ -322,7 +322,11 @@ def drift(done: list[tuple[Contender, pd.DataFrame, Measured]], new: list[Conten
         return None
     contender, part, before = small[0]
     texts = part["text"].tolist()[: args.latency_samples]
-    again, *_ = time_one_by_one(contender.load(), texts, contender.hardware, seconds=min(30, args.latency_seconds))
+    try:
+        again, *_ = time_one_by_one(contender.load(), texts, contender.hardware, min(30, args.latency_seconds))
+    except (Exception, settings.Stop) as problem:
+        print(f"drift was not measured: {problem}", file=sys.stderr)
+        return None
     memory.free()
     return round(float(np.median(again) / np.median(before.latency)), 4)
 
@@ -345,9 +349,13 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str
 
 def show(folder: Path) -> pd.DataFrame:
     """Draw the report of the files in `folder`, and print the table and the advice; returns the table."""
-    report.write_report(folder)
     table = report.read(folder)
     print(report.as_text(table), "", textwrap.fill(report.what_to_deploy(table), 98), sep="\n")
+    try:
+        report.write_report(folder)
+    except ModuleNotFoundError as problem:
+        remedy = "pip install -r requirements.txt, then run 05_benchmark.py --report-only"
+        settings.stop(f"the report needs {problem.name}, which is not installed: {remedy}")
     print(f"table: {folder / 'benchmark.csv'}, report: {folder / 'report.html'}")
     return table
 
@@ -358,6 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.report_only:
         if not (folder / "benchmark.csv").exists():
             settings.stop(f"{folder / 'benchmark.csv'} is missing: run 05_benchmark.py without --report-only first")
+        artifacts.lock(folder)
         show(folder)
         return 0
     hardware = device.start(args, __file__)
@@ -369,11 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     contenders = classifiers.find(args, hardware, runs, made_again)
     done, without, facts = measure_all(contenders, reviews.test, args, folder)
 
-    record = folder / "environment.json"
-    if facts["measured_models"] or not record.exists():
-        earlier = artifacts.read_json(record).get("matrix_peak_gflops", {}) if record.exists() else {}
-        facts["matrix_peak_gflops"] = earlier | facts["matrix_peak_gflops"]
-        artifacts.write_json(record, device.environment(hardware) | facts)
+    if facts["measured_models"] or not (folder / "environment.json").exists():
+        artifacts.write_json(folder / "environment.json", device.environment(hardware) | facts)
     comparison.write_tables(args, folder, reviews.test, done, without)
     table = show(folder)
     failed = table.loc[table["status"].str.startswith("failed"), "Model"]

@@ -48,7 +48,9 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except OSError as problem:
-        if problem.errno == errno.ENOSPC:
+        # shutil.Error, of a copied folder, has no number. EFBIG is a limit on the size of files.
+        if problem.errno in (errno.ENOSPC, errno.EFBIG) or "No space left" in str(problem):
+            shutil.rmtree(temporary, ignore_errors=True)  # what was written so far is as large as a folder
             stop(f"the disk is full ({path}): make room, then the same command continues")
         raise
     for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
@@ -161,10 +163,10 @@ def refuse_conflict(
             stop(f"{script} ran with {flag} {earlier} and this step with {current}: pass {flag} {earlier}")
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files; a model's card may be edited, so it does not count."""
+def digest(folder: Path, but: str = "") -> str:
+    """SHA-256 over the names and contents of a folder's files, without `but` and without a card: it may be edited."""
     total = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("README.md", but)):
         with open(file, "rb") as handle:
             total.update(str(file.relative_to(folder)).encode() + hashlib.file_digest(handle, "sha256").digest())
     return total.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,6 +55,7 @@ class Contender:
     student: "Contender | None" = None  # of which it is a form
     prepare: Callable[[], object] = lambda: None  # runs before the clock
     absent: str | None = None  # the package that it lacks
+    packages: tuple[str, ...] = ("torch", "transformers", "tokenizers", "numpy")  # that run it
 
 
 def find(
@@ -70,6 +72,7 @@ def find(
         for name, part in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
             folder, cpu = root / "01_baseline" / part, device.cpu("fp32")
             found.append(Contender(name, BASELINE, partial(load_bag_of_words, folder), folder, cpu))
+            found[-1].packages = ("scikit-learn", "numpy")
     teachers = {}  # by the step of their students
     if "02_roberta" in runs:
         teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
@@ -91,7 +94,7 @@ def find(
             if part == "model" or (root / step / part).is_dir():
                 one = _encoder(name, kind, root / step / part, hardware, facts[step])
                 one.step, one.teacher = step, None if step in made_again else teachers.get(step)
-                one.note = f"its teacher was made again: {made_again[step]}" if step in made_again else None
+                one.note = f"its teacher's step was made again: {made_again[step]}" if step in made_again else None
                 found.append(one)
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
     names = [contender.name for contender in found] + 2 * ["example_id", "label"]
@@ -100,7 +103,8 @@ def find(
             contender.name = f"{contender.name} ({contender.kind})"
     students = [one for one in found if one.kind in STUDENTS.values()] if args.forms != "none" else []
     if args.forms == "best" and len(students) > 1:
-        figures = [artifacts.read_json(root / one.step / "metrics.json")["validation"]["student"] for one in students]
+        files = [artifacts.require(args, one.step, "metrics.json") for one in students]
+        figures = [artifacts.read_json(file)["validation"]["student"] for file in files]
         students = [students[int(np.argmax([scores["accuracy"] for scores in figures]))]]
     return found + [form for student in students for form in forms(args, student)]
 
@@ -115,7 +119,9 @@ def _llm(kind: str, adapter: Path | None, hardware: Hardware, llm: dict, calibra
     llm = {key: llm[key] for key in ("base", "prompt", "label_words", "max_length")}
     calibration = {key: calibration[key] for key in UNCALIBRATED}
     load, files = partial(load_llm, adapter, hardware, llm, calibration), adapter or Path(llm["base"])
-    return Contender(short(llm["base"]), kind, load, files, hardware, llm | calibration, samples=args.max_llm_samples)
+    one = Contender(short(llm["base"]), kind, load, files, hardware, llm | calibration, samples=args.max_llm_samples)
+    one.packages += ("peft", "bitsandbytes")
+    return one
 
 
 def forms(args: argparse.Namespace, student: Contender) -> list[Contender]:
@@ -129,6 +135,7 @@ def forms(args: argparse.Namespace, student: Contender) -> list[Contender]:
         form = _encoder(f"{student.name}, {name}", f"form, {name}", student.files, found[0].hardware, student.facts)
         form.load = partial(load_onnx, target, precision, student.facts["max_length"])
         form.prepare, form.absent = partial(deploy, student.files, target), export.missing_for_onnx()
+        form.packages += ("onnx", "onnxruntime")
         found.append(form)
     for form in found:
         form.student, form.teacher, form.note, form.samples = student, student.teacher, student.note, args.form_samples
@@ -180,16 +187,20 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
 
 
 def deploy(model_folder: Path, target: Path) -> None:
-    """Write the ONNX form of a saved encoder to `target`, unless it is there."""
-    versions = artifacts.made_with()["versions"]
+    """Write the ONNX form of a saved encoder to `target`, unless it is there, whole and of the same model."""
     importlib.import_module("onnxruntime")  # so that no row pays for it
-    record = target / "made_from.json"
-    origin = {"digest": artifacts.digest(model_folder)} | {
+    record, versions = target / "made_from.json", artifacts.made_with()["versions"]
+    origin = {"model": artifacts.digest(model_folder)} | {
         name: versions[name] for name in ("torch", "onnx", "onnxruntime")
     }
-    if not record.exists() or artifacts.read_json(record) != origin:
-        export.export_onnx(model_folder, target)
-        artifacts.write_json(record, origin)
+    written = {"made_from": origin, "digest": artifacts.digest(target, but=record.name)}
+    try:
+        if json.loads(record.read_text()) == written:
+            return
+    except (OSError, ValueError):  # absent, or damaged
+        pass
+    export.export_onnx(model_folder, target)
+    artifacts.write_json(record, written | {"digest": artifacts.digest(target, but=record.name)})
 
 
 def load_onnx(folder: Path, precision: str, max_length: int) -> Classifier:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, metrics
+from common import artifacts, metrics, settings
 from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
 from common.report import COLUMNS, FIELDS, INTERVALS
 
@@ -77,7 +77,8 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
             if other == "teacher":
                 table.loc[row, "agreement_teacher"] = (verdicts[:, 0] == verdicts[:, 1]).mean().round(6)
             elif other == "baseline":
-                table.loc[row, "better_than_baseline"] = metrics.verdict(low, high)
+                p = metrics.mcnemar_p(correct, theirs)
+                table.loc[row, "better_than_baseline"] = metrics.verdict(low, high) if p < 0.05 else "not shown"
             else:
                 table.loc[row, f"mcnemar_p_{other}"] = metrics.mcnemar_p(correct, theirs)
             if other == "eager":
@@ -104,7 +105,7 @@ def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame,
     """The student first, its least sure reviews to the teacher: a row a share, and the test log-odds of the chosen one.
 
     Both tables hold label, and log-odds: student (calibrated) and teacher. The chosen share is the smallest with which
-    the cascade is as accurate on validation as the teacher alone. Test chooses nothing. The rule has four digits: a
+    the cascade is as accurate on validation as the teacher alone. Test chooses nothing. The rule has six digits: a
     review whose probability of "positive" is from p_low to p_high is handed on.
     """
     from scipy.special import expit
@@ -112,8 +113,8 @@ def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame,
     doubt = expit(-validation["student"].abs())  # the probability of the verdict that the student rejects
     rows, odds = [], []
     for share in SHARES:
-        row = {"share": share, "p_low": round(float(doubt.quantile(1 - share)), 4) if 0 < share < 1 else 1 - share}
-        row["p_high"] = round(1 - row["p_low"], 4)
+        row = {"share": share, "p_low": round(float(doubt.quantile(1 - share)), 6) if 0 < share < 1 else 1 - share}
+        row["p_high"] = round(1 - row["p_low"], 6)
         for split, table in (("validation", validation), ("test", test)):
             handed_on = expit(table["student"]).between(row["p_low"], row["p_high"]) & (share > 0)
             joint = table["teacher"].where(handed_on, table["student"])
@@ -170,8 +171,11 @@ def cascades(
         ):
             continue
         second = results[teacher.name]
-        temperature = artifacts.read_json(contender.files / "config.json")["calibration_temperature"]
-        validation = artifacts.read_table(file)
+        temperature = artifacts.read_json(contender.files / "config.json").get("calibration_temperature", 1.0)
+        try:
+            validation = artifacts.read_table(file)
+        except settings.Stop:  # which has said that the file is damaged: this student has no cascade
+            continue
         test = predictions[["label"]].assign(student=predictions[name], teacher=predictions[teacher.name]).dropna()
         for table in (validation, test):
             table["student"] /= temperature
@@ -180,7 +184,7 @@ def cascades(
         joint = f"{name}, then {teacher.name}"
         curves.append(curve.assign(Model=joint))
         best = curve[curve["chosen"]].iloc[0]
-        if not 0 < best["share"] < 1:
+        if not 0 < best["p_low"] < 1:
             continue
         predictions.loc[test.index, joint] = odds
         compared_with.loc[joint] = compared_with.loc[name]

@@ -22,6 +22,24 @@ ONNX_PACKAGES = ("onnx", "onnxruntime")
 # Where the hub's clients look for the two files. transformers.js calls them dtype "fp32" and "q8".
 ONNX_FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
 OPSET = 20  # the first one with Gelu as one operation
+ONNX_CARD = """\
+# A sentiment classifier for ONNX Runtime
+
+`onnx/model.onnx` is fp32, and `onnx/model_quantized.onnx` is int8. Both take `input_ids` and `attention_mask` (int64)
+and give `logits`: negative, positive. Score int8 one review at a time: in a batch the reviews share their scales.
+
+```python
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
+session = onnxruntime.InferenceSession("PATH/TO/THIS/FOLDER/onnx/model_quantized.onnx")
+batch = tokenizer(["Not bad at all."], truncation=True, return_tensors="np", return_token_type_ids=False)
+print(session.run(["logits"], dict(batch)))
+```
+
+In JavaScript: `pipeline("text-classification", "NAME", { dtype: "q8" })` of `@huggingface/transformers`.
+"""
 MAX_DIFFERENCE = 1e-3  # of logits, between a file without quantisation and the model
 CHECKED_TEXT = "Not the disaster I expected: by the end I was moved. "
 
@@ -160,6 +178,7 @@ def export_onnx(model_folder: Path, target: Path) -> None:
             logging.disable(logging.NOTSET)
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(model_folder / name, made)
+        (made / "README.md").write_text(ONNX_CARD, encoding="utf-8")
         with artifacts.whole(target) as temporary:
             shutil.copytree(made, temporary)
 

@@ -1,16 +1,19 @@
 """05's tables, its advice and its report.html, made from the files of 05 alone."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
-from common import metrics, pictures
-from common.artifacts import read_json, whole
+from common import artifacts, metrics, pictures
+from common.artifacts import whole
 from common.pictures import draw_accuracy_latency
+from common.settings import stop
 
 COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
 INTERVALS = {"Accuracy": ("ci_low", "ci_high"), "injection_turned": ("injection_low", "injection_high")} | {
@@ -134,7 +137,7 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 def markdown(table: pd.DataFrame) -> str:
     """A Markdown table of any cells, padded so that an editor shows its columns aligned."""
-    rows = ([("" if pd.isna(v) else str(v)) for v in row] for row in table.to_numpy(object))
+    rows = ([("" if pd.isna(v) else str(v).replace("|", "\\|")) for v in row] for row in table.to_numpy(object))
     cells = [list(map(str, table.columns)), *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
@@ -359,18 +362,31 @@ def machine(environment: dict) -> str:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """The benchmark's table; a model may be named by a number."""
-    return pd.read_csv(folder / "benchmark.csv", dtype={"Model": str})
+    """The benchmark's table; stops if it is damaged."""
+    try:
+        table = read_table(folder / "benchmark.csv")
+    except ValueError as problem:  # pandas' errors are ValueErrors
+        stop(f"{folder / 'benchmark.csv'} is damaged ({problem}): run 05_benchmark.py")
+    if "status" not in table or table["status"].isna().any():
+        stop(f"{folder / 'benchmark.csv'} is damaged (a row has no status): run 05_benchmark.py")
+    return table
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """A CSV of 05. A model may be named by a number, or NA."""
+    return pd.read_csv(file, dtype={"Model": str}, keep_default_na=False, na_values=[""])
 
 
 def write_report(folder: Path) -> None:
     """Write benchmark.md, accuracy_latency.png and report.html from the other files of 05 in `folder`."""
     table, files = read(folder), {}
     for name in ("latency.parquet", "predictions.parquet", "sweep.csv", "cascade.csv", "injection.csv"):
-        file, load = folder / name, pd.read_csv if name.endswith("csv") else pd.read_parquet
+        file, load = folder / name, read_table if name.endswith("csv") else artifacts.read_table
         there = file.exists() and file.stat().st_size > 2  # pandas reads no CSV without columns
         files[file.stem] = load(file) if there else None
-    environment = read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
+    environment = {}
+    with suppress(OSError, ValueError):  # absent or damaged: one line of the report less
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     days = sorted(set(table["measured_at"].dropna().astype(str).str[:10])) if "measured_at" in table else []
     facts = [" to ".join(dict.fromkeys([*days[:1], *days[-1:]])), machine(environment)]
     groups = "".join(group_table(table, group) for group in GROUPS)

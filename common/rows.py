@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,11 @@ class Measured:
 def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argparse.Namespace) -> Path:
     """Where a contender's row on the reviews `part` is kept.
 
-    The name is a digest of all that the row depends on: the model's files (of an LLM its adapter's, and its base's
-    name), the reviews, the settings, the machine and the packages.
+    The name is a digest of all that the row depends on: the model's files, the reviews, the settings, the machine and
+    the packages that run the model. A base LLM counts by its name, and a folder of one by its files' sizes and times:
+    its contents take minutes to read.
     """
+    base, versions = Path(str(contender.facts.get("base"))), artifacts.made_with()["versions"]
     names = ("latency_samples", "latency_seconds", "injection_samples", "batch_tokens")
     about = {
         "format": FORMAT,
@@ -40,7 +43,8 @@ def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argpar
         "row": [contender.name, contender.kind, contender.facts],
         "reviews": data.fingerprint(part),
         "settings": {name: getattr(args, name) for name in names},
-        "machine": device.environment(contender.hardware) | artifacts.made_with()["versions"],
+        "base": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("*"))],
+        "machine": device.environment(contender.hardware) | {name: versions[name] for name in contender.packages},
     }
     return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.npz"
 
@@ -53,8 +57,12 @@ def keep(file: Path, measured: Measured) -> None:
 
 
 def read(file: Path) -> Measured | None:
-    """What an earlier run kept; None if there is nothing, or half a file."""
-    if not zipfile.is_zipfile(file):
+    """What an earlier run kept; None if there is nothing, or a damaged file."""
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            return Measured(logits=kept["logits"], latency=kept["latency"], **json.loads(str(kept["about"])))
+    except FileNotFoundError:
         return None
-    with np.load(file, allow_pickle=False) as kept:
-        return Measured(logits=kept["logits"], latency=kept["latency"], **json.loads(str(kept["about"])))
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, OSError, EOFError):
+        print(f"{file} is damaged: its model is measured again")
+        return None

@@ -321,7 +321,7 @@ def test_the_benchmark_measures_again_only_what_changed_and_says_what_is_stale(c
         "warning: 04a_student_from_roberta is of an earlier 02_roberta: run 04a_distill_from_roberta.py --force" in out
     )
     student = pd.read_csv(table).set_index("Type").loc["student, white-box"]
-    assert np.isnan(student["diff_teacher"]) and "its teacher was made again" in student["note"]
+    assert np.isnan(student["diff_teacher"]) and "its teacher's step was made again" in student["note"]
     assert out.count("measuring ") == 1 and "measuring distilbert from roberta" in out
     assert here("05", "--forms", "none", "--force") == 0
     assert capsys.readouterr().out.count("measuring ") == len(first)
