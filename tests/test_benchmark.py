@@ -190,6 +190,32 @@ def test_a_student_whose_teacher_has_no_row_is_compared_with_no_other(tmp_path):
     assert joint == [] and [curve["Model"].iloc[0] for curve in curves] == [f"{students[0].name}, then encoder"]
 
 
+def test_an_export_that_is_gone_cut_or_of_another_model_is_made_again(monkeypatch, tmp_path):
+    model, target, made = tmp_path / "model", tmp_path / "deploy" / "name", []
+
+    def export_onnx(_, folder):
+        made.append(folder)
+        (folder / "onnx").mkdir(parents=True, exist_ok=True)
+        (folder / "onnx" / "model.onnx").write_text("weights")
+
+    monkeypatch.setattr(classifiers.export, "export_onnx", export_onnx)
+    monkeypatch.setattr(classifiers.importlib, "import_module", lambda name: None)
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    changes = (
+        lambda: None,
+        lambda: (target / "onnx" / "model.onnx").write_text("wei"),
+        lambda: (target / "made_from.json").write_text(""),
+        lambda: (target / "onnx" / "model.onnx").unlink(),
+        lambda: (model / "config.json").write_text("{ }"),
+    )
+    for times, change in enumerate(changes, start=1):
+        change()
+        for _ in range(2):
+            classifiers.deploy(model, target)
+        assert len(made) == times
+
+
 def test_the_most_confident_errors_come_with_their_texts():
     predictions = pd.DataFrame({"example_id": list("abc"), "label": [0, 1, 0], "model": [3.0, 5.0, 9.0]})
     errors = comparison.confident_errors(predictions, pd.Series(["first", "second", "third"]))

@@ -50,7 +50,7 @@ def test_both_files_have_the_models_labels_and_one_its_logits(base, steps, tiny,
     student, target = save_student(tiny / base, tmp_path / "model", steps), tmp_path / "deploy" / "student"
     export.export_onnx(student, target)
     made = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
-    assert made == {"config.json", "tokenizer.json", "tokenizer_config.json", *export.ONNX_FILES.values()}
+    assert made == {"README.md", "config.json", "tokenizer.json", "tokenizer_config.json", *export.ONNX_FILES.values()}
     assert (target / "config.json").read_bytes() == (student / "config.json").read_bytes()
     tokenizer, model = models.load_tokenizer(str(target)), models.load_classifier(str(student)).eval()
     texts, labels = clear_reviews(40, seed=1)

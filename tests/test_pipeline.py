@@ -323,6 +323,11 @@ def test_the_benchmark_measures_again_only_what_changed_and_says_what_is_stale(c
     student = pd.read_csv(table).set_index("Type").loc["student, white-box"]
     assert np.isnan(student["diff_teacher"]) and "its teacher's step was made again" in student["note"]
     assert out.count("measuring ") == 1 and "measuring distilbert from roberta" in out
+    row = next((tmp_path / "05_benchmark" / "rows").glob("*.npz"))
+    row.write_bytes(row.read_bytes()[:300] + b"x" + row.read_bytes()[301:])  # within a zip file that opens
+    assert here("05", "--forms", "none") == 0
+    out = capsys.readouterr().out
+    assert f"{row} is damaged" in out and out.count("measuring ") == 1
     assert here("05", "--forms", "none", "--force") == 0
     assert capsys.readouterr().out.count("measuring ") == len(first)
 
