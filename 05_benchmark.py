@@ -262,6 +262,18 @@ def planned_minutes(
     return minutes
 
 
+def warm_up(new: list[Contender], parts: dict[str, pd.DataFrame]) -> None:
+    """Use an encoder once, so that no row pays for imports and thread pools in seconds or memory.
+
+    If it fails, it fails again when it is measured, and says so there.
+    """
+    encoders = [one for one in new if one.kind in (classifiers.ENCODER, *classifiers.STUDENTS.values())]
+    for contender in encoders[-1:]:
+        with contextlib.suppress(Exception, settings.Stop), contextlib.redirect_stderr(io.StringIO()):
+            contender.load().logits(parts[contender.name]["text"].iloc[:WARM_UP_REVIEWS].tolist())
+    memory.free()
+
+
 def measure_all(
     contenders: list[Contender], test: pd.DataFrame, args: argparse.Namespace, folder: Path
 ) -> tuple[list[tuple[Contender, pd.DataFrame, Measured]], list[dict], dict]:
@@ -279,6 +291,7 @@ def measure_all(
     planned = planned_minutes(new, parts, peaks, args)
     print(f"{len(new)} of {len(contenders)} models to measure: planned {planned:.0f} minutes", flush=True)
     done, without, started = [], [], time.monotonic()
+    warm_up(new, parts)
     for contender in contenders:
         name, part, measured = contender.name, parts[contender.name], kept[contender.name]
         row = {"Model": name, "Type": contender.kind}
