@@ -201,9 +201,9 @@ def what_to_deploy(table: pd.DataFrame) -> str:
         exported = [name for name in students["Model"] if kinds["form"]["Model"].str.startswith(f"{name}, ").any()]
         chosen = students["Model"] == (exported[0] if len(exported) == 1 else students["Model"].iloc[0])
         best, others = students[chosen].iloc[0], students[~chosen]
-        how = "The one that validation prefers as" if len(exported) == 1 < len(students) else "The most accurate"
+        how = "Validation prefers this" if len(exported) == 1 < len(students) else "The most accurate"
         kind, accuracy = str(best["Type"]).partition(",")[0], cell(best, "Accuracy")
-        words += [f"{how} {kind} is {best['Model']}: {accuracy} on {cell(best, 'n')} reviews."]
+        words += [f"{how} {kind}: {best['Model']}, {accuracy} on {cell(best, 'n')} reviews."]
         words += [
             f"The other one, {row['Model']}, has {cell(row, 'Accuracy')}." for _, row in others.head(1).iterrows()
         ]

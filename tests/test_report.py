@@ -198,7 +198,7 @@ def test_the_report_is_one_page_with_five_pictures_that_asks_for_nothing(folder)
     assert not re.search("<logistic>|<b>|<no kernel>|<cuda>", html) and "NB-SVM &lt;logistic&gt; &amp;" in html
 
 
-@pytest.mark.parametrize("name", ["imdb", "demo"])
+@pytest.mark.parametrize("name", ["imdb", "cpu_imdb"])
 def test_a_table_alone_of_an_earlier_version_makes_a_report_with_the_same_bytes_each_time(name, tmp_path):
     csv = pd.read_csv(ROOT / "results" / name / "benchmark.csv")
     csv.to_csv(tmp_path / "benchmark.csv", index=False)
