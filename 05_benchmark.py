@@ -11,7 +11,7 @@ model, reviews, settings and machine are the same.
 Reads   the test reviews and the finished folders of steps 01 to 04b, any subset of them
 Writes  outputs/05_benchmark/  benchmark.csv  report.html  benchmark.md  accuracy_latency.png  predictions.parquet
         latency.parquet  sweep.csv  injection.csv  cascade.csv  errors.csv  environment.json  deploy/  rows/  run.json
-Takes   on one T4: planned 63 to 72 minutes (results/gpu/plan.csv), not measured yet; it prints its own plan first
+Takes   on one T4: planned 66 to 76 minutes (results/gpu/plan.csv), not measured yet; it prints its own plan first
 
     python 05_benchmark.py
     python 05_benchmark.py --max-test-samples 2000 --max-llm-samples 500

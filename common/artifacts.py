@@ -313,17 +313,19 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
     print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
 
 
-def made_with() -> dict:
-    """The versions of Python and PACKAGES, and the commit of the scripts ("+" marks uncommitted changes).
-
-    An absent package's version is None, and so is the commit outside a git checkout.
-    """
-    versions: dict[str, str | None] = {"python": sys.version.split()[0]} | dict.fromkeys(PACKAGES)
+def versions() -> dict[str, str | None]:
+    """The versions of Python and PACKAGES; an absent package's is None."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0]} | dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def made_with() -> dict:
+    """The versions, and the commit of the scripts ("+" marks uncommitted changes; None outside a git checkout)."""
     commit, describe = None, ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         described = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
         commit = described.stdout.strip()
-    return {"versions": versions, "git_commit": commit}
+    return {"versions": versions(), "git_commit": commit}

@@ -189,7 +189,7 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
 def deploy(model_folder: Path, target: Path) -> None:
     """Write the ONNX form of a saved encoder to `target`, unless it is there, whole and of the same model."""
     importlib.import_module("onnxruntime")  # so that no row pays for it
-    record, versions = target / "made_from.json", artifacts.made_with()["versions"]
+    record, versions = target / "made_from.json", artifacts.versions()
     origin = {"model": artifacts.digest(model_folder)} | {
         name: versions[name] for name in ("torch", "onnx", "onnxruntime")
     }

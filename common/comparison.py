@@ -71,16 +71,15 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
             verdicts = predictions.loc[read, [name, their_name]].to_numpy() > 0
             correct, theirs = (verdicts == labels[read].to_numpy()[:, None]).T
             difference, low, high = metrics.paired_difference(correct, theirs)
-            ends = {"": difference, "_low": low, "_high": high}
-            for end, value in ends.items():
+            for end, value in {"": difference, "_low": low, "_high": high}.items():
                 table.loc[row, f"diff_{other}{end}"] = round(value, 6)
+            p = metrics.mcnemar_p(correct, theirs)
             if other == "teacher":
                 table.loc[row, "agreement_teacher"] = (verdicts[:, 0] == verdicts[:, 1]).mean().round(6)
             elif other == "baseline":
-                p = metrics.mcnemar_p(correct, theirs)
                 table.loc[row, "better_than_baseline"] = metrics.verdict(low, high) if p < 0.05 else "not shown"
             else:
-                table.loc[row, f"mcnemar_p_{other}"] = metrics.mcnemar_p(correct, theirs)
+                table.loc[row, f"mcnemar_p_{other}"] = p
             if other == "eager":
                 gap = (predictions[name] - predictions[their_name])[read].abs().max()
                 table.loc[row, "largest_gap_eager"] = round(float(gap), 6)

@@ -35,7 +35,7 @@ def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argpar
     the packages that run the model. A base LLM counts by its name, and a folder of one by its files' sizes and times:
     its contents take minutes to read.
     """
-    base, versions = Path(str(contender.facts.get("base"))), artifacts.made_with()["versions"]
+    base, versions = Path(str(contender.facts.get("base"))), artifacts.versions()
     names = ("latency_samples", "latency_seconds", "injection_samples", "batch_tokens")
     about = {
         "format": FORMAT,

@@ -29,7 +29,9 @@ def forms(student: Path, target: Path) -> dict[str, Callable[[int], classifiers.
 
 
 def chosen_batch(classifier: classifiers.Classifier, texts: list[str]) -> int:
-    """Tokens of a batch, by 05's sweep."""
+    """Tokens of a batch: the only one that the model may have, or the fastest of 05's sweep."""
+    if classifier.batch_tokens:
+        return classifier.batch_tokens
     sweep = script("05").sweep_batches(classifier, classifier.encode(texts), CPU)
     return next(row["batch_tokens"] for row in sweep if row["chosen"])
 
