@@ -213,16 +213,16 @@ def _refuse_difference(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
 def onnx_logits(file: Path, threads: int) -> Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]:
     """A function from a batch's input_ids and attention_mask to its logits, by one of ONNX_FILES.
 
-    In int8 a batch shares the scales of its activations, so a review's logits depend on its companions: by 0.031 on
-    average, by 0.34 at most, with 2 labels of 500. So score int8 one review at a time. It is also faster: 19.0
-    reviews/s instead of 13.4 on one thread. The fp32 file does not depend on the batch.
+    In int8 a batch shares the scales of its activations, so a review's logits depend on its companions. In the trial of
+    `export_onnx` they moved by 0.031 on average and turned 2 labels of 500. So score int8 one review at a time. The
+    fp32 file does not depend on the batch.
     """
     import onnxruntime
     import torch
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Waiting threads would spin. On two busy cores int8 then reads 6.0 reviews/s one by one, and 9.9 without.
+    # Waiting threads would spin, which slowed int8 by a third on two busy cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 

@@ -52,6 +52,16 @@ def test_passes_repeat_until_the_medians_interval_is_within_3_percent(clock):
     assert share == pytest.approx(0.1 * times.size / times.sum() * 1000)
 
 
+def test_three_passes_that_agree_by_luck_are_not_enough(clock):
+    benchmark, advance = clock
+
+    def score(ids, _):
+        advance(1.0)
+        return np.zeros((len(ids), 2))
+
+    assert len(benchmark.time_one_by_one(classifier(score), ["a"], CPU, seconds=1e9)[0]) == 4
+
+
 def test_a_machine_that_stays_noisy_is_given_up_when_the_time_is_over(clock):
     benchmark, advance = clock
     passes = itertools.cycle([1.0, 3.0])
@@ -82,7 +92,7 @@ def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not(scri
     benchmark = script("05")
 
     def obedient(texts, _):
-        return two_columns([5 if text.endswith(("is positive.", "film")) else -1 for text in texts])
+        return two_columns([5 if text.rstrip().endswith(("is positive.", "film")) else -1 for text in texts])
 
     rows = {
         row["attack"]: row for row in benchmark.inject(classifier(obedient), ["a film", "another"], data.LABELS, None)
