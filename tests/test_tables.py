@@ -14,7 +14,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from common import artifacts, metrics, verbalizer
 from experiments import distillation, tables
 
-QUESTIONS = [file.parent for file in sorted((ROOT / "results").glob("*/predictions.parquet"))]
+QUESTIONS = [file.parent for file in sorted((ROOT / "results").glob("*/runs.csv"))]
 LABELS = np.arange(200) % 2
 REVIEWS = pd.DataFrame({"example_id": [f"{row}" for row in range(200)], "text": "a film", "label": LABELS})
 
@@ -114,6 +114,13 @@ def test_the_first_screens_accuracies_are_those_of_the_committed_predictions():
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"{promise}, in {share:.0%} of the teacher's time" in readme and f"{table['Accuracy'].max():.3f}" in promise
+
+
+def test_the_deployable_forms_accuracies_are_those_of_the_committed_predictions():
+    table = pd.read_csv(ROOT / "results/deploy/benchmark.csv")
+    predictions = pd.read_parquet(ROOT / "results/deploy/predictions.parquet")
+    right = [((predictions[name] > 0) == (predictions["label"] == 1)).mean() for name in table["Model"]]
+    assert table["Accuracy"].to_numpy() == pytest.approx(right, abs=1e-6) and (table["n"] == len(predictions)).all()
 
 
 def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_teacher_that_it_names(folder):
