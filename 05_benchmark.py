@@ -363,7 +363,10 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str
 def show(folder: Path) -> pd.DataFrame:
     """Draw the report of the files in `folder`, and print the table and the advice; returns the table."""
     table = report.read(folder)
-    print(report.as_text(table), "", textwrap.fill(report.what_to_deploy(table), 98), sep="\n")
+    advice = (
+        textwrap.fill(line, 98, initial_indent="- ", subsequent_indent="  ") for line in report.what_to_deploy(table)
+    )
+    print(report.as_text(table), "", *advice, sep="\n")
     try:
         report.write_report(folder)
     except ModuleNotFoundError as problem:

@@ -191,83 +191,67 @@ def cell(row: pd.Series, column: str) -> str:
     return form.format(row[column]) + interval
 
 
-def what_to_deploy(table: pd.DataFrame) -> str:
-    """One paragraph of advice that benchmark.csv supports, and what it cannot tell."""
+def what_to_deploy(table: pd.DataFrame) -> list[str]:
+    """The advice that benchmark.csv supports, a line a question, and what it cannot tell."""
     ok = table[table["status"] == "ok"]
     kinds = {kind: ok[ok["Type"].str.startswith(kind)] for kind in pictures.COLOURS}
-    students = (kinds["student"] if len(kinds["student"]) else kinds["form"]).sort_values("Accuracy", ascending=False)
-    words = [] if len(students) else ["No student was measured, so none can be recommended."]
-    if len(students):
-        exported = [name for name in students["Model"] if kinds["form"]["Model"].str.startswith(f"{name}, ").any()]
-        chosen = students["Model"] == (exported[0] if len(exported) == 1 else students["Model"].iloc[0])
-        best, others = students[chosen].iloc[0], students[~chosen]
-        how = "Validation prefers this" if len(exported) == 1 < len(students) else "The most accurate"
-        kind, accuracy = str(best["Type"]).partition(",")[0], cell(best, "Accuracy")
-        words += [f"{how} {kind}: {best['Model']}, {accuracy} on {cell(best, 'n')} reviews."]
-        words += [
-            f"The other one, {row['Model']}, has {cell(row, 'Accuracy')}." for _, row in others.head(1).iterrows()
-        ]
-        words += [compared(best, other, kinds[other]) for other in ("teacher", "baseline", "control")]
-        words += speed(best, kinds["teacher"])
-    words += advice_on_forms(kinds["form"]) + [rule(row) for _, row in kinds["cascade"].iterrows()]
+    lines = [*best_student(kinds), *best_form(kinds["form"]), *(rule(row) for _, row in kinds["cascade"].iterrows())]
     if "latency_quality" in ok and len(noisy := ok.loc[ok["latency_quality"] == "noisy", "Model"]):
-        words.append(f"These latencies are noisy, so their ratios are rough: {'; '.join(noisy)}.")
+        lines.append(f"These latencies are noisy, so their ratios are rough: {'; '.join(noisy)}.")
     for word in ("failed", "absent"):
         if names := [row["Model"] for _, row in table.iterrows() if state(row) == word]:
-            words.append(f"{word.capitalize()}: {'; '.join(names)}.")
+            lines.append(f"{word.capitalize()}: {'; '.join(names)}.")
     if missing := [kind for kind, rows in kinds.items() if not len(rows)]:
-        words.append(f"Kinds without figures: {', '.join(missing)}.")
-    return " ".join(filter(None, words))
+        lines.append(f"Kinds without figures: {', '.join(missing)}.")
+    return lines
 
 
-def compared(row: pd.Series, other: str, rows: pd.DataFrame) -> str:
-    """Whether a row is more accurate than its teacher, the baseline or the control: yes, no, or not shown."""
-    if difference := cell(row, f"diff_{other}"):
-        low, high = (row.get(end) for end in INTERVALS[f"diff_{other}"])
-        answer = metrics.verdict(low, high)
-        return f"Better than {'its' if other == 'teacher' else 'the'} {other}: {answer} ({difference})."
-    names = [f"{one['Model']} {cell(one, 'Accuracy')}" for _, one in rows.iterrows()]
-    if other == "control" and cell(row, "mcnemar_p_control"):
-        names.append(f"McNemar's p {cell(row, 'mcnemar_p_control')}")
-    return f"Not compared in pairs with the {other}: {'; '.join(names)}." if names else ""
+def best_student(kinds: dict[str, pd.DataFrame]) -> list[str]:
+    """The student to take: its accuracy, whether it is better than others, its speed and size."""
+    students = (kinds["student"] if len(kinds["student"]) else kinds["form"]).sort_values("Accuracy", ascending=False)
+    if not len(students):
+        return ["No student was measured, so none can be recommended."]
+    exported = [name for name in students["Model"] if kinds["form"]["Model"].str.startswith(f"{name}, ").any()]
+    chosen = students["Model"] == (exported[0] if len(exported) == 1 else students["Model"].iloc[0])
+    best, others = students[chosen].iloc[0], students[~chosen]
+    how = "Validation prefers this" if len(exported) == 1 < len(students) else "The most accurate"
+    kind = str(best["Type"]).partition(",")[0]
+    accuracy = f"{how} {kind}: {best['Model']}, {cell(best, 'Accuracy')} on {cell(best, 'n')} reviews."
+    for _, other in others.head(1).iterrows():
+        accuracy += f" The other one, {other['Model']}, has {cell(other, 'Accuracy')}."
+    verdicts = []
+    for other in ("teacher", "baseline", "control"):
+        if difference := cell(best, f"diff_{other}"):
+            low, high = (best[end] for end in INTERVALS[f"diff_{other}"])
+            whose = "its" if other == "teacher" else "the"
+            verdicts.append(f"Better than {whose} {other}: {metrics.verdict(low, high)} ({difference}).")
+    teachers = kinds["teacher"].loc[kinds["teacher"]["Type"] == "teacher, fine-tuned", "Model"]
+    one, many = (cell(best, column) for column in ("Speedup (x)", "throughput_speedup"))
+    ratio = "Its speed-up over a teacher was not measured."
+    if one and many and len(teachers):
+        ratio = f"It is {one}x as fast as {teachers.iloc[0]} on one review and {many}x on many at once."
+    tail = f", and 99% take at most {cell(best, 'latency_p99_ms')} ms" if cell(best, "latency_p99_ms") else ""
+    cost = f"The median review takes {cell(best, 'Latency (ms)')} ms{where(best)}{tail}. {ratio}"
+    return [
+        line
+        for line in (accuracy, " ".join(verdicts), f"{cost} Its weights take {cell(best, 'Size (MB)')} MB.")
+        if line
+    ]
 
 
-def speed(row: pd.Series, teachers: pd.DataFrame) -> list[str]:
-    """A student's speed and size in sentences."""
-    one, many = (cell(row, column) for column in ("Speedup (x)", "throughput_speedup"))
-    name = next(iter(teachers.loc[teachers["Type"] == "teacher, fine-tuned", "Model"]), "the teacher")
-    tail = f", and 99% take at most {cell(row, 'latency_p99_ms')} ms" if cell(row, "latency_p99_ms") else ""
-    words = [f"The median review takes {cell(row, 'Latency (ms)')} ms{where(row)}{tail}."]
-    if one and many:
-        words.append(f"It is {one}x as fast as {name} on one review and {many}x on many at once.")
-    else:
-        words.append("Its speed-up over a teacher was not measured.")
-    return [*words, f"Its weights take {cell(row, 'Size (MB)')} MB."]
-
-
-def where(row: pd.Series) -> str:
-    """The device of a row's times, which may differ from another row's."""
-    return f" on {cell(row, 'device')}" if cell(row, "device") else ""
-
-
-def advice_on_forms(forms: pd.DataFrame) -> list[str]:
+def best_form(forms: pd.DataFrame) -> list[str]:
     """The fastest recommended form, and the forms that are not recommended."""
     if "recommended" not in forms or not len(forms):
         return []
-    words, good = [], forms[forms["recommended"] == "yes"].sort_values("Latency (ms)")
-    if len(good):
-        row = good.iloc[0]
-        facts = [f"{cell(row, 'Latency (ms)')} ms{where(row)}", f"accuracy {cell(row, 'Accuracy')}, n {cell(row, 'n')}"]
+    line, good = "No form is recommended.", forms[forms["recommended"] == "yes"].sort_values("Latency (ms)")
+    for _, row in good.head(1).iterrows():
+        line = f"The fastest recommended form here is {row['Model']}: {cell(row, 'Latency (ms)')} ms{where(row)}"
         if row["Type"] != "form, eager fp32" and cell(row, "speedup_eager"):
-            facts.insert(1, f"{cell(row, 'speedup_eager')}x as fast as eager fp32")
-            facts.append(f"{cell(row, 'diff_eager')} against it")
-        words.append(f"The fastest recommended form on this machine is {row['Model']}: {', '.join(facts)}.")
-    else:
-        words.append("No form is recommended.")
-    bad = forms[forms["recommended"] == "not recommended"]
-    if len(bad):
-        words.append(f"Not recommended: {'; '.join(pictures.short_name(row) for _, row in bad.iterrows())}.")
-    return words
+            line += f", {cell(row, 'speedup_eager')}x as fast as eager fp32, {cell(row, 'diff_eager')} in accuracy"
+        line += f", n {cell(row, 'n')}."
+    if len(bad := forms[forms["recommended"] == "not recommended"]):
+        line += f" Not recommended: {'; '.join(pictures.short_name(row) for _, row in bad.iterrows())}."
+    return [line]
 
 
 def rule(row: pd.Series) -> str:
@@ -275,12 +259,16 @@ def rule(row: pd.Series) -> str:
     student, _, second = row["Model"].rpartition(", then ")
     if not row.get("escalated_share", 0) > 0:
         return f"The cascade from {student} to {second} hands on no review."
-    unsure = f"p(positive) between {cell(row, 'p_low')} and {cell(row, 'p_high')}"
-    result = f"with accuracy {cell(row, 'Accuracy')} and a mean of {cell(row, 'Latency (ms)')} ms"
     return (
-        f"Cascade: {student} reads all reviews; send those with {unsure} to {second}. "
-        f"That is {row['escalated_share']:.1%} of reviews, {result}."
+        f"Cascade: {student} reads all reviews; send those with p(positive) between {cell(row, 'p_low')} and "
+        f"{cell(row, 'p_high')} to {second}. That is {row['escalated_share']:.1%} of reviews, with accuracy "
+        f"{cell(row, 'Accuracy')} and a mean of {cell(row, 'Latency (ms)')} ms."
     )
+
+
+def where(row: pd.Series) -> str:
+    """The device of a row's times, which may differ from another row's."""
+    return f" on {cell(row, 'device')}" if cell(row, "device") else ""
 
 
 def anchor(column: str) -> str:
@@ -390,11 +378,12 @@ def write_report(folder: Path) -> None:
     days = sorted(set(table["measured_at"].dropna().astype(str).str[:10])) if "measured_at" in table else []
     facts = [" to ".join(dict.fromkeys([*days[:1], *days[-1:]])), machine(environment)]
     groups = "".join(group_table(table, group) for group in GROUPS)
+    advice = "".join(f"<li>{escape(line)}</li>" for line in what_to_deploy(table))
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Sentiment benchmark</title>',
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
         f"<h1>Sentiment benchmark</h1><p>{escape('. '.join(filter(None, facts)))}</p>",
-        f"<h2>What to deploy</h2><p>{escape(what_to_deploy(table))}</p>",
+        f"<h2>What to deploy</h2><ul>{advice}</ul>",
         f"<h2>Tables</h2>{groups}{attack_table(files['injection'])}",
         f'<h2>Pictures</h2><div class="pictures">{pictures.all_figures(table, files)}</div>',
         f"<h2>What each column means</h2>{definitions(table)}</body></html>",
