@@ -2,7 +2,7 @@
 
 import numpy as np
 
-SKEWED = 0.6  # from this share of one class on, an accuracy is shown beside it
+SKEWED = 0.6  # the share of one class above which an accuracy by itself misleads
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:

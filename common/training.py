@@ -287,11 +287,12 @@ def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str) -> None
     """
     scores, only, common = metrics.describe(labels, logits), metrics.only_class(logits), int(labels.mean() >= 0.5)
     share, majority, minority = scores["majority_share"], LABELS[common], LABELS[1 - common]
-    if share > metrics.SKEWED and only in (common, None):
-        remedy = f"drop {majority} or add {minority} reviews in the train file, or {remedy}"
+    skewed = share > metrics.SKEWED and only in (common, None)
+    if skewed:  # another training would follow the majority again
+        remedy = f"add {minority} reviews to the train file or drop {majority} ones; else {remedy}"
     if only is not None:
-        as_most = f", as {share:.0%} of them are" if only == common and share > metrics.SKEWED else " (it collapsed)"
-        stop(f"the model calls every validation review {LABELS[only]}{as_most}: {remedy}")
+        why = f", as {share:.0%} of them are" if skewed else " (it collapsed)"
+        stop(f"the model calls every validation review {LABELS[only]}{why}: {remedy}")
     if metrics.errors_above_chance(labels, logits) < 2:
         stop(f"validation accuracy is {metrics.in_words(scores)}, no better than chance: {remedy}")
     if scores["accuracy"] <= share:

@@ -133,8 +133,8 @@ def best_calibration(
 ) -> str:
     """The name of the calibration with the best held-out NLL on validation.
 
-    One is passed over if the teacher would be refused with it, and not with another; then, if it loses more than
-    TOLERATED_LOSS of the teacher's held-out accuracy.
+    One that loses more than TOLERATED_LOSS of the teacher's held-out accuracy is passed over. So is one with which the
+    teacher would be refused, unless it would be with all of them.
     """
     held_out = {name: teacher_logits(one.held_out) for name, one in made.items()}
     accuracies = {name: metrics.accuracy(labels, logits.argmax(axis=1)) for name, logits in held_out.items()}
@@ -142,7 +142,8 @@ def best_calibration(
     def rank(name: str) -> tuple[bool, bool, float]:
         at_chance = metrics.errors_above_chance(labels, made[name].logits(log_odds)) < 2
         refused = at_chance or metrics.absent_class(made[name].logits(unlabelled), labels) is not None
-        return refused, accuracies[name] < accuracies["none"] - TOLERATED_LOSS, metrics.nll(labels, held_out[name])
+        worse = accuracies["none"] - accuracies[name] > TOLERATED_LOSS + 1e-9
+        return worse, refused, metrics.nll(labels, held_out[name])
 
     return min(made, key=rank)
 
