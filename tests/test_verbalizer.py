@@ -1,11 +1,14 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 from common import classifiers, metrics, models, verbalizer
 from common.verbalizer import PROMPT
+from experiments import skewed
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,15 @@ def test_a_calibrated_teacher_is_no_more_than_half_a_point_worse_at_any_share(sh
         assert accuracies[1] > accuracies[0] - 0.005
     if share == 0.9:  # which the calibration of earlier versions lost
         assert metrics.accuracy(labels, made["batch"].logits(log_odds).argmax(axis=1)) < accuracies[0] - 0.1
+
+
+def test_so_it_is_on_the_committed_log_odds_of_two_real_llms():
+    table = pd.read_csv(ROOT / "results/skewed/skewed.csv")
+    assert (table["worst auto"] > -0.005).all() and table["worst batch"].min() < -0.2
+    log_odds, labels = skewed.read("distillation", "zero_shot_teacher-42")
+    draws = pd.DataFrame([skewed.one_draw(log_odds, labels, 0.9, 200, seed) for seed in range(skewed.DRAWS)])
+    row = table.query("llm == 'untuned' and validation == 200 and positive == 0.9").iloc[0]
+    assert draws[["none", "auto"]].mean().tolist() == pytest.approx(row[["without", "auto"]].tolist(), abs=1e-3)
 
 
 def test_a_calibration_that_is_asked_for_and_impossible_stops_with_its_reason(stops):
