@@ -113,10 +113,9 @@ def absent_class(logits: np.ndarray, labels: np.ndarray) -> int | None:
 
 
 def describe(labels: np.ndarray, logits: np.ndarray) -> dict[str, float | int]:
-    """The figures of (n, 2) logits against (n,) labels.
+    """The figures of (n, 2) logits against (n,) labels: accuracy with its 95% interval, NLL, ECE, and what skew hides.
 
-    They are accuracy with its 95% interval, the share of the more frequent class, balanced accuracy, the F1 of class
-    positive, the mean of both classes' F1, NLL and ECE.
+    `f1` is that of class positive, `f1_macro` the mean of both classes', `majority_share` that of the frequent class.
     """
     from sklearn.metrics import f1_score
 
