@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from common import artifacts, baseline, data, device, distill, models, scoring, verbalizer
-from experiments import distillation, few_labels, growth, other_clocks, tables
+from experiments import distillation, few_labels, tables
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
 GOLD = [1, 0] * 4
@@ -327,27 +326,3 @@ def test_a_shell_script_asks_for_runs_that_there_are(file):
     text = (ROOT / "experiments" / file).read_text().replace("\\\n", "")
     asked = {name for names in re.findall(r"--runs ((?: *[a-z_\d]+)+)", text) for name in names.split()}
     assert {"control"} < asked <= {*distillation.RUNS, "nb_svm", *distillation.TEACHERS}
-
-
-def test_other_clocks_are_compared_with_05s_turn_by_turn_and_growth_has_a_row_a_cell(
-    tiny, reviews_folder, tmp_path, monkeypatch
-):
-    tools = {other_clocks.OURS: lambda texts: [len(texts[0])], "slow": lambda texts: [2 * len(texts[0])]}
-    found = other_clocks.compare("one by one", ["p50_ms", "p90_ms"], tools, [["a"], ["abc"], ["abc"]]).set_index("tool")
-    slow = {"p50_ms": 6.0, "p90_ms": 6.0, "ratio": 2.0, "ratio_p90": 2.0, "lowest": 2.0, "reviews": 2, "turns": 3}
-    assert slow.items() <= found.loc["slow"].to_dict().items() and found.loc[other_clocks.OURS, "ratio"] == 1
-
-    monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)  # as if it were not installed
-    for module, small in (
-        (other_clocks, {"REVIEWS": 4, "ONE_BY_ONE": 2, "AT_ONCE": 4, "MAX_LENGTH": 16}),
-        (growth, {"TOKENS": (8, 16), "OF": 4, "NUMBERS": (2,), "OF_TOKENS": 8, "TURNS": 1}),
-    ):
-        for name, value in small.items():
-            monkeypatch.setattr(module, name, value)
-    other_clocks.main([str(tiny / "distilbert"), str(reviews_folder), "--out", str(tmp_path)])
-    made = pd.read_csv(tmp_path / "clocks.csv")
-    absent = made["tool"].str.startswith("LoadGen")
-    assert absent.sum() == 2 and made.loc[absent, "note"].str.startswith("absent").all()
-    assert (made["ratio"].notna() == ~absent).all() and (made.groupby("workload")["ratio"].first() == 1).all()
-    cells = pd.read_csv(tmp_path / "growth.csv").query("form == 'eager fp32'")
-    assert list(zip(cells["max_length"], cells["reviews"])) == [(8, 4), (16, 4), (8, 2)]
