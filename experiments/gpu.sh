@@ -86,6 +86,7 @@ study() {  # of 2,000 labels at 128 tokens; the students of one seed and one tea
         students+=($!)
     done
     for one in "${students[@]}"; do wait "$one" || code=$?; done
+    "$python" experiments/tables.py "$out/unlabelled" --collect "$outputs"/{teachers,runs} --read-test || code=$?
     return $code
 }
 

@@ -127,13 +127,14 @@ def test_the_benchmark_has_time_left(run):
     assert scripts(calls) == ["05"] and done.returncode == 3
 
 
-def test_the_study_trains_students_of_three_seeds_after_their_teachers(run):
+def test_the_study_trains_students_of_three_seeds_after_their_teachers(run, tmp_path):
     done, calls = run("study")
     assert done.returncode == 0, done.stderr
     made = [call for call in calls if call.startswith(("02", "03", "experiments/distillation"))]
     assert {made[0][:2], made[1][:2]} == {"02", "03"} and "--runs teacher tuned_teacher" in made[2]
     asked = [(call.split("--seeds ")[1][0], "tuned_both_16000" in call) for call in made[3:]]
     assert sorted(asked) == [(seed, llm) for seed in "123" for llm in (False, True)]
+    assert calls[-1].startswith(f"experiments/tables.py {tmp_path / 'out/unlabelled'}")  # what comes back
     assert run("study", FAILS="experiments/distillation")[0].returncode == 1
 
 
