@@ -120,22 +120,6 @@ def test_the_first_screens_promise_of_a_cascade_is_that_of_its_tables():
     assert f"{promise}, in {share:.0%} of the teacher's time" in readme and f"{table['Accuracy'].max():.3f}" in promise
 
 
-def test_a_student_is_compared_with_the_control_of_its_own_seed_and_with_the_teacher_that_it_names(folder):
-    add(folder, "control", 2, odds(0.70, 5))
-    add(folder, "logits", 2, odds(0.86, 6))
-    rows = rows_of(folder).set_index("seed", append=True)
-    assert rows.index.tolist() == [("teacher", 42), ("control", 1), ("control", 2), ("logits", 1), ("logits", 2)]
-    assert rows.loc["logits", "gap_closed"].tolist() == pytest.approx([0.06 / 0.10, 0.16 / 0.20])
-    assert not (folder / "black_box.csv").exists()  # the control alone is none
-    add(folder, "tuned_teacher", 42, odds(0.95, 7), weights="t")
-    add(folder, "zero_shot_teacher", 42, odds(0.75, 8), weights="z")
-    add(folder, "zero_shot", 1, odds(0.74, 9), teacher="zero_shot_teacher", teacher_weights="z", unlabelled="4000")
-    black = tables.make_tables(folder)["black_box.csv"].set_index(["run", "seed"])
-    assert " ".join(name for name, _ in black.index) == "tuned_teacher zero_shot_teacher control control zero_shot"
-    assert black.loc[("zero_shot", 1), "agreement"] == np.mean((odds(0.74, 9) > 0) == (odds(0.75, 8) > 0))
-    assert black.loc[("control", 1), "agreement"] == np.mean((odds(0.80, 1) > 0) == (odds(0.95, 7) > 0))
-
-
 def test_test_is_read_only_when_it_is_asked_for_and_a_run_made_anew_is_not_seen_before(folder):
     add(folder, "final", 1, odds(0.86, 2))
     assert "claims.csv" in tables.make_tables(folder) and (folder / "claims.csv").exists()
@@ -188,31 +172,6 @@ def test_a_half_replaced_question_is_named(folder, stops):
     (folder / "runs.csv").write_text("\n".join(lines[:-1]))
     stops(lambda: tables.make_tables(folder), "runs.csv does not describe")
     stops(lambda: tables.make_tables(folder / "nowhere"), "has no predictions.parquet")
-
-
-def test_claims_are_of_both_students_and_behind_the_llm_on_what_it_read(folder):
-    for seed in (1, 2):
-        add(folder, "control", seed, odds(0.8, seed))
-        add(folder, "final", seed, odds(0.85, 10 + seed))
-        add(folder, "tuned", seed, odds(0.9, 20 + seed), teacher="tuned_teacher", unlabelled="4000")
-    add(folder, "final_longer", 1, odds(0.83, 60), unlabelled="2000")  # fewer unlabelled reviews: of the claims alone
-    part = odds(0.88, 30)
-    part[LABELS == 0] = np.nan  # what it has not read must not count as a call of "negative", which would be right
-    add(folder, "tuned_teacher", 42, part)
-    made = tables.make_tables(folder)
-    assert set(made["white_box.csv"]["run"]) == {"teacher", "control", "logits", "final"}
-    claims = made["claims.csv"].set_index(["student", "against"])
-    read = LABELS == 1
-    behind = np.mean([right(odds(0.9, 20 + seed))[read].mean() for seed in (1, 2)]) - right(part)[read].mean()
-    expected = {  # lead, gap closed, seeds of the other, reviews
-        ("final", "control"): (0.05, 0.5, 2, 200),
-        ("final", "final_longer"): (0.02, np.nan, 1, 200),
-        ("tuned", "control"): (0.1, np.nan, 2, 200),
-        ("tuned", "tuned_teacher"): (behind, np.nan, 1, 100),
-    }
-    assert claims.index.tolist() == list(expected) and (claims["seeds"] == 2).all()
-    found = claims[["lead", "gap_closed", "against_seeds", "n_test"]].to_numpy(float)
-    np.testing.assert_allclose(found, list(expected.values()), atol=1e-6)
 
 
 def test_one_mean_is_not_of_two_transfer_sets(folder, stops):
