@@ -98,16 +98,13 @@ def make_parser(description: str, runs: Iterable[str]) -> argparse.ArgumentParse
     """The flags of all runs: subsets, student, training."""
     parser = settings.make_parser(description, reads=("train", "transfer", "test"))
     subsets = {"max_train_samples": 2000, "validation_samples": 1000, "max_transfer_samples": 8000}
-    parser.set_defaults(**subsets, max_test_samples=5000)
+    parser.set_defaults(**subsets, max_test_samples=5000, weight_decay=0.01, warmup_fraction=0.06, temperature=2.0)
     add = parser.add_argument
     add("--student-model", help="hub name or folder of the student")
     add("--max-length", type=settings.positive_int, default=128, help="tokens of a review")
     add("--learning-rate", type=settings.positive, default=1e-4, help="peak, after the warm-up")
     add("--batch-size", type=settings.positive_int, default=32, help="reviews a step, over accumulation")
     add("--micro-batch-size", type=settings.positive_int, default=32, help="reviews in memory at once, at most")
-    add("--weight-decay", type=settings.non_negative, default=0.01, help="AdamW's weight decay")
-    add("--warmup-fraction", type=settings.fraction, default=0.06, help="share of the steps with a rising rate")
-    add("--temperature", type=settings.positive, default=2.0, help="temperature of the KL term")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     add("--llm-test-samples", type=settings.positive_int, default=2000, help="test reviews that an LLM reads")
     add("--teachers-from", help="the --output-dir of 01, 02 and 03; default: this one's")
@@ -164,13 +161,14 @@ def make_teacher(study: Study, name: str, force: bool = False) -> str:
     """
     from common import distill
 
-    reviews, made_by = study.reviews, "02_roberta" if name == "teacher" else "03_mistral"
+    reviews, of_llm = study.reviews, name in ADAPTER
+    made_by = "03_mistral" if of_llm else "02_roberta"
     run = read_origin(study, made_by)
     splits = {"train": reviews.train, "transfer": reviews.transfer} | ({} if study.labels else {"test": reviews.test})
-    splits |= {"validation": reviews.validation} if name == "teacher" else {}
-    adapter = {"adapter": ADAPTER[name]} if name in ADAPTER else {}
-    sample = {"llm_test_samples": study.args.llm_test_samples} if adapter and "test" in splits else {}
-    args = settings_of(study, name, study.origin.seed, **adapter, **sample)
+    splits |= {} if of_llm else {"validation": reviews.validation}
+    flags = {"adapter": ADAPTER[name]} if of_llm else {}
+    flags |= {"llm_test_samples": study.args.llm_test_samples} if of_llm and "test" in splits else {}
+    args = settings_of(study, name, study.origin.seed, **flags)
     args.force = force  # not a student's --force: its other students would be those of another teacher
     inputs = study.fingerprints("train", "validation", *splits)
     inputs[made_by] = artifacts.fingerprint(study.origin, made_by)
@@ -178,9 +176,9 @@ def make_teacher(study: Study, name: str, force: bool = False) -> str:
     folder = begun(args, step, inputs)
     if folder is None:
         return step
-    score_splits = llm_log_odds if adapter else encoder_log_odds
-    log_odds, weights = score_splits(study, run, splits, folder, **adapter)
-    gold = len(reviews.train) if adapter.get("adapter", True) else 0
+    score_splits = llm_log_odds if of_llm else encoder_log_odds
+    log_odds, weights = score_splits(study, run, splits, folder, ADAPTER.get(name))
+    gold = len(reviews.train) if ADAPTER.get(name, True) else 0
     if gold:  # nothing is promised of an untuned LLM
         logits = {split: verbalizer.teacher_logits(odds) for split, odds in log_odds.items()}
         distill.refuse_bad_teacher(logits["train"], reviews.train["label"].to_numpy(), "train")
@@ -190,7 +188,7 @@ def make_teacher(study: Study, name: str, force: bool = False) -> str:
     return step
 
 
-def encoder_log_odds(study: Study, run: dict, splits: dict, _folder: Path) -> tuple[dict[str, np.ndarray], str]:
+def encoder_log_odds(study: Study, run: dict, splits: dict, *_: object) -> tuple[dict[str, np.ndarray], str]:
     """02's log-odds by split (its soft labels; of test scored here), and which weights these are."""
     from common import distill
 

@@ -4,7 +4,7 @@
 #     bash experiments/gpu.sh imdb         # the scripts on all of IMDB at 512 tokens, the encoder beside the LLM
 #     bash experiments/gpu.sh study        # students by number of unlabelled reviews and by loss, three seeds
 #     bash experiments/gpu.sh imdb --tiny  # the same on a CPU in two minutes, from tiny parts that it makes itself
-# `python experiments/real_weights.py --parts` makes the parts; true_size reads packages.zip and parts.json alone.
+# `python experiments/real_weights.py --parts` makes the parts; true_size reads packages.zip.* and parts.json alone.
 # Each ends after HOURS and keeps what is finished; the same command continues. The results go to OUT.
 set -euo pipefail
 stop() { echo "error: $1" >&2 && exit 2; }
@@ -46,12 +46,13 @@ join() {
 
 true_size() {
     [[ ! -f $parts/parts.json ]] || weights --join "$parts" --output-dir "$work" --packages-only
-    "$python" experiments/true_size.py --output-dir "$out" --modes as_t4 as_itself $tiny
+    "$python" experiments/true_size.py --output-dir "$out" $tiny
 }
 
 imdb() {
     join
-    local outputs=$data/outputs code=0
+    local outputs=$data/outputs back code=0
+    back=$(realpath "$out")
     local shared=(--output-dir "$outputs" "${small[@]}")
     (run 90 02_finetune_roberta.py "${encoder[@]}" --batch-size 64 --micro-batch-size 32 "${shared[@]}" &&
         run 90 04a_distill_from_roberta.py "${student[@]}" --epochs 2 "${shared[@]}") &
@@ -59,8 +60,10 @@ imdb() {
         run 90 04b_distill_from_mistral.py "${student[@]}" --epochs 2 --max-transfer-samples all --soft-labels transfer \
             --batch-tokens 32768 "${shared[@]}") || code=$?
     wait $! || code=$?
-    run 0 05_benchmark.py --output-dir "$outputs" --max-llm-samples 5000 --batch-tokens 32768 --force || code=$?
-    "$python" experiments/parts.py "$outputs" "$out"
+    run 0 05_benchmark.py --output-dir "$outputs" --max-llm-samples 5000 --batch-tokens 32768 --force \
+        ${tiny:+--latency-seconds 5} || code=$?
+    (cd "$outputs" && find . -maxdepth 2 \( -name '*.json' -o -name benchmark.csv -o -path '*/05_*/predictions.parquet' \) \
+        -exec cp --parents {} "$back" \;)  # how each step was run, its figures, and the benchmark
     return $code
 }
 
@@ -83,6 +86,7 @@ study() {  # of 2,000 labels at 128 tokens; the students of one seed and one tea
         students+=($!)
     done
     for one in "${students[@]}"; do wait "$one" || code=$?; done
+    "$python" experiments/tables.py "$out/unlabelled" --collect "$outputs"/{teachers,runs} --read-test || code=$?
     return $code
 }
 

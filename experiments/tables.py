@@ -230,11 +230,11 @@ def claims(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]
 
 def table_of_validation(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
     """A row a run: its figures on validation."""
-    runs = runs[runs.index.isin(scores)]
-    figures = [metrics.describe(labels, scores[column]) for column in runs.index]
-    named = [{"run": name, "seed": int(seed)} for name, seed in zip(runs["run"], runs["seed"])]
-    kept = ["run", "seed", "n", "accuracy", "ci_low", "ci_high", "nll", "ece"]
-    return pd.DataFrame([one | of for one, of in zip(named, figures)], columns=kept)
+    rows = [
+        {"run": run["run"], "seed": int(run["seed"])} | metrics.describe(labels, scores[column])
+        for column, run in runs[runs.index.isin(scores)].iterrows()
+    ]
+    return pd.DataFrame(rows, columns=["run", "seed", "n", "accuracy", "ci_low", "ci_high", "nll", "ece"])
 
 
 def table_of_cascades(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
@@ -261,23 +261,17 @@ def table_of_cascades(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataF
 def table_of_few_labels(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
     """A row a run and number of gold labels."""
     table = table_of_validation(runs, labels, scores).rename(columns={"n": "n_test"})
-    if not len(table):
-        return table
-    table.insert(0, "labels", runs.loc[runs.index.isin(scores), "labels"].astype(int).tolist())
-    order = table["run"].map(FEW_LABELS.index)
-    table = table.iloc[np.lexsort((table["seed"], order, table["labels"]))]
+    table["labels"] = runs.loc[runs.index.isin(scores), "labels"].astype(int).tolist()
+    table = table.iloc[np.lexsort((table["seed"], table["run"].map(FEW_LABELS.index), table["labels"]))]
     return table[["labels", "run", "seed", "accuracy", "ci_low", "ci_high", "n_test"]]
 
 
 def plot_few_labels(table: pd.DataFrame, file: Path) -> None:
     """Accuracy with its interval against labels, a line a run (seed mean); no labels stand at the left edge."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    counts = sorted(table["labels"].unique())
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    counts, figure = sorted(table["labels"].unique()), Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     shift = dict(zip(FEW_LABELS, (-0.09, -0.03, 0.03, 0.09), strict=True))
     for run in shift:
         mean = table[table["run"] == run].groupby("labels")[["accuracy", "ci_low", "ci_high"]].mean()
@@ -288,11 +282,10 @@ def plot_few_labels(table: pd.DataFrame, file: Path) -> None:
     axes.set(xlabel="gold labels, validation included", ylabel="test accuracy (95% interval)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")  # where lines that rise with the labels leave room
-    with artifacts.whole(file) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    figure.savefig(file, dpi=120)
 
 
-def make_tables(folder: Path, plot: bool = True) -> dict[str, pd.DataFrame]:
+def make_tables(folder: Path) -> dict[str, pd.DataFrame]:
     """Every table of a question by its file's name, written beside its two files; tables of no run any more go."""
     predictions, runs = read_question(folder)
     if not len(runs):
@@ -312,11 +305,10 @@ def make_tables(folder: Path, plot: bool = True) -> dict[str, pd.DataFrame]:
         made["cascade.csv"] = table_of_cascades(runs, predictions)
     made = {file: table.round(6) for file, table in made.items() if len(table)}
     for file in MADE:
-        if file in made:
-            artifacts.write_table(folder / file, made[file])
-        elif file != "few_labels.png" or "few_labels.csv" not in made:
-            (folder / file).unlink(missing_ok=True)
-    if plot and "few_labels.csv" in made:
+        (folder / file).unlink(missing_ok=True)
+    for file, table in made.items():
+        artifacts.write_table(folder / file, table)
+    if "few_labels.csv" in made:
         plot_few_labels(made["few_labels.csv"], folder / "few_labels.png")
     return made
 

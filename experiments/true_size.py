@@ -153,24 +153,20 @@ def conditions(mode: str, hardware: device.Hardware) -> Iterator[device.Hardware
         yield hardware
         return
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers.integrations import sdpa_attention
 
-    on_gpu, kernels = hardware.device == "cuda", torch.backends.cuda
-    flash, cudnn = kernels.flash_sdp_enabled(), kernels.cudnn_sdp_enabled()  # both need compute capability 8.0
-    kernels.enable_flash_sdp(False)
-    kernels.enable_cudnn_sdp(False)
-    # as load_llm does below 8.0
-    no_gqa = patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: False, create=True)
+    on_gpu = hardware.device == "cuda"
     if on_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, T4_GIB * 2**30 / total))
-    precision = "fp16" if on_gpu else hardware.precision
-    try:
-        with no_gqa:
+    # As load_llm does below 8.0.
+    no_gqa = patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: False, create=True)
+    try:  # the kernels that are left out need 8.0
+        with no_gqa, sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            precision = "fp16" if on_gpu else hardware.precision
             yield dataclasses.replace(hardware, precision=precision, processes=GPUS)  # one of two
     finally:
-        kernels.enable_flash_sdp(flash)
-        kernels.enable_cudnn_sdp(cudnn)
         if on_gpu:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -315,14 +311,14 @@ def measure(step: str, work: str, tiny: bool, configs: dict, hardware: device.Ha
     }
 
 
-def run(output: Path, modes: list[str], tiny: bool) -> pd.DataFrame:
+def run(output: Path, tiny: bool) -> pd.DataFrame:
     """Measure each step in each mode, what is wanted most first; the table is on disk after every row.
 
     Each row makes its own model in freed memory. One that fails says why, and the next is measured.
     """
     hardware = device.detect(argparse.Namespace(precision="auto"))  # in its own precision
     configs, rows = shapes(tiny), []
-    for mode, work, step in itertools.product(modes, WORKS, STEPS):
+    for mode, work, step in itertools.product(MODES, WORKS, STEPS):
         started = time.perf_counter()
         row = {"gpu": hardware.name, "mode": mode, "step": step, "work": work}
         try:
@@ -389,7 +385,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--plan", action="store_true", help="only the expected times")
     add("--simulate", action="store_true", help="only the simulated memory")
     add("--tiny", action="store_true", help="tiny shapes")
-    add("--modes", nargs="+", choices=MODES, default=list(MODES), help="how to measure them")
     args = parser.parse_args(argv)
     if args.plan:
         parts = plan.make()
@@ -398,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.simulate:
         run_simulation(args.output_dir, args.tiny)
     else:
-        print(run(args.output_dir, args.modes, args.tiny).to_string(index=False))
+        print(run(args.output_dir, args.tiny).to_string(index=False))
 
 
 if __name__ == "__main__":

