@@ -70,7 +70,8 @@ def save_soft_labels(
     from common import distill, training
 
     model = models.prepare_for_scoring(models.load_classifier(str(folder / "model")), hardware)
-    layers = distill.mapped_layers(args.student_layers, model.config.num_hidden_layers)
+    sizes = models.text_config(model.config)
+    layers = distill.mapped_layers(args.student_layers, sizes.num_hidden_layers)
     origin = {"weights": models.weights_digest(folder / "model"), "max_length": args.max_length}
     soft_labels = folder / "soft_labels"
 
@@ -88,8 +89,8 @@ def save_soft_labels(
             training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
     return logits, {
         "feature_layers": layers,
-        "teacher_layers": model.config.num_hidden_layers,
-        "teacher_width": model.config.hidden_size,
+        "teacher_layers": sizes.num_hidden_layers,
+        "teacher_width": sizes.hidden_size,
     }
 
 

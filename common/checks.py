@@ -74,7 +74,7 @@ def check_length(max_length: int, name: str, flag: str = "--max-length") -> None
     from transformers import AutoModel
 
     config = models.load_config(name)
-    tables = models.position_embeddings(_on_meta(name, config, AutoModel))
+    tables = models.position_embeddings(_on_meta(name, models.text_config(config), AutoModel))
     limits = [rows - first for first, rows in tables]
     stated = getattr(models.text_config(config), "max_position_embeddings", None) or 0  # XLNet says -1
     longest = min(limits + ([stated] if stated > 0 else []), default=math.inf)

@@ -79,7 +79,7 @@ def load_config(name: str) -> "PretrainedConfig":
         for habit, value in HABITS.items():
             if hasattr(part, habit):
                 setattr(part, habit, value)
-        if not 0 <= (part.pad_token_id or 0) < getattr(part, "vocab_size", math.inf):  # Llama's is -1 or one too high
+        if not 0 <= (getattr(part, "pad_token_id", None) or 0) < getattr(part, "vocab_size", math.inf):  # Llama's is -1 or one too high
             part.pad_token_id = None
     return config
 
