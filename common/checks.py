@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import data, device, memory, models
+from common import data, device, models
 from common.device import Hardware
 from common.settings import stop
 
@@ -175,4 +175,3 @@ def _try_encoder(name: str, tokenizer: "PreTrainedTokenizerFast", max_length: in
     idle = [key for key, tensor in model.named_parameters() if tensor.grad is None]
     if idle and hardware.processes > 1:
         stop(f"{len(idle)} weights of {name} ({kind}) get no gradient ({idle[0]}): pass --num-processes 1")
-    memory.free()

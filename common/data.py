@@ -290,8 +290,10 @@ def special_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[i
     """The special tokens that the tokenizer puts before and after a text. XLNet's all come after it."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    (start, *_) = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
-    return whole[:start], whole[start + len(bare) :]
+    starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
+    if not bare or not starts:
+        stop("the tokenizer reads a text otherwise with special tokens than without: pass a model with another")
+    return whole[: starts[0]], whole[starts[0] + len(bare) :]
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: int) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.settings import stop
 
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
-NO_KERNEL = re.compile(r"not implemented for '|no kernel image|unsupported dtype|expected scalar type", re.IGNORECASE)
+NO_KERNEL = re.compile(r"not implemented for '|expected scalar type")
 _earlier_peak = 0.0
 
 

@@ -49,7 +49,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         stop(f"{name} has no tokenizer files ({len(tokenizer)} tokens): copy tokenizer.json and the like into it")
     if file is not None:
         # From transformers 5 on, a tokenizer's class rebuilds its rules. It may lower-case a cased vocabulary.
-        raw = Tokenizer.from_file(file)
+        with explained(name):
+            raw = Tokenizer.from_file(file)
         raw.no_truncation()
         raw.no_padding()
         expected = raw.encode(PROBE, add_special_tokens=False).ids
@@ -79,7 +80,8 @@ def load_config(name: str) -> "PretrainedConfig":
         for habit, value in HABITS.items():
             if hasattr(part, habit):
                 setattr(part, habit, value)
-        if not 0 <= (getattr(part, "pad_token_id", None) or 0) < getattr(part, "vocab_size", math.inf):  # Llama's is -1 or one too high
+        pad = getattr(part, "pad_token_id", None) or 0
+        if not 0 <= pad < getattr(part, "vocab_size", math.inf):  # some of Llama's are -1, or one too high
             part.pad_token_id = None
     return config
 
@@ -436,8 +438,6 @@ def say(sentence: str) -> None:
 @contextmanager
 def explained(name: str) -> Iterator[None]:
     """Turn the errors that a user can make in loading `name` into one sentence."""
-    from safetensors import SafetensorError
-
     is_folder, remedy = Path(name).is_dir(), "pass a folder written by save_pretrained or a hub name"
     if is_folder and not Path(name, "config.json").exists():
         stop(f"{name} is no model folder (it has no config.json): {remedy}")
@@ -446,9 +446,9 @@ def explained(name: str) -> Iterator[None]:
     try:
         with nullcontext() if is_folder else hub.explained(name, "pass a local folder"):
             yield
-    # ValueError: an unknown kind of model or tokenizer. RuntimeError: weights of other shapes, or too little memory.
-    # ImportError: a library that is needed only without tokenizer.json, or for 4 bits.
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as problem:
+    # Only libraries run here, and they raise of everything: tokenizers a bare Exception for a damaged file, torch an
+    # AssertionError for a pad id beyond the embeddings, huggingface_hub its own for a config that contradicts itself.
+    except Exception as problem:
         remedy = "check the name and its files, or pass a local folder instead"
         stop(f"{name} cannot be loaded ({hub.reason(problem)}): {remedy}")
 

@@ -242,6 +242,14 @@ def test_a_cased_vocabulary_is_not_lower_cased_by_its_tokenizers_class(checkpoin
     assert AutoTokenizer.from_pretrained(str(tmp_path)).tokenize("FILM") == ["FILM"]  # as `pipeline` reads it
 
 
+def test_a_damaged_tokenizer_and_a_config_that_contradicts_itself_are_one_sentence(checkpoint, stops):
+    name = checkpoint("bert")
+    change(name, hidden_size=33)
+    stops(lambda: check(name), "bert")
+    Path(name, "tokenizer.json").write_text('{"model": {}}')
+    stops(lambda: models.load_tokenizer(name), "cannot be loaded")
+
+
 def test_a_vocabulary_that_does_not_know_the_reviews_is_named_before_training(checkpoint, stops, capsys):
     name = checkpoint("bert")
     stops(lambda: check(name, texts=["映画はとても面白かった"]), "does not know", "language")
