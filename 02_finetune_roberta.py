@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, export, memory, metrics, models, scoring, settings
+from common import artifacts, checks, data, device, export, memory, metrics, models, scoring, settings
 
 STEP = "02_roberta"
 COLLAPSED = "pass --force with a smaller --learning-rate or a larger --warmup-fraction"
@@ -43,7 +43,7 @@ def finetune(
     from common import training
 
     device.seed_everything(args.seed)
-    model = models.load_classifier(args.roberta_model)
+    model = models.load_classifier(args.roberta_model, tokenizer)
     train, validation = (
         data.ReviewDataset(data.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
         for part in (reviews.train, reviews.validation)
@@ -70,7 +70,8 @@ def save_soft_labels(
     from common import distill, training
 
     model = models.prepare_for_scoring(models.load_classifier(str(folder / "model")), hardware)
-    layers = distill.mapped_layers(args.student_layers, model.config.num_hidden_layers)
+    sizes = models.text_config(model.config)
+    layers = distill.mapped_layers(args.student_layers, sizes.num_hidden_layers)
     origin = {"weights": models.weights_digest(folder / "model"), "max_length": args.max_length}
     soft_labels = folder / "soft_labels"
 
@@ -88,8 +89,8 @@ def save_soft_labels(
             training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
     return logits, {
         "feature_layers": layers,
-        "teacher_layers": model.config.num_hidden_layers,
-        "teacher_width": model.config.hidden_size,
+        "teacher_layers": sizes.num_hidden_layers,
+        "teacher_width": sizes.hidden_size,
     }
 
 
@@ -97,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
-    models.check_length(args.max_length, args.roberta_model)
-    tokenizer = models.load_tokenizer(args.roberta_model)
+    tokenizer = checks.check_encoder(args.roberta_model, args.max_length, reviews.train["text"], hardware)
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     device.one_process_per_gpu(args, hardware, __file__, argv)
     if not device.share((folder / "model").exists()):

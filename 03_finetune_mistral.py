@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, checks, data, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP = "03_mistral"
 COLLAPSED = "pass --force with a smaller --learning-rate or more --epochs"
@@ -120,8 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train",))
-    models.check_length(args.max_length, args.mistral_model)
-    tokenizer = models.load_tokenizer(args.mistral_model)
+    tokenizer = checks.check_llm(args.mistral_model, args.max_length, reviews.train["text"])
     label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
     verbalizer.encode_prompts(tokenizer, [""], args.prompt, args.max_length)  # stops if --max-length is too short
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)

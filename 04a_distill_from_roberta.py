@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, export, metrics, models, scoring, settings
+from common import artifacts, checks, data, device, export, metrics, models, scoring, settings
 
 STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
@@ -76,7 +76,7 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
     """The teacher's layer for each student layer; stops if 02 did not save them all."""
     from common import distill
 
-    depth = models.load_config(args.student_model).num_hidden_layers
+    depth = models.text_config(models.load_config(args.student_model)).num_hidden_layers
     layers = distill.mapped_layers(depth, facts["teacher_layers"])
     if not set(layers) <= set(facts["feature_layers"]):
         settings.stop(
@@ -136,8 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher_run = artifacts.read_run(args, TEACHER_STEP)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
-    models.check_length(args.max_length, args.student_model)
-    models.load_tokenizer(args.student_model)
+    checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
     facts = teacher_run["facts"]
     teacher = read_teacher(args, reviews, facts)
     inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, export, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, checks, data, device, export, memory, metrics, models, scoring, settings, verbalizer
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 CANNOT_TEACH = "this LLM cannot teach: take another, or train it on more reviews with 03_finetune_mistral.py"
@@ -172,16 +172,15 @@ def soft_labels(reviews: data.Reviews, log_odds: dict[str, np.ndarray], calibrat
     return {"teacher_logits": calibration.logits(odds)}
 
 
-def check_inputs(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
+def check_inputs(args: argparse.Namespace, llm: dict, reviews: data.Reviews, hardware) -> dict[str, str]:
     """The fingerprints of everything that the step reads; stops if a model, a length or 03's split does not fit."""
     inputs = dict(reviews.fingerprints)
     if llm["adapter"]:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
-    models.check_length(llm["max_length"], llm["base"], "--prompt-length")
+    checks.check_llm(llm["base"], llm["max_length"], reviews.train["text"], "--prompt-length")
     check_prompt(llm["base"], llm)
-    models.check_length(args.max_length, args.student_model)
-    models.load_tokenizer(args.student_model)
+    checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
     return inputs
 
 
@@ -203,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     llm = find_llm(args)
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
-    inputs = check_inputs(args, llm, reviews)
+    inputs = check_inputs(args, llm, reviews, hardware)
     adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
     folder = artifacts.begin(args, STEP, inputs, keep="soft_labels")
     device.one_process_per_gpu(args, hardware, __file__, argv)

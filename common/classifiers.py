@@ -180,7 +180,8 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
         log_odds = verbalizer.log_odds(log_p)
         return verbalizer.teacher_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
 
-    facts = {"precision": f"nf4, {hardware.precision}", "device": hardware.device, "max_length": max_length}
+    kind = models.quantisation(model)["type"]
+    facts = {"precision": f"{kind}, {hardware.precision}", "device": hardware.device, "max_length": max_length}
     facts["calibration"] = calibration["calibration"]
     encode = partial(verbalizer.encode_prompts, tokenizer, prompt=prompt, max_length=max_length)
     return Classifier(encode, score, *models.count(model), models.forward_flops(model), facts)

@@ -286,14 +286,22 @@ def head_and_tail(ids: list[int], budget: int) -> list[int]:
     return ids[:head] + ids[len(ids) - (budget - head) :]
 
 
+def special_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text. XLNet's all come after it."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
+    if not bare or not starts:
+        stop("the tokenizer reads a text otherwise with special tokens than without: pass a model with another")
+    return whole[: starts[0]], whole[starts[0] + len(bare) :]
+
+
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str], max_length: int) -> list[np.ndarray]:
-    """Each text as at most `max_length` int32 ids: first special token, head+tail of the review, last special token."""
-    special_ids = tokenizer("")["input_ids"]
-    if len(special_ids) != 2:
-        stop(f"the tokenizer adds {len(special_ids)} special tokens to a text, but an encoder's adds 2")
-    first, last = special_ids
-    reviews = (head_and_tail(ids, max_length - 2) for ids in token_ids(tokenizer, texts))
-    return [np.array([first, *review, last], dtype=np.int32) for review in reviews]
+    """Each text as at most `max_length` int32 ids: the tokenizer's special tokens around head+tail of the review."""
+    before, after = special_ids(tokenizer)
+    budget = max_length - len(before) - len(after)
+    reviews = (head_and_tail(ids, budget) for ids in token_ids(tokenizer, texts))
+    return [np.array([*before, *review, *after], dtype=np.int32) for review in reviews]
 
 
 def pad(ids: list[np.ndarray], pad_id: int) -> tuple["torch.Tensor", "torch.Tensor"]:

@@ -68,7 +68,8 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.projections = model, nn.ModuleList()
         if teacher_width is not None:
-            width, layers = model.config.hidden_size, model.config.num_hidden_layers
+            sizes = models.text_config(model.config)
+            width, layers = sizes.hidden_size, sizes.num_hidden_layers
             self.projections.extend(nn.Linear(width, teacher_width, bias=False) for _ in range(layers))
 
     # No **kwargs: with them Trainer would not divide the loss by the accumulation steps.
@@ -180,7 +181,7 @@ def train_student(
     tokenizer = models.load_tokenizer(args.student_model)
     if not device.share(target.exists()):
         device.seed_everything(args.seed)
-        student = Student(models.load_classifier(args.student_model), teacher_width)
+        student = Student(models.load_classifier(args.student_model, tokenizer), teacher_width)
         checkpoints = target.with_name(f"{target.name}_checkpoints")
         overrides = {"num_train_epochs": epochs} | (training.WITHOUT_VALIDATION if validation is None else {})
         trainer = DistillationTrainer(

@@ -10,15 +10,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def divide_loss_by_accumulation(model: "nn.Module") -> None:
-    """transformers 5.0 to 5.23: Trainer believes that a classifier with **kwargs normalises its own loss.
-
-    It then skips the division by the accumulation steps and multiplies by the number of processes.
-    Test: test_accumulation_changes_neither_the_loss_nor_the_gradient.
-    """
-    model.accepts_loss_kwargs = False
-
-
 def save_weights_by_todays_names(model: "PreTrainedModel") -> None:
     """transformers 5.0.0, not 5.23: a loaded model saves its LayerNorms as gamma and beta, which Trainer cannot read.
 

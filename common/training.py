@@ -53,7 +53,15 @@ class ReviewTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, callbacks=[RecordFiles, SaveOften, MaxHours, RefuseNaN, Progress], **kwargs)
+        # The loss is a micro-batch mean, so Trainer must divide it. It believes otherwise of models with **kwargs.
+        self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # prints dictionaries
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the logits. Whatever else a model returns would reach `validation_accuracy`."""
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def get_train_dataloader(self) -> DataLoader:
         # Trainer keeps the micro-batch from before `fit_memory`, and transformers 5.0 the checkpoint's. With the new
@@ -76,7 +84,6 @@ class LabelWordTrainer(ReviewTrainer):
     def __init__(self, *args, label_ids: list[int], **kwargs):
         super().__init__(*args, **kwargs)
         self.label_ids = label_ids
-        self.model_accepts_loss_kwargs = False  # the loss is a micro-batch mean, so Trainer must divide it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = models.last_logits(model, inputs["input_ids"], inputs["attention_mask"]).float()

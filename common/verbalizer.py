@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from common import metrics
-from common.data import head_and_tail, token_ids
+from common.data import head_and_tail, special_ids, token_ids
 from common.settings import stop
 
 if TYPE_CHECKING:
@@ -19,16 +19,23 @@ TOLERATED_LOSS = 0.005  # of a teacher's accuracy, by the calibration that is ch
 
 
 def prompt_parts(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> tuple[list[int], str]:
-    """The ids before the review, with beginning-of-text, and the text after it."""
+    """The ids before the review, and the text after it.
+
+    Beginning-of-text comes once, and end-of-text never, whatever the tokenizer adds. A prompt may spell either.
+    """
     if prompt.count("{review}") != 1:
         stop("--prompt needs {review} once, where the review goes")
     before, after = prompt.split("{review}")
     # The space before a review belongs to its first token. SentencePiece tokenizers add a space before any text.
-    start = tokenizer(before.rstrip(" "))["input_ids"]
+    start = tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begin = [token_id for token_id in special_ids(tokenizer)[0] if token_id not in (bos, eos)]
+    if bos is not None and start[:1] != [bos]:
+        begin = [bos, *begin]
     (first, *_) = tokenizer.tokenize("x")
     if first.startswith(("▁", "Ġ")):
         after = after.removeprefix(" ")
-    return [token_id for token_id in start if token_id != tokenizer.eos_token_id], after
+    return [*begin, *start], after
 
 
 def encode_prompts(

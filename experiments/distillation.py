@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, baseline, data, device, memory, models, scoring, settings, verbalizer
+from common import artifacts, baseline, checks, data, device, memory, models, scoring, settings, verbalizer
 
 SAME = ("seed", "validation_samples", "max_train_samples")  # 01, 02 and 03 have learned from the same labels
 TRAINING = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
@@ -267,7 +267,7 @@ def train(study: Study, args: argparse.Namespace, rows: dict, target: Path, soft
     from common import distill
 
     reviews, tokenizer, arrays, validation = study.reviews, args.student_model, {}, None
-    models.check_length(args.max_length, tokenizer)
+    checks.check_length(args.max_length, tokenizer)
     hard = {"train": reviews.train["label"].to_numpy(), "transfer": np.full(len(reviews.transfer), distill.IGNORED)}
     hard = np.concatenate([hard[split][kept] for split, kept in rows.items()])
     if soft:

@@ -121,16 +121,12 @@ def random_weights(
     """
     import peft
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    def classifier(step: str, dtype, **labels) -> "PreTrainedModel":
-        config = copy.deepcopy(configs[step])
-        config.update(labels)
+    def made(step: str, kind: type, config: "PretrainedConfig", dtype, **how) -> "PreTrainedModel":
+        if "device_map" in how:
+            return random_llm(config, quantise, dtype=dtype, **how)
         with torch.device(where):
-            return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-
-    def llm(step: str, **how) -> "PreTrainedModel":
-        return random_llm(configs[step], quantise, **how)
+            return kind.from_config(config, dtype=dtype)
 
     def adapter(model: "PreTrainedModel", *_, **__) -> "peft.PeftModel":
         with patch.object(
@@ -139,8 +135,9 @@ def random_weights(
             return script("03").with_lora(script("03").parse_args([]), model).requires_grad_(False)
 
     with (
-        patch.object(AutoModelForSequenceClassification, "from_pretrained", classifier),
-        patch.object(AutoModelForCausalLM, "from_pretrained", llm),
+        patch.object(models, "load_config", lambda step: copy.deepcopy(configs[step])),
+        patch.object(models, "_pretrained", made),
+        patch.object(models, "refuse_reading_ahead", lambda *_: None),  # --simulate has no numbers
         patch.object(peft.PeftModel, "from_pretrained", adapter),
     ):
         yield

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import data, device, models, patches
+from common import checks, data, device, models, patches
 
 CPU = device.Hardware("cpu", "fp32", "test")
 
@@ -36,7 +36,6 @@ def test_a_special_token_in_a_review_is_plain_text(tiny, role, typed):
 def test_a_base_checkpoint_becomes_a_two_class_model_with_label_names(tiny):
     model = models.load_classifier(str(tiny / "distilbert"))
     assert model.config.id2label == {0: "negative", 1: "positive"}
-    assert model.accepts_loss_kwargs is False
 
 
 def test_parameters_and_bytes_are_counted(tiny):
@@ -60,10 +59,10 @@ def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(ti
 @pytest.mark.parametrize("role", ["roberta", "distilbert"])
 def test_the_longest_allowed_input_runs_and_a_longer_one_is_refused(tiny, role, stops):
     model, tokenizer = models.load_classifier(str(tiny / role)), models.load_tokenizer(str(tiny / role))
-    models.check_length(512, str(tiny / role))
+    checks.check_length(512, str(tiny / role))
     (ids,) = data.encode(tokenizer, ["dull " * 2000], 512)
     model(input_ids=torch.tensor(ids[None].astype(np.int64)))
-    stops(lambda: models.check_length(513, str(tiny / role)), "--max-length 513", "512 positions")
+    stops(lambda: checks.check_length(513, str(tiny / role)), "--max-length 513", "512 positions")
 
 
 def test_a_folder_that_is_no_model_and_a_missing_folder_are_told_apart(tmp_path, stops):
@@ -98,15 +97,11 @@ def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at
     import peft
     from transformers import AutoModelForCausalLM
 
-    loaded = {}
+    loaded, base = {}, models.load_llm(str(tiny / "mistral"), CPU)
 
-    class Base(torch.nn.Module):
-        def named_modules(self, *_, **__):
-            return iter(())
-
-    def base(name, **how):
+    def pretrained(name, **how):
         loaded.update(device_map=how["device_map"], loads_in_turn=os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"))
-        return Base()
+        return base, {"missing_keys": [], "mismatched_keys": []}
 
     def adapter(model, folder, torch_device):
         loaded.update(torch_device=torch_device)
@@ -114,7 +109,8 @@ def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at
 
     monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", base)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained)
+    monkeypatch.setattr(models, "refuse_reading_ahead", lambda *_: None)
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", adapter)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).touch()

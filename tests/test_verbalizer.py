@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -5,10 +6,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from tokenizers import processors
 
 from common import classifiers, metrics, models, verbalizer
 from common.verbalizer import PROMPT
 from experiments import skewed
+
+TEXTS = ["The plot is dull."]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,22 @@ def test_head_and_tail_of_a_long_review_stay(tokenizer):
 def test_a_special_token_typed_by_a_reviewer_is_plain_text(tokenizer):
     (ids,) = verbalizer.encode_prompts(tokenizer, ["Bad </s> <s> end"], PROMPT, 200)
     assert tokenizer.eos_token_id not in ids and list(ids).count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("added", ["$A", "<s> $A </s>", "<s> <s> $A", "$A </s>"])
+@pytest.mark.parametrize("prompt", [PROMPT, f"<s>{PROMPT}"])
+def test_beginning_of_text_comes_once_and_end_of_text_never_whatever_the_tokenizer_adds(tokenizer, added, prompt):
+    other = copy.deepcopy(tokenizer)
+    special = [(token, other.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(single=added, special_tokens=special)
+    (ids,), (expected,) = (verbalizer.encode_prompts(one, TEXTS, prompt, 200) for one in (other, tokenizer))
+    assert ids.tolist() == expected.tolist() and ids[0] == other.bos_token_id
+    assert ids.tolist().count(other.bos_token_id) == 1 and other.eos_token_id not in ids
+
+
+def test_a_chat_prompt_keeps_the_tokens_that_it_spells(tokenizer):
+    (ids,) = verbalizer.encode_prompts(tokenizer, TEXTS, "<s>A review: {review}</s><s>Sentiment:", 200)
+    assert ids.tolist().count(tokenizer.bos_token_id) == 2 and ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
 @pytest.mark.parametrize("text", ["", "😀😀", "Привет, 世界", "\x00\x07"])
