@@ -31,7 +31,7 @@ def plain_name(name: object) -> str:
 def plain_label(label: object) -> str:
     """A label for comparison: without case, outer spaces, decimals and synonyms; "" for none."""
     text = str(label).strip(" \t\r\n\"'").casefold()
-    text = re.sub(r"^\+?(-?\d+)\.0+$", r"\1", text)
+    text = re.sub(r"^\+?(-?\d+)(\.0+)?$", r"\1", text)
     return SYNONYMS.get(text, text)
 
 
@@ -120,7 +120,8 @@ def _by_flags(labels: dict[str, str], negative: set[str], positive: set[str]) ->
 def _by_pair(labels: dict[str, str]) -> dict[str, int]:
     pair = next((pair for pair in PAIRS if labels.keys() == set(pair)), None)
     if pair:
-        print(f"labels: {labels[pair[0]]} is negative, {labels[pair[1]]} is positive")
+        if "negative" not in pair:
+            print(f"labels: {labels[pair[0]]} is negative, {labels[pair[1]]} is positive")
         return dict(zip(pair, (0, 1)))
     if len(labels) == 1:
         stop(f"all labels are {_list(labels)}: a model needs both classes")

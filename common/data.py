@@ -114,9 +114,8 @@ def _draw_test(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     table = _without_repeats(table, set(), "train")
     digests = (hashlib.sha256(text.lower().encode("utf-8", "surrogatepass")).digest() for text in table["text"])
     is_test = np.array([int.from_bytes(digest[:8], "big") % 5 == 0 for digest in digests], dtype=bool)
-    print(
-        f"no test split: {is_test.sum():,} of {len(table):,} reviews, a fifth chosen by a hash of the text, become it"
-    )
+    chosen = f"{is_test.sum():,} of {len(table):,} reviews"
+    print(f"there is no test split: a fifth, {chosen}, becomes it, chosen by a hash of the text")
     return table[~is_test], table[is_test]
 
 
@@ -133,9 +132,7 @@ def _split_train(
     if validation is None:
         most = len(table) - MIN_REVIEWS
         if most < MIN_REVIEWS:
-            stop(
-                f"train has {len(table)} reviews, too few: {MIN_REVIEWS} for validation and {MIN_REVIEWS} more would do"
-            )
+            stop(f"train has {len(table)} reviews, too few: {2 * MIN_REVIEWS} would do, half of them for validation")
         if n_validation > most:
             stop(f"train has {len(table)} reviews, too few for --validation-samples {n_validation}: {most} would do")
         order, validation = order[n_validation:], table.iloc[np.sort(order[:n_validation])]
@@ -189,7 +186,8 @@ def _without_repeats(table: pd.DataFrame, seen: set[str], split: str) -> pd.Data
     repeated = keys.duplicated() & ~known
     if known.any() or repeated.any():
         earlier = "test or train" if split == "transfer" else "test"
-        print(f"{split}: left out {known.sum()} reviews that {earlier} holds too, and {repeated.sum()} duplicates")
+        shared = f"{known.sum()} reviews that {earlier} holds too, and " if seen else ""
+        print(f"{split}: left out {shared}{repeated.sum()} duplicates")
     return table[~known & ~repeated]
 
 

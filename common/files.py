@@ -30,7 +30,7 @@ SPLITS = {
     "transfer": ("unsupervised", "unsup", "unlabelled", "unlabeled", "transfer"),
 }
 FORMATS = (".parquet", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xlsx", ".arrow")
-PACKED = (".gz", ".zip")
+SEPARATED, PACKED = (".csv", ".tsv", ".txt"), (".gz", ".zip")
 NOT_REVIEWS = "readme license licence notice citation requirements state dataset_info dataset_infos dataset_dict"
 FOREIGN_SHARE = 0.15  # of bytes above 127: Western European text in cp1252 has a third of it, other alphabets more
 REMEDY = f"pass --dataset a file, or a folder with train and test files ({', '.join(FORMATS[:-1])}, also .gz)"
@@ -47,7 +47,7 @@ def read(args: argparse.Namespace, reads: tuple[str, ...]) -> dict[str, pd.DataF
         found = {"train": [path]}
     elif path.is_dir():
         found = _find(path)
-        if not found.keys() & {"train", *({"test"} - set(reads) if "train" in reads else {"test"})}:
+        if not found.keys() & ({"train"} if "train" in reads else {"train", "test"}):
             held = [f"{entry.name}{'/' if entry.is_dir() else ''}" for entry in sorted(path.iterdir())]
             stop(f"{path} has no train file (it holds {_short(held) or 'nothing'}): {REMEDY}")
     else:
@@ -158,10 +158,10 @@ def _choose(found: dict[str, list], where: str) -> tuple[dict[str, list], list[s
 def _one_table(names: list[str], where: str, what: str) -> list[str]:
     """The parts of one table in their order; stops if they are of several tables, or if one is missing."""
     names = sorted(names, key=lambda name: (_parse(name).part or 0, name))
-    if len({_parse(name).group for name in names}) > 1:
+    numbers, groups = [_parse(name).part for name in names], {_parse(name).group for name in names}
+    if len(groups) > 1 or len(names) > 1 and min(numbers) > 1:  # reviews_2019 and reviews_2020 are no parts
         remedy = "keep one, name them train and test, or pass one of them as --dataset"
         stop(f"{where} holds several candidates for {what} ({_short(names)}): {remedy}")
-    numbers = [_parse(name).part for name in names]
     total = _parse(names[0]).parts if names else None
     if total or len(names) > 1:
         first = 0 if 0 in numbers else 1
@@ -253,9 +253,9 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
             sheets = pd.read_excel(_open(file), sheet_name=None, dtype=str, keep_default_na=False)
             sheets = {name: sheet for name, sheet in sheets.items() if len(sheet)}
             if len(sheets) != 1:
-                stop(f"{file} has {len(sheets)} sheets with rows ({_short(sheets)}): keep one of them")
+                stop(f"{file} has {len(sheets)} sheets with rows ({_short(sheets)}): save each as CSV")
             yield from sheets.values()
-        elif kind in (".csv", ".tsv", ".txt"):
+        elif kind in SEPARATED:
             # pandas warns of a row with too many cells: its text has an unquoted comma.
             warnings.filterwarnings("error", category=pd.errors.ParserWarning)
             # "NA" and "null" are words of a review, and no column is an index.
@@ -271,7 +271,9 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
         ValueError, OSError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile, csv.Error,
         pd.errors.ParserWarning,
     ) as problem:  # fmt: skip
-        stop(f"{file} cannot be read as {kind[1:]}: {hub.reason(problem)}")
+        remedy = "quote texts that hold the separator, and name the columns in the first line, as in text,label"
+        remedy = f"; {remedy}" if kind in SEPARATED else ""
+        stop(f"{file} cannot be read as {kind[1:]}: {hub.reason(problem)}{remedy}")
 
 
 def _open(file: Path) -> BinaryIO:
