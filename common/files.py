@@ -158,11 +158,12 @@ def _choose(found: dict[str, list], where: str) -> tuple[dict[str, list], list[s
 def _one_table(names: list[str], where: str, what: str) -> list[str]:
     """The parts of one table in their order; stops if they are of several tables, or if one is missing."""
     names = sorted(names, key=lambda name: (_parse(name).part or 0, name))
-    numbers, groups = [_parse(name).part for name in names], {_parse(name).group for name in names}
-    if len(groups) > 1 or len(names) > 1 and min(numbers) > 1:  # reviews_2019 and reviews_2020 are no parts
+    numbers, groups = [_parse(name).part or 0 for name in names], {_parse(name).group for name in names}
+    total = _parse(names[0]).parts if names else None
+    years = total is None and len(names) > 1 and min(numbers) > 1  # reviews_2019 and reviews_2020 are no parts
+    if len(groups) > 1 or len(set(numbers)) < len(names) or years:
         remedy = "keep one, name them train and test, or pass one of them as --dataset"
         stop(f"{where} holds several candidates for {what} ({_short(names)}): {remedy}")
-    total = _parse(names[0]).parts if names else None
     if total or len(names) > 1:
         first = 0 if 0 in numbers else 1
         expected = range(first, first + total) if total else range(first, max(numbers) + 1)
