@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, classifiers, data, device, models, settings
+from common import artifacts, classifiers, data, device, files, models, settings
 
 CHUNK = 4000  # reviews in memory at once
 
@@ -86,7 +86,8 @@ def label(table: pd.DataFrame, first: Judge, second: Judge | None, unsure: tuple
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    output = args.output or args.file.with_name(f"{args.file.stem}_labels.csv")
+    unpacked = args.file.with_suffix("") if args.file.suffix.lower() in files.PACKED else args.file
+    output = args.output or args.file.with_name(f"{unpacked.stem}_labels.csv")
     if output.is_dir():
         settings.stop(f"{output} is a folder: name a file")
     if output.exists() and not args.force:

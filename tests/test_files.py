@@ -366,6 +366,33 @@ def test_a_name_that_is_nowhere_says_what_a_dataset_may_be(data_args, stops):
         stops(lambda: data.load_reviews(data_args, ALL), name, "does not exist", "stanfordnlp/imdb")
 
 
+def test_a_hub_name_may_have_a_configuration_and_its_class_names_are_obeyed(data_args, monkeypatch, stops, capsys):
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["good", "bad"])}
+    )
+    table = {"sentence": [f"film {row}" for row in range(90)], "label": [0, 1] * 45}
+    splits = {"train": table, "validation": table, "test": table | {"label": [-1] * 90}, "extra": table}
+    splits = {name: {key: values[:40] for key, values in split.items()} for name, split in splits.items()}
+    for number, split in enumerate(splits.values()):
+        split["sentence"] = [f"{text} {number}" for text in split["sentence"]]
+    asked = []
+
+    def load_dataset(name, configuration):
+        asked.append((name, configuration))
+        if configuration is None:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['cola', 'sst2']")
+        return {name: datasets.Dataset.from_dict(split, features) for name, split in splits.items()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data_args.dataset = "some/glue:sst2"
+    reviews = data.load_reviews(data_args, ("train", "transfer"))
+    assert asked == [("some/glue", "sst2")] and len(reviews.validation) == 20 and len(reviews.train) == 40
+    assert all(int(text.split()[1]) % 2 != label for text, label in reviews.train[["text", "label"]].to_numpy())
+    assert "left out: extra" in capsys.readouterr().out
+    data_args.dataset = "some/glue"
+    stops(lambda: data.load_reviews(data_args, ALL), "cola, sst2", "--dataset some/glue:cola")
+
+
 def test_a_one_column_file_keeps_its_commas(form):
     def write(folder, split, table):
         if split == "train":
