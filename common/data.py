@@ -49,7 +49,7 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...], scores_test: 
     if "test" not in splits:
         splits["train"], splits["test"] = _draw_test(splits["train"])
     if "test" in reads and scores_test and not is_labelled(splits["test"]):
-        remedy = "add a column label to them, or take the test file away: then a fifth of train becomes test"
+        remedy = "add labels, or take the test file away, so that a fifth of train is test for all steps"
         stop(f"the test reviews have no labels, and this step compares models on them: {remedy}")
     fingerprints = {f"dataset/{split}": fingerprint(table) for split, table in splits.items()}
     if "train" in reads and args.validation_samples is None:

@@ -367,21 +367,21 @@ def test_a_name_that_is_nowhere_says_what_a_dataset_may_be(data_args, stops):
 
 
 def test_a_hub_name_may_have_a_configuration_and_its_class_names_are_obeyed(data_args, monkeypatch, stops, capsys):
-    features = datasets.Features(
-        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["good", "bad"])}
-    )
-    table = {"sentence": [f"film {row}" for row in range(90)], "label": [0, 1] * 45}
-    splits = {"train": table, "validation": table, "test": table | {"label": [-1] * 90}, "extra": table}
-    splits = {name: {key: values[:40] for key, values in split.items()} for name, split in splits.items()}
-    for number, split in enumerate(splits.values()):
-        split["sentence"] = [f"{text} {number}" for text in split["sentence"]]
+    kinds = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["good", "bad"])}
+
+    def split(words, labels):
+        rows = {"sentence": [f"{words} {row}" for row in range(40)], "label": labels}
+        return datasets.Dataset.from_dict(rows, datasets.Features(kinds))
+
+    names = ("train", "validation", "test", "extra")
+    splits = {name: split(name, [-1] * 40 if name == "test" else [0, 1] * 20) for name in names}
     asked = []
 
     def load_dataset(name, configuration):
         asked.append((name, configuration))
         if configuration is None:
             raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['cola', 'sst2']")
-        return {name: datasets.Dataset.from_dict(split, features) for name, split in splits.items()}
+        return splits
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data_args.dataset = "some/glue:sst2"
