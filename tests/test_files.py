@@ -116,7 +116,7 @@ FORMS = {
     "cp1252 from a spreadsheet": csv(
         change=lambda table: table.assign(text=table["text"] + " caf\u00e9"), encoding="cp1252"
     ),
-    "backslashes before quotes": csv(change=ending(', a "one"'), doublequote=False, escapechar="\\"),
+    "backslashes before quotes": csv(change=ending(', "a, b" c'), doublequote=False, escapechar="\\"),
     "gzipped": csv("{}.csv.gz"),
     "zipped": zipped,
     "Excel": lambda folder, split, table: table.to_excel(folder / f"{split}.xlsx", index=False),
