@@ -140,12 +140,12 @@ def test_a_validation_file_is_validation_within_the_flags_bound_and_its_texts_le
 def test_without_a_test_split_a_fifth_becomes_it_and_stays_when_rows_move_or_are_added(
     data_args, reviews_folder, capsys
 ):
-    texts = [f"film {row}" for row in range(500)]
-    table = pd.DataFrame({"text": [*texts, *texts[:50]], "label": [*np.arange(500) % 2, *np.arange(50) % 2]})
+    texts = [f"film {row}" for row in range(2000)]
+    table = pd.DataFrame({"text": [*texts, *texts[:50]], "label": [*np.arange(2000) % 2, *np.arange(50) % 2]})
     table.to_csv(reviews_folder / "all.csv", index=False)
     data_args.dataset = str(reviews_folder / "all.csv")
     first = data.load_reviews(data_args, ALL)
-    assert 80 < len(first.test) < 115 and len(first.train) + len(first.validation) + len(first.test) == 500
+    assert 350 < len(first.test) < 450 and len(first.train) + len(first.validation) + len(first.test) == 2000
     assert not set(first.test["text"]) & {*first.train["text"], *first.validation["text"]}
     assert "there is no test split: a fifth" in capsys.readouterr().out
     benchmark = data.load_reviews(data_args, ("test",))
