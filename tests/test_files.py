@@ -402,3 +402,10 @@ def test_a_one_column_file_keeps_its_commas(form):
     reviews = data.load_reviews(form(write), ("train", "transfer", "test"), scores_test=False)
     assert reviews.test["text"].str.endswith(", and more").all() and len(reviews.test) == 20
     assert np.isin(reviews.transfer["label"], -1).all() and len(reviews.transfer) == 30
+
+
+def test_the_only_table_of_a_folder_is_read_whatever_else_lies_there(form):
+    for name in ("notes.txt", "README.md", ".hidden.csv", "dataset_infos.json", "picture.png"):
+        (form.folder / name).write_text("{}")
+    reviews = data.load_reviews(form(csv("IMDB Dataset.csv"), ("train",)), ALL)
+    assert len(reviews.train) + len(reviews.validation) + len(reviews.test) == 80
