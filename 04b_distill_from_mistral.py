@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     scoring.save_validation(folder, reviews.validation, student=logits, teacher=teacher)
     artifacts.finish(args, folder, facts, {"validation": measured})
     print(f"student: validation accuracy {metrics.in_words(measured['student'])}")
-    print(f"next: {settings.next_command(args, '05_benchmark.py')}")
+    print(f"next: {settings.next_command('05_benchmark.py')}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def describe_model(
         "accuracy on validation": metrics.in_words(figures),
         "NLL, ECE on validation": f"{figures['nll']:.3f}, {figures['ece']:.3f} at temperature {temperature:.2f}",
     }
-    named = {"base_model": base, "datasets": args.dataset}  # a card may link what the hub has
+    named = {"base_model": base, "datasets": args.dataset.partition(":")[0]}  # a card may link what the hub has
     on_hub = {key: name for key, name in named.items() if name.count("/") == 1 and not Path(name).exists()}
     text = CARD.format(
         front="".join(f"{key}:\n- {name}\n" for key, name in on_hub.items()),

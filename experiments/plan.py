@@ -30,6 +30,7 @@ ENCODER_LENGTHS = [69, 106, 141, 154, 164, 174, 185, 197, 211, 226, 245, 265, 29
 LLM_LENGTHS = [93, 132, 167, 182, 191, 202, 213, 226, 240, 257, 275, 297, 323, 357, 397, 446, 512, 512, 512, 512]
 
 IMDB = {"train": 25_000, "transfer": 50_000, "test": 25_000}  # reviews (Maas et al. 2011)
+VALIDATION = 2500  # a tenth of train, the scripts' default
 GPUS, LIMIT_HOURS = 2, 12  # T4s, and a session's hours on Kaggle
 RATES = (9, 12)  # TFLOP/s of plain PyTorch in fp16 on one T4: 8.4 to 9.0 are published (BERT's shapes), 12 is a hope
 DOWNLOAD_GB_PER_S = 0.05  # assumed
@@ -110,7 +111,7 @@ def make() -> pd.DataFrame:
 
     def count(step: str, split: str) -> int:
         """Reviews of a split that a step reads."""
-        available = IMDB[split] - (args[step].validation_samples if split == "train" else 0)
+        available = IMDB[split] - (VALIDATION if split == "train" else 0)
         return min(available, getattr(args[step], f"max_{split}_samples") or available)
 
     def add(step: str, work: str, model: str, n: float, learn: bool = False) -> None:
@@ -134,7 +135,7 @@ def make() -> pd.DataFrame:
         """`n` reviews an epoch, and what comes with them: an evaluation and a checkpoint after each epoch, a checkpoint
         at every other tenth of the run, and at every step the exchange of the gradients of the trained weights."""
         add(step, f"{name}, training", model, n * epochs, learn=True)
-        add(step, f"{name}, evaluation", model, args[step].validation_samples * math.ceil(epochs))
+        add(step, f"{name}, evaluation", model, VALIDATION * math.ceil(epochs))
         gb, steps = 4e-9 * weights, math.ceil(n * epochs / args[step].batch_size)
         move(step, f"{name}, checkpoints", (9 + math.ceil(epochs)) * 3 * gb, DISK_GB_PER_S)  # weights, two moments
         move(step, f"{name}, gradient exchange", steps * gb, PCIE_GB_PER_S)
@@ -151,7 +152,7 @@ def make() -> pd.DataFrame:
     for step, loaded in loads.items():
         move(step, "loading", sum(DOWNLOADED_GB[one] for one in loaded), DISK_GB_PER_S)
 
-    validation, gold = args["02"].validation_samples, count("02", "train")
+    validation, gold = VALIDATION, count("02", "train")
     train("02", "RoBERTa", "02", gold, args["02"].epochs, 355.4e6)
     add("02", "RoBERTa, soft labels", "02", validation + gold + count("02", "transfer"))
     train("03", "Mistral", "03", count("03", "train"), args["03"].epochs, 41.9e6)

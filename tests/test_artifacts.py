@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from common import artifacts
+from common import artifacts, settings
 
 
 @pytest.fixture
@@ -151,3 +151,21 @@ def test_a_full_disk_is_one_sentence(tmp_path, stops):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     stops(fill, "disk is full", "continues")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_flag_that_an_older_run_lacks_had_its_default_there(args, stops, monkeypatch, finished):
+    folder = artifacts.begin(args, "02_roberta", INPUTS)
+    if finished:
+        artifacts.finish(args, folder, {})
+    monkeypatch.setattr(settings, "_defaults", {"soft_loss": "kl", "preset": "kaggle"})
+    args.soft_loss = "margin"
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "soft_loss was kl, is margin")
+    args.soft_loss = "kl"
+    if finished:
+        with pytest.raises(SystemExit) as left:
+            artifacts.begin(args, "02_roberta", INPUTS)
+        assert left.value.code == 0
+    else:
+        assert artifacts.begin(args, "02_roberta", INPUTS) == folder
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS | {"dataset/test": "cc"}), "dataset/test was absent")

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, write_reviews
 from hub import Hub
 
-from common import data, models
+from common import files, models
 
 SPLITS = {"train": 140, "test": 40, "unsupervised": 60}
 # As on the hub: without it `datasets` would not find the unsupervised split.
@@ -46,13 +46,13 @@ SCRIPTS = {
 PROCESS = """
 import runpy, shlex, sys, time
 time.sleep = lambda seconds: None
-from common import data, models
+from common import files, models
 
 def script(command):
     sys.argv = shlex.split(command)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
-do = {"script": script, "dataset": lambda name: data._read_hub(name, ["train", "test"])}
+do = {"script": script, "dataset": files._open_hub}
 do |= {"config": models.load_config, "tokenizer": models.load_tokenizer, "weights": models.load_classifier}
 for case in sys.argv[1:]:
     print("case", case, file=sys.stderr)
@@ -224,7 +224,7 @@ def test_a_script_says_the_sentence_and_nothing_else(refused):
 
 
 def test_offline_an_empty_cache_is_one_sentence(stops):
-    load = {"dataset": lambda name: data._read_hub(name, ["train"])}
+    load = {"dataset": files._open_hub}
     load |= {"config": models.load_config, "tokenizer": models.load_tokenizer}
     for kind, instead in KINDS.items():
         stops(lambda kind=kind: load[kind]("some/name"), "some/name", "not in the cache", "HF_HUB_OFFLINE", instead)

@@ -33,6 +33,7 @@ def names(tmp_path):
     (project / "02_fails.py").write_text("import sys; print('its cause', file=sys.stderr); sys.exit(2)")
     modules = {"Path": Path, "subprocess": subprocess, "shutil": shutil, "os": os}
     settings = {"PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None, "HOURS": 1.0}
+    settings |= {"DATASET": None}
     settings |= {"time": time, "session_began": time.time()}
     return modules | settings | {"project": project, "outputs": tmp_path / "outputs"}
 
@@ -68,6 +69,23 @@ def test_steps_run_in_order_with_their_flags_and_a_failure_ends_them(cells, name
     names["STEPS"] = ["4a"]
     with pytest.raises(ValueError, match="4a"):
         exec(cells["run"], names)
+
+
+@pytest.mark.parametrize("folder", ["imdb-dataset-of-50k-movie-reviews", "datasets/someone/imdb"])
+def test_kaggles_imdb_file_is_found_and_a_named_dataset_or_flag_goes_before_it(cells, names, tmp_path, capfd, folder):
+    def run(preset="kaggle", dataset=None, flags=None) -> str:
+        exec(cells["run"], names | {"PRESET": preset, "DATASET": dataset, "FLAGS": flags or {}})
+        return capfd.readouterr().out
+
+    exec(cells["install"], names)
+    names["Path"] = lambda name: tmp_path / "input" if name == "/kaggle/input" else Path(name)
+    assert "'--dataset'" not in run()  # nothing is attached
+    file = tmp_path / "input" / folder / "IMDB Dataset.csv"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert f"'--dataset', '{file}'" in run() and "'--dataset'" not in run("demo")
+    assert "'--dataset', 'mine'" in run(dataset="mine") and str(file) not in run(dataset="mine")
+    assert "'--dataset', 'flag']" in run(flags={"all": "--dataset flag"})  # the last one counts
 
 
 def test_steps_share_the_hours_and_a_session_without_time_ends_well(cells, names, capfd):

@@ -29,7 +29,7 @@ def model(tiny, tmp_path):
     return folder, labels, logits
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl", ".json"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz", ".xlsx", ".parquet", ".jsonl", ".json"])
 def test_each_review_gets_the_label_and_probability_of_the_trained_reading(
     suffix, model, tmp_path, monkeypatch, capsys
 ):
@@ -37,6 +37,9 @@ def test_each_review_gets_the_label_and_probability_of_the_trained_reading(
     file, table = tmp_path / f"reviews{suffix}", pd.DataFrame({"review": TEXTS})
     {
         ".csv": lambda: table.to_csv(file, index=False),
+        ".tsv": lambda: table.to_csv(file, index=False, sep="\t"),
+        ".csv.gz": lambda: table.to_csv(file, index=False),
+        ".xlsx": lambda: table.to_excel(file, index=False),
         ".parquet": lambda: table.to_parquet(file),
         ".jsonl": lambda: table.to_json(file, orient="records", lines=True),
         ".json": lambda: table.to_json(file, orient="records"),
@@ -67,6 +70,7 @@ def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, ti
     stops(lambda: predict.main([str(model[0]), str(tmp_path / "reviews.doc")]), "reviews.doc", ".parquet")
     file.write_text("words\nno text column\n")
     stops(lambda: predict.main([str(model[0]), str(file)]), "words", "named text")
+    stops(lambda: predict.main([str(model[0]), str(file), "--text-column", "body"]), "words", "--text-column body")
     file.write_text("text\n")
     stops(lambda: predict.main([str(model[0]), str(file)]), "no reviews")
     file.write_text("text\ngood\n")

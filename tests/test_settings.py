@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 
@@ -58,6 +59,8 @@ def test_help_shows_every_default_and_imports_no_torch():
         (["--epochs", "nan"], "not a number"),
         (["--warmup-fraction", "2"], "from 0 to 1"),
         (["--seed", "-3"], "at least 0"),
+        (["--negative-labels", "1", "2"], "belong together"),
+        (["--validation-samples", "few"], "few"),
         (["--precision", "int8"], "invalid choice"),
         (["--num-processes", "0"], "not at least 1"),
         (["--max-hours", "0"], "not a number above 0"),
@@ -71,13 +74,19 @@ def test_a_wrong_value_is_told_with_exit_code_2(flags, words, script, capsys):
 
 
 def test_the_next_command_carries_what_the_scripts_must_share(script):
-    parse = script("01").parse_args
-    assert settings.next_command(parse([]), "05_benchmark.py") == "python 05_benchmark.py"
-    shared = ["--preset", "demo", "--dataset", "my reviews", "--output-dir", "elsewhere", "--seed", "7"]
-    own = [*shared, "--validation-samples", "500", "--max-test-samples", "5"]
-    words = "--preset demo --dataset 'my reviews' --output-dir elsewhere --seed 7"
-    assert settings.next_command(parse(own), "02.py") == f"python 02.py {words} --validation-samples 500"
-    assert settings.next_command(parse(own), "05.py") == f"python 05.py {words}"
+    args = script("02").parse_args([])
+    args.validation_samples = 20  # decided by the reviews, not typed
+    assert settings.next_command("05_benchmark.py") == "python 05_benchmark.py"
+    assert settings.next_command("04a.py", "max_train_samples") == "python 04a.py"
+    words = "--preset demo --dataset 'my reviews, all' --text-column 'Review Text' --negative-labels -1 'no way' "
+    words += "--positive-labels 1 --output-dir elsewhere --seed 7"
+    script("02").parse_args(shlex.split(f"{words} --validation-samples 500 --max-train-samples 90 --epochs 2"))
+    assert settings.next_command("05.py") == f"python 05.py {words}"
+    assert settings.next_command("02.py") == f"python 02.py {words} --validation-samples 500"
+    counts = settings.next_command("04a.py", "max_train_samples", "max_transfer_samples")
+    assert counts == f"python 04a.py {words} --max-train-samples 90 --validation-samples 500"
+    script("03").parse_args(["--max-train-samples", "all"])
+    assert settings.next_command("04b.py", "max_train_samples") == "python 04b.py --max-train-samples all"
 
 
 @pytest.mark.parametrize(
