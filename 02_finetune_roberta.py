@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     models.check_length(args.max_length, args.roberta_model)
     tokenizer = models.load_tokenizer(args.roberta_model)
-    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints, keep=("soft_labels",))
     device.one_process_per_gpu(args, hardware, __file__, argv)
     if not device.share((folder / "model").exists()):
         finetune(args, reviews, tokenizer, hardware, folder)

@@ -166,12 +166,13 @@ def cascades(
             contender.kind not in STUDENTS.values()
             or teacher is None
             or teacher.name not in results
-            or not file.exists()
+            or not file.exists()  # of a step of before
         ):
             continue
         second = results[teacher.name]
         temperature = artifacts.read_json(contender.files / "config.json").get("calibration_temperature", 1.0)
         try:
+            artifacts.verify(file)
             validation = artifacts.read_table(file)
         except settings.Stop:  # which has said that the file is damaged: this student has no cascade
             continue
