@@ -57,9 +57,9 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        # Libraries in C++ and Rust have no error number. EFBIG is a limit on the size of files.
+        # EFBIG is a limit on the size of files. numpy, torch and what is written in Rust give no number.
         number, told = getattr(problem, "errno", None), str(problem)
-        words = ("No space left", "File too large", "inline_container", "quota exceeded")
+        words = ("No space left", "File too large", " requested and ", "unexpected pos", "StreamWriter failed")
         if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(word in told for word in words):
             stop(f"the disk is full ({path}): make room, then the same command continues")
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -80,8 +80,8 @@ def whole(path: Path) -> Iterator[Path]:
             for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)  # what a full disk has taken is as large as a folder
+        except Exception:
+            _delete(temporary)  # on a full disk it may be as large as all that is missing
             raise
         if path.is_dir():
             shutil.rmtree(path)
@@ -172,7 +172,7 @@ def begin(
 
 
 def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep: tuple[str, ...], again: bool) -> None:
-    current = {"step": folder.name, "settings": vars(args) | {}, "inputs": inputs}
+    current = json.loads(json.dumps({"step": folder.name, "settings": vars(args), "inputs": inputs}))
     if not (args.force or again or folder.with_name(folder.name + OLD).exists()):
         _exit_if_finished(folder, current)  # without the lock: any number of processes may find this
     lock(folder)
@@ -184,6 +184,7 @@ def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep:
     if begun and (_same_command(begun, current) if args.force else again or not _changed(begun, current)):
         print(f"{work}/ was interrupted; continuing.")
         current["wall_time_s"] = _seconds_spent(work, begun)
+        current["settings"]["force"] |= begun["settings"].get("force", False)  # for the next --force
     elif args.force:
         _clear(work, keep)
     elif not again:
@@ -208,7 +209,7 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
     if figures is not None:
         write_json(folder / "metrics.json", figures)
     for leftover in [*folder.glob("*checkpoints"), *folder.rglob("*.partial")]:  # of a kill
-        _delete(leftover)
+        _delete(leftover)  # some lie in others
     begun = read_json(folder / "started.json")
     run = begun | {
         "settings": dict(sorted(vars(args).items())),
@@ -274,8 +275,8 @@ def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> No
 
 def _same_command(begun: dict, current: dict) -> bool:
     """Whether the same command has begun a step, --force and precision included; --max-hours may differ."""
-    old, new = (json.loads(json.dumps([run["settings"] | {"max_hours": 0}, run["inputs"]])) for run in (begun, current))
-    return old == new
+    limit = {"max_hours": None}
+    return all(begun[part] | limit == current[part] | limit for part in ("settings", "inputs"))
 
 
 def _seconds_spent(work: Path, begun: dict) -> float:
@@ -351,7 +352,7 @@ def _clear(work: Path, keep: tuple[str, ...]) -> None:
 
 
 def _delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # --- a finished step is read, and verified ---
