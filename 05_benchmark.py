@@ -356,6 +356,8 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str
         settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py or another script first")
     for step, run in runs.items():
         artifacts.refuse_conflict(args, run, reviews.fingerprints, same=())
+        if step in classifiers.STUDENTS:
+            artifacts.verify(Path(args.output_dir, step, "validation.parquet"))  # which chooses the cascade's rule
         for earlier in artifacts.made_again(args, run):
             made_again[step] = f"run {artifacts.SCRIPTS[step]} --force"
             print(f"warning: {step} is of an earlier {earlier}: {made_again[step]}")

@@ -136,12 +136,7 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     if precision:
         add("--precision", choices=precisions, default="auto", help="arithmetic; auto: bf16, on T4s fp16, on CPUs fp32")
     add("--max-hours", type=hours, default="unlimited", help="time limit in hours; the same command then continues")
-    add(
-        "--force",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="make this step again; its results stay until then",
-    )
+    add("--force", action=argparse.BooleanOptionalAction, default=False, help="make this step again beside its results")
     if "train" in reads:
         add("--validation-samples", type=positive_int, default=2500, help="reviews of train that choose checkpoints")
         add("--max-train-samples", type=samples, default="all", help="number of labelled reviews, stratified; or 'all'")

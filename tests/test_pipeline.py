@@ -469,7 +469,7 @@ def test_the_llm_scores_again_only_damaged_soft_labels_and_another_number_of_rev
     train = pd.read_parquet(folder / "train.parquet")
     (folder / "train.parquet").write_bytes(b"")
     trained_by("04b", ("right",), "--force", "--max-transfer-samples", 40)
-    assert "are damaged: scoring train again" in capsys.readouterr().out
+    assert "train.parquet is damaged: it is made again" in capsys.readouterr().out
     made_again = {file.name for file in folder.glob("*.parquet") if file.stat().st_mtime_ns != before[file.name]}
     assert made_again == {"train.parquet", "transfer.parquet"}
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "train.parquet"), train)
