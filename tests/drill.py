@@ -89,7 +89,8 @@ def difference(whole: Path, made: Path) -> str:
         predictions = [pd.read_parquet(folder / "predictions.parquet") for folder in (whole, made)]
         same = tables[0].equals(tables[1]) and predictions[0].equals(predictions[1])
         return "" if same else "another table"
-    names = [{file.relative_to(folder) for file in folder.rglob("*") if file.is_file()} for folder in (whole, made)]
+    names = [{Path(name) for name in artifacts._files(folder)} for folder in (whole, made)]
+    names = [{name for name in files if name.suffix not in artifacts.FOR_PEOPLE} for files in names]
     if names[0] != names[1]:
         return f"other files: {names[0] ^ names[1]}"
     exact = [name for name in names[0] if name.suffix in (".safetensors", ".npy", ".parquet")]
@@ -187,34 +188,37 @@ class Drill:
 
     def kill(self, kills: int) -> None:
         """Kill steps at random moments, one to three times in a row."""
-        while (left := kills - self.counts.get("kills", Counter())["tried"]) > 0:
+        while kills > 0:
             step = self.rng.choice(list(self.commands))
             more = self.rng.choice([(), (), ("--force",)])
-            folder, moments = self.fresh(step, finished=bool(more)), []
-            for _ in range(self.rng.randint(1, min(3, left))):
-                moments.append(self.rng.uniform(0.2, 1) * self.seconds[step])
+            folder, happened = self.fresh(step, finished=bool(more)), []
+            times = self.rng.randint(1, min(3, kills))
+            for _ in range(times):
+                moment = self.rng.uniform(0.2, 1) * self.seconds[step]
                 process = start(self.commands[step], self.broken, *more)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.communicate(timeout=moments[-1])
+                    process.communicate(timeout=moment)
                 process.kill()
                 process.communicate()
-                work = folder.with_name(folder.name + artifacts.NEW) if more else folder
-                kept = [
-                    file
-                    for file in work.rglob("*")
-                    if file.is_file() and ("checkpoint" in str(file.parent) or file.suffix == ".npz")
-                ]
-                if kept and self.rng.random() < 0.5:
-                    file, kind = self.rng.choice(sorted(kept)), self.rng.choice(list(CUTS))
-                    CUTS[kind](file)
-                    moments.append(f"{file.name} {kind}")
-                if more and artifacts._settled(folder) and not (folder / "run.json").exists():
-                    self.count("kills", f"{step} {more}", "the finished step is gone")
-            case = f"{step} {' '.join(more)} ({self.seconds[step]:.0f} s): {', '.join(map(str, moments))}"
+                happened += [f"{moment:.1f} s", *self.damage_work(folder, *more)]
+            kills -= times
+            case = f"{step} {' '.join(more)} of {self.seconds[step]:.0f} s: {', '.join(happened)}"
             print(f"kill: {case}", flush=True)
-            for _ in moments[1:]:
-                self.counts.setdefault("kills", Counter()).update(tried=1, survived=1)
             self.ends_as_uninterrupted("kills", case, step, *more)
+            self.counts["kills"].update(dict.fromkeys(("tried", "survived"), times - 1))
+
+    def damage_work(self, folder: Path, *more: str) -> list[str]:
+        """Damage a checkpoint or a chunk of an unfinished step, half of the times; returns what was done."""
+        if more and not (artifacts._settled(folder) / "run.json").exists():
+            self.count("kills", f"{folder.name} {more}", "the finished step is gone")
+        work = folder.with_name(folder.name + artifacts.NEW) if more else folder
+        kept = [file for file in work.rglob("*") if file.is_file() and "checkpoint" in str(file.relative_to(work))]
+        kept = sorted([*kept, *work.rglob("*.npz")])
+        if not kept or self.rng.random() < 0.5:
+            return []
+        file, kind = self.rng.choice(kept), self.rng.choice(list(CUTS))
+        CUTS[kind](file)
+        return [f"{file.name} {kind}"]
 
     def fill_disks(self, times: int) -> None:
         """Limit the size of files at random, which fails like a full disk in the middle of a write."""
