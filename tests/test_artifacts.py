@@ -283,9 +283,24 @@ def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(a
     stops(lambda: artifacts.refuse_conflict(args, run, INPUTS), "--validation-samples 20")
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, stops):
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (OSError("10000 requested and 1218 written"), "disk is full"),  # numpy's
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            "disk is full",
+        ),  # torch's
+        (Exception("File too large (os error 27)"), "disk is full"),  # of tokenizers; safetensors' is alike
+        (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_one_sentence_and_what_was_written_is_deleted(tmp_path, stops, problem, words):
     def fill():
-        with artifacts.whole(tmp_path / "table.csv"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        with artifacts.whole(tmp_path / "table.csv") as temporary:
+            temporary.write_text("half")
+            raise problem
 
-    stops(fill, "disk is full", "continues")
+    stops(fill, words, "table.csv")
+    assert not list(tmp_path.iterdir())
