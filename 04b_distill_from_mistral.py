@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     inputs = check_inputs(args, llm, reviews, hardware)
     adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
-    folder = artifacts.begin(args, STEP, inputs, keep="soft_labels")
+    folder = artifacts.begin(args, STEP, inputs, keep=("soft_labels",))
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
     save_soft_labels(args, reviews, llm, adapter, hardware, folder / "soft_labels")
