@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--labels", nargs="+", type=int, choices=LABELS, default=list(LABELS), help="numbers of labels")
     add("--roberta-model", help="folder of the encoder whose frozen embeddings are tried")
-    add("--embedded-test-samples", type=settings.positive_int, default=1000, help="test reviews that it embeds")
+    add("--embedded-test-samples", type=settings.positive_int, default=500, help="test reviews that it embeds")
     args = settings.parse(parser, "few_labels", argv)
     if any(getattr(args, name) != parser.get_default(name) for name in ("max_train_samples", "validation_samples")):
         parser.error("--labels decides the subsets: leave out --max-train-samples and --validation-samples")
