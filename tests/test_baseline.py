@@ -107,6 +107,12 @@ def test_a_folder_of_an_earlier_version_is_read_as_it_was_written(tmp_path, weig
     assert logits[:, 1].tolist() == pytest.approx([expected])
 
 
+def test_neighbours_of_one_class_share_a_fold(script):
+    labels = np.array([0] * 9 + [1] * 6)
+    scored = [score.tolist() for _, score in script("01").folds_of(labels)]
+    assert scored == [[0, 1, 2, 9, 10], [3, 4, 5, 11, 12], [6, 7, 8, 13, 14]]
+
+
 def test_two_reviews_of_a_class_are_enough(script, tmp_path, capsys):
     for split, rows in (("train", 40), ("test", 20)):
         labels = [1] * (rows - 2) + [0] * 2
