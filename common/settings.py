@@ -208,7 +208,7 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
     if "negative_labels" in args and (args.negative_labels is None) != (args.positive_labels is None):
         parser.error("--negative-labels and --positive-labels belong together: pass both")
     _typed.clear()
-    _typed.update({name: value for name, value in vars(args).items() if value != _defaults[name]})
+    _typed.update({name: value for name, value in vars(args).items() if value != _defaults.get(name)})
     return args
 
 
