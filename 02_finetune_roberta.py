@@ -114,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     facts = {"labels": data.LABELS, "teacher": args.roberta_model, "max_length": args.max_length} | layer_facts
     artifacts.finish(args, folder, facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
-    print(f"next: {settings.next_command(args, '03_finetune_mistral.py')} (or 04a_distill_from_roberta.py)")
+    print(f"next: {settings.next_command('03_finetune_mistral.py')}")
+    counts = ("max_train_samples", "max_transfer_samples")  # 04a needs 02's soft labels of its reviews
+    print(f"  or: {settings.next_command('04a_distill_from_roberta.py', *counts)}")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     artifacts.finish(args, folder, facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
-    print(f"next: {settings.next_command(args, '04b_distill_from_mistral.py')}")
+    print(f"next: {settings.next_command('04b_distill_from_mistral.py')}")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     artifacts.finish(args, folder, {"labels": data.LABELS} | models_used, {"validation": scores})
     for name, figures in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(figures)}")
-    print(f"next: {settings.next_command(args, '04b_distill_from_mistral.py')} (or 05_benchmark.py)")
+    print(f"next: {settings.next_command('04b_distill_from_mistral.py', 'student_model')}")
+    print(f"  or: {settings.next_command('05_benchmark.py')}")
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     scoring.save_validation(folder, reviews.validation, student=logits, teacher=validation_logits)
     artifacts.finish(args, folder, facts, {"validation": {"student": scores} | figures})
     print(f"student: validation accuracy {metrics.in_words(scores)}")
-    print(f"next: {settings.next_command(args, '05_benchmark.py')}")
+    print(f"next: {settings.next_command('05_benchmark.py')}")
 
 
 if __name__ == "__main__":

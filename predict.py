@@ -5,7 +5,7 @@ The model reads a long review as in training, a quarter from its head and the re
 calibrated by the temperature that was fitted on validation. With --escalate, a second model reads the reviews of which
 the first one is unsure.
 
-Reads   a model folder, and a file of reviews: parquet, CSV or JSON lines, with a column text, review or sentence
+Reads   a model folder, and a file of reviews: CSV, TSV, JSON, parquet or Excel, with a column text or review
 Writes  a CSV with a row per review, in the file's order: row, label, p_positive, model, and the cleaned text
 
     python predict.py outputs/04a_student_from_roberta/model reviews.csv
@@ -59,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("model_folder", help="a folder that 02, 04a or 04b has written, such as .../04a_student_from_roberta/model")
     add("file", type=Path, help="file of reviews")
+    add("--text-column", help="column of the texts (default: text, review, sentence or another common name)")
     add("--output", type=Path, help="CSV to write (default: FILE_labels.csv beside the file)")
     add("--escalate", metavar="MODEL_FOLDER", help="model that reads the reviews of which the first one is unsure")
     unsure = "probabilities between which a review is escalated (default: 0.1 0.9)"
@@ -90,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         settings.stop(f"{output} is a folder: name a file")
     if output.exists() and not args.force:
         settings.stop(f"{output} exists: pass another --output, or --force")
-    chunks = data.read_in_chunks(args.file, CHUNK)  # stops before a model is loaded if the file cannot be read
+    # Stops before a model is loaded if the file cannot be read.
+    chunks = data.read_in_chunks(args.file, CHUNK, args.text_column)
     first = next(chunks, None)  # of a parquet file without rows there is none
     if first is None or not len(first):
         settings.stop(f"{args.file} holds no reviews")

@@ -20,7 +20,7 @@ import pandas as pd
 
 from common import device, memory
 from common.data import LABELS
-from common.settings import NOT_COMPARED, stop
+from common.settings import NOT_COMPARED, default_of, stop
 
 SCRIPTS = {
     "01_baseline": "01_baseline.py",
@@ -280,7 +280,8 @@ def _refuse_missing(folder: Path, part: Path, remedy: str) -> None:
 def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> None:
     old, new = (run.get("settings", {}) | run.get("inputs", {}) for run in (recorded, current))
     names = sorted((old | new).keys() - NOT_COMPARED)
-    pairs = [(name, old.get(name, "absent"), new.get(name, "absent")) for name in names]
+    # A flag that is newer than the run had its default there.
+    pairs = [(name, old.get(name, default_of(name, "absent")), new.get(name, "absent")) for name in names]
     changed = [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
     if changed:
         stop(f"{folder}/ was {state} with other settings ({'; '.join(changed)}): pass --force or another --output-dir")

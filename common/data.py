@@ -1,9 +1,7 @@
-"""Reviews from the file to the padded batch: read, clean, split and draw them; then token ids, dataset, padding."""
+"""Reviews from their tables to the padded batch: clean, split and draw them; then token ids, dataset, padding."""
 
 import argparse
 import hashlib
-import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from pyarrow.parquet import ParquetFile
 
-from common import hub
+from common import columns, files
+from common.columns import UNLABELLED
 from common.settings import stop
 
 if TYPE_CHECKING:
@@ -21,29 +19,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LABELS = ("negative", "positive")  # their index is the label: 0, 1
-UNLABELLED = -1
-MIN_TRAIN = 16
+MIN_REVIEWS = 16  # to train on, and to choose a checkpoint by
+MOST_VALIDATION = 2500  # by default: more reviews hardly narrow the choice of a checkpoint
 # Sun et al. 2019 (How to Fine-Tune BERT), 5.3.1: on IMDB 128 head and 382 tail tokens beat 510 tokens of either.
 HEAD_SHARE = 0.25
-# Common names of the three files and of the columns. Kaggle's IMDB CSV has "review" and "sentiment".
-FILE_NAMES = {
-    "train": ("train",),
-    "test": ("test",),
-    "transfer": ("unsupervised", "unlabelled", "unlabeled", "transfer"),
-}
-SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")
-TEXT_COLUMNS = ("text", "review", "sentence")
-LABEL_COLUMNS = ("label", "sentiment")
-LABEL_VALUES = {
-    **dict.fromkeys(("0", "0.0", "negative", "neg"), 0),
-    **dict.fromkeys(("1", "1.0", "positive", "pos"), 1),
-    **dict.fromkeys(("-1", "-1.0", "", "nan", "none", "<na>"), UNLABELLED),
-}
 
 
 @dataclass(frozen=True)
 class Reviews:
-    """Tables with the columns example_id, text and label (-1 in transfer). A split that is not read is empty."""
+    """Tables with the columns example_id, text and label (-1: none). A split that is not read is empty."""
 
     train: pd.DataFrame
     validation: pd.DataFrame
@@ -52,36 +36,49 @@ class Reviews:
     fingerprints: dict[str, str]  # by split, taken before subsets are drawn
 
 
-def load_reviews(args: argparse.Namespace, reads: tuple[str, ...]) -> Reviews:
+def load_reviews(args: argparse.Namespace, reads: tuple[str, ...], scores_test: bool = True) -> Reviews:
     """Load the splits named in `reads` (train, transfer, test) and draw the subsets that the flags ask for.
 
-    Test texts leave train and transfer, and train texts leave transfer. Both lose duplicates and empty texts. Test
-    stays as it is. Validation is drawn before --max-train-samples, so it is the same for every number of samples.
+    Test texts leave the other splits, validation's leave train, and train's leave transfer. All but test lose
+    duplicates and empty texts. Without a test split a fifth of train becomes it. Without a validation split it is drawn
+    from train before --max-train-samples, so it is the same for every number of samples. `args.validation_samples`
+    becomes a number if it is None. Test may lack labels unless the caller reads and `scores_test`.
     """
-    name, seed = args.dataset, args.seed
-    needed = list(dict.fromkeys((*reads, "test")))  # always test, because its texts leave train and transfer
-    tables = _read_folder(Path(name), needed) if Path(name).is_dir() else _read_hub(name, needed)
-    splits = {split: _clean(table, split) for split, table in tables.items()}
+    seed = args.seed
+    splits = {split: _clean(table, split) for split, table in files.read(args, reads).items()}
+    if "test" not in splits:
+        splits["train"], splits["test"] = _draw_test(splits["train"])
+    if "test" in reads and scores_test and not is_labelled(splits["test"]):
+        remedy = "add a column label to them, or take the test file away: then a fifth of train becomes test"
+        stop(f"the test reviews have no labels, and this step compares models on them: {remedy}")
     fingerprints = {f"dataset/{split}": fingerprint(table) for split, table in splits.items()}
+    if "train" in reads and args.validation_samples is None:
+        args.validation_samples = _validation_size(splits)
 
     seen = set(splits["test"]["text"].str.lower())
-    for split in ("train", "transfer"):
+    for split in ("validation", "train", "transfer"):
         if split in splits:
             splits[split] = _without_repeats(splits[split], seen, split)
             seen |= set(splits[split]["text"].str.lower())
 
     train = validation = transfer = test = splits["test"].iloc[:0]
     if "train" in reads:
-        train, validation = _split_train(splits["train"], args.validation_samples, args.max_train_samples, seed)
+        train, validation = _split_train(splits, args.validation_samples, args.max_train_samples, seed)
     if "transfer" in reads:
         transfer = splits["transfer"]
         transfer = transfer.iloc[np.sort(stratified_order(transfer["label"], seed)[: args.max_transfer_samples])]
     if "test" in reads:
-        test = stratified_subset(splits["test"], args.max_test_samples, seed, "test")
+        test = splits["test"]
+        test = stratified_subset(test, args.max_test_samples, seed, "test") if is_labelled(test) else test
     subsets = {"train": train, "validation": validation, "transfer": transfer, "test": test}
     print("reviews:", ", ".join(f"{split} {len(table):,}" for split, table in subsets.items()))
     subsets = {split: table.reset_index(drop=True) for split, table in subsets.items()}
     return Reviews(**subsets, fingerprints=fingerprints)
+
+
+def is_labelled(table: pd.DataFrame) -> bool:
+    """Whether the reviews have labels; all of a split have, or none."""
+    return bool((table["label"] != UNLABELLED).any())
 
 
 def stratified_order(labels: pd.Series | np.ndarray, seed: int) -> np.ndarray:
@@ -106,144 +103,81 @@ def stratified_subset(table: pd.DataFrame, n: int | None, seed: int, split: str)
     return table
 
 
-def _split_train(table: pd.DataFrame, n_validation: int, n_train: int | None, seed: int) -> tuple[pd.DataFrame, ...]:
-    if len(table) < n_validation + MIN_TRAIN:
-        stop(f"train has {len(table)} reviews: too few for --validation-samples {n_validation} and {MIN_TRAIN} more")
-    if n_train is not None and n_train < MIN_TRAIN:
-        stop(f"--max-train-samples {n_train} is too few to train on: pass at least {MIN_TRAIN}")
-    if n_validation < MIN_TRAIN:
-        stop(f"--validation-samples {n_validation} is too few to choose a checkpoint: pass at least {MIN_TRAIN}")
+def _validation_size(splits: dict[str, pd.DataFrame]) -> int:
+    """A tenth of train, but as many reviews as the choice of a checkpoint needs; all of a validation split."""
+    n = len(splits["validation"]) if "validation" in splits else len(splits["train"]) // 10
+    return min(max(n, MIN_REVIEWS), MOST_VALIDATION)
+
+
+def _draw_test(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train and test of one table without duplicates; a text stays in its part when rows move or are added."""
+    table = _without_repeats(table, set(), "train")
+    digests = (hashlib.sha256(text.lower().encode("utf-8", "surrogatepass")).digest() for text in table["text"])
+    is_test = np.array([int.from_bytes(digest[:8], "big") % 5 == 0 for digest in digests], dtype=bool)
+    chosen = f"{is_test.sum():,} of {len(table):,} reviews"
+    print(f"there is no test split: a fifth, {chosen}, becomes it, chosen by a hash of the text")
+    return table[~is_test], table[is_test]
+
+
+def _split_train(
+    splits: dict[str, pd.DataFrame], n_validation: int, n_train: int | None, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train in its shuffled order, so that no prefix of it is of one class, and validation."""
+    table, validation = splits["train"], splits.get("validation")
+    if n_train is not None and n_train < MIN_REVIEWS:
+        stop(f"--max-train-samples {n_train} is too few to train on: pass at least {MIN_REVIEWS}")
+    if n_validation < MIN_REVIEWS:
+        stop(f"--validation-samples {n_validation} is too few to choose a checkpoint: pass at least {MIN_REVIEWS}")
     order = stratified_order(table["label"], seed)
-    validation = stratified_subset(table.iloc[np.sort(order[:n_validation])], None, seed, "validation")
-    # Train keeps the shuffled order, so that no prefix of it is of one class.
-    return stratified_subset(table.iloc[order[n_validation:][:n_train]], None, seed, "train"), validation
+    if validation is None:
+        most = len(table) - MIN_REVIEWS
+        if most < MIN_REVIEWS:
+            stop(f"train has {len(table)} reviews, too few: {2 * MIN_REVIEWS} would do, half of them for validation")
+        if n_validation > most:
+            stop(f"train has {len(table)} reviews, too few for --validation-samples {n_validation}: {most} would do")
+        order, validation = order[n_validation:], table.iloc[np.sort(order[:n_validation])]
+    else:
+        print("validation is a split of its own: --validation-samples bounds it, and none of train is held out")
+        if min(len(validation), len(table)) < MIN_REVIEWS:
+            held = f"validation has {len(validation)} reviews and train {len(table)}"
+            stop(f"{held}, too few: {MIN_REVIEWS} of each would do; without a validation file it is drawn from train")
+    validation = stratified_subset(validation, n_validation, seed, "validation")
+    return stratified_subset(table.iloc[order[:n_train]], None, seed, "train"), validation
 
 
-def _read_folder(folder: Path, needed: list[str]) -> dict[str, pd.DataFrame]:
-    """The table of each split, from one file (train.csv) or from parts (train-00000-of-00002.parquet)."""
-    tables = {}
-    for split in needed:
-        named = re.compile(rf"({'|'.join(FILE_NAMES[split])})([-_]?\d+(-of-\d+)?)?", re.IGNORECASE)
-        files = [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES and named.fullmatch(file.stem)]
-        if len({file.suffix for file in files}) > 1:
-            stop(f"{folder} has {split} in several formats ({', '.join(file.name for file in files)}): keep one")
-        if files:
-            tables[split] = pd.concat([_read_file(file) for file in files], ignore_index=True)
-        elif split == "transfer":
-            print(f"{folder} has no unlabelled reviews (unsupervised.*): the transfer set is empty")
-            tables[split] = pd.DataFrame({"text": [], "label": []})
-        else:
-            stop(f"{folder} has no {split} file: name it {split}.parquet, {split}.csv or {split}.jsonl")
-    return tables
-
-
-def _read_file(file: Path) -> pd.DataFrame:
-    return next(_tables(file))
-
-
-def _tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
-    """The file's rows as one table, or as tables of `size` rows; stops if it cannot be read.
-
-    JSON is one table, but JSON lines are not.
-    """
-    try:
-        if file.suffix == ".parquet":
-            whole = size is None
-            yield from (
-                [pd.read_parquet(file)] if whole else (b.to_pandas() for b in ParquetFile(file).iter_batches(size))
-            )
-        elif file.suffix == ".csv":
-            # pandas warns of a row with too many cells: its text has an unquoted comma.
-            warnings.filterwarnings("error", category=pd.errors.ParserWarning)
-            # "NA" and "null" are words of a review, and no column is an index.
-            found = pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False, chunksize=size)
-            yield from [found] if size is None else found
-        else:
-            lines = file.suffix == ".jsonl" or file.read_text(encoding="utf-8").lstrip()[:1] == "{"
-            options = {"dtype": False, "convert_dates": False, "lines": lines}
-            found = pd.read_json(file, **options, chunksize=size if lines else None)
-            yield from found if lines and size else [found]
-    except (ValueError, OSError, pd.errors.ParserWarning) as problem:  # pandas' and pyarrow's errors are ValueErrors
-        stop(f"{file} cannot be read as {file.suffix[1:]}: {hub.reason(problem)}")
-
-
-def read_in_chunks(file: Path, size: int) -> Iterator[pd.DataFrame]:
+def read_in_chunks(file: Path, size: int, column: str | None = None) -> Iterator[pd.DataFrame]:
     """Tables of at most `size` reviews, with `row` (the number in the file, from 0) and the cleaned `text`."""
-    if file.suffix not in SUFFIXES:
-        stop(f"{file} is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file: convert it to one of these")
     first = 0
-    for table in _tables(file, size):
-        texts = _clean_texts(table, str(file))
+    for table in files.tables(file, size):
+        texts = _clean_texts(table[columns.find_text(table, column, str(file))], str(file))
         yield pd.DataFrame({"row": range(first, first + len(texts)), "text": texts})
         first += len(texts)
 
 
-def _read_hub(name: str, needed: list[str]) -> dict[str, pd.DataFrame]:
-    """The table of each split of a dataset from the model hub or its cache."""
-    import datasets
-
-    if Path(name).is_file():
-        stop(f"{name} is a file: pass --dataset the folder that holds it, with train and test files")
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        stop(f"the dataset folder {name} does not exist: pass --dataset a folder or a hub name like stanfordnlp/imdb")
-    datasets.utils.logging.disable_progress_bar()
-    remedy = "pass --dataset a folder of parquet or CSV files"
-    try:
-        with hub.explained(f"the dataset {name}", remedy):
-            dataset = datasets.load_dataset(name)
-    # DatasetsError: a file that is not a table; RuntimeError: a dataset that is a script
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as problem:
-        stop(f"the dataset {name} cannot be read ({hub.reason(problem)}): {remedy}")
-    tables = {}
-    for split in needed:
-        parts = [dataset[key].to_pandas() for key in dataset if key in FILE_NAMES[split]]
-        if not parts and split != "transfer":
-            stop(f"the dataset {name} has no {split} split: pass --dataset a folder with a {split} file")
-        if not parts:
-            print(f"the dataset {name} has no unlabelled reviews (unsupervised): the transfer set is empty")
-        tables[split] = pd.concat(parts) if parts else pd.DataFrame({"text": [], "label": []})
-    return tables
-
-
-def _clean_texts(table: pd.DataFrame, owner: str) -> list[str]:
+def _clean_texts(column: pd.Series, owner: str) -> list[str]:
     """The text of each row, with single spaces and without line breaks of HTML; "" where there is none."""
-    column = next((name for name in TEXT_COLUMNS if name in table), None)
-    if column is None:
-        stop(
-            f"{owner}: none of the columns {', '.join(map(str, table.columns))} is named text: rename the reviews' one"
-        )
-    missing = table[column].isna()
-    if table.loc[~missing, column].map(lambda text: isinstance(text, bytes | list | dict | np.ndarray)).any():
+    missing = column.isna()
+    if column[~missing].map(lambda text: isinstance(text, bytes | list | dict | np.ndarray)).any():
         stop(f"{owner}: bytes or lists stand where text should be: decode them to strings first")
-    texts = ("" if absent else str(text) for text, absent in zip(table[column], missing))
+    texts = ("" if absent else str(text) for text, absent in zip(column, missing))
     # On 100,000 reviews split() and join() are twice as fast as a regular expression for white space.
     return [" ".join(text.replace("<br />", " ").replace("<br>", " ").replace("<br/>", " ").split()) for text in texts]
 
 
 def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
-    """A table with example_id, text (no <br />, single spaces) and label (0, 1 or -1)."""
-    label_column = next((name for name in LABEL_COLUMNS if name in table), None)
-    if not set(TEXT_COLUMNS) & set(table) or label_column is None and split != "transfer":
-        stop(f"the {split} reviews have the columns {', '.join(map(str, table.columns))}: name them text and label")
-    texts = _clean_texts(table, f"the {split} reviews")
-    labels = UNLABELLED if split == "transfer" else _parse_labels(table[label_column], split)
-    ids = [f"{split}/{row:05d}" for row in range(len(texts))]
-    cleaned = pd.DataFrame({"example_id": ids, "text": texts, "label": labels})
+    """A table with example_id, text (no <br />, single spaces) and label; stops if only some reviews have labels."""
+    texts = _clean_texts(table["text"], f"the {split} reviews")
+    ids = [f"{split}/{row:05d}" for row in table.index]
+    cleaned = pd.DataFrame({"example_id": ids, "text": texts, "label": table["label"].to_numpy()})
     cleaned = cleaned.astype({"text": "str", "label": "int64"})
-    empty = (cleaned["text"] == "") & (split != "test")
+    unlabelled = cleaned["label"] == UNLABELLED
+    empty = (cleaned["text"] == "") & (unlabelled | (split != "test"))
     if empty.any():
         print(f"{split}: left out {empty.sum()} reviews without text")
+    unlabelled &= ~empty
+    if split != "transfer" and unlabelled.any() and (split != "test" or is_labelled(cleaned)):
+        stop(f"{unlabelled.sum()} {split} reviews have no label: move them to an unsupervised file")
     return cleaned[~empty]
-
-
-def _parse_labels(column: pd.Series, split: str) -> np.ndarray:
-    labels = column.astype(str).str.strip().str.lower().map(LABEL_VALUES)
-    if labels.isna().any():
-        unknown = column[labels.isna()].astype(str).unique()[:3]
-        stop(f"the {split} labels include {', '.join(map(repr, unknown))}: use 0 and 1, or negative and positive")
-    if (labels == UNLABELLED).any():
-        stop(f"{(labels == UNLABELLED).sum()} {split} reviews have no label: move them to an unsupervised file")
-    return labels.to_numpy(dtype=np.int64)
 
 
 def _without_repeats(table: pd.DataFrame, seen: set[str], split: str) -> pd.DataFrame:
@@ -251,8 +185,9 @@ def _without_repeats(table: pd.DataFrame, seen: set[str], split: str) -> pd.Data
     known = keys.isin(seen)
     repeated = keys.duplicated() & ~known
     if known.any() or repeated.any():
-        earlier = "test" if split == "train" else "test or train"
-        print(f"{split}: left out {known.sum()} reviews that {earlier} holds too, and {repeated.sum()} duplicates")
+        earlier = "test or train" if split == "transfer" else "test"
+        shared = f"{known.sum()} reviews that {earlier} holds too, and " if seen else ""
+        print(f"{split}: left out {shared}{repeated.sum()} duplicates")
     return table[~known & ~repeated]
 
 

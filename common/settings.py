@@ -51,13 +51,16 @@ PRESETS: dict[str, dict[str, object]] = {
     },
 }
 
+# How a review set is read. The fingerprints of the reviews say what came of it.
+READING = ("text_column", "label_column", "negative_labels", "positive_labels")
 # These decide how or where a result is computed, not what it is. A finished step stays finished when they change.
 NOT_COMPARED = {
     "preset", "output_dir", "force", "precision", "num_processes", "micro_batch_size", "batch_tokens",
-    "gradient_checkpointing", "max_hours",
+    "gradient_checkpointing", "max_hours", *READING,
 }  # fmt: skip
 BATCH_TOKENS_HELP = "padded tokens per scoring batch; auto: 8192 on a GPU, 2048 on a CPU"
 _defaults: dict[str, object] = {}  # of the last `parse`, with the preset's values
+_typed: dict[str, object] = {}  # what the last `parse` found that differs from them
 
 
 class Stop(SystemExit):
@@ -130,7 +133,15 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
     add, precisions = parser.add_argument, ("auto", "fp32", "bf16", "fp16")
     add("--preset", choices=sorted(PRESETS), default="kaggle", help="table of defaults")
-    add("--dataset", help="hub name, or folder of train/test/unsupervised files (parquet, CSV, JSON lines)")
+    forms = "file or folder of reviews: train, test, and if there are some validation and unsupervised files, or one "
+    forms += "file without a split (CSV, TSV, JSON, JSON lines, parquet, Excel, also .gz; pos/ and neg/ folders; "
+    forms += "save_to_disk); or hub name, as nyu-mll/glue:sst2 with a configuration"
+    add("--dataset", help=forms)
+    add("--text-column", help="column of the texts; default: text, review, sentence or another common name")
+    add("--label-column", help="column of the labels; default: label, sentiment or another common name")
+    meaning = "labels that mean {}, where it is not clear; reviews with other labels are left out"
+    for name in ("negative", "positive"):
+        add(f"--{name}-labels", nargs="+", metavar="LABEL", help=meaning.format(name))
     add("--output-dir", default="outputs", help="folder that every step reads and writes")
     add("--seed", type=int, default=42, help="seed of splits, subsets, new heads and the order of training")
     if precision:
@@ -138,7 +149,8 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     add("--max-hours", type=hours, default="unlimited", help="time limit in hours; the same command then continues")
     add("--force", action=argparse.BooleanOptionalAction, default=False, help="delete this step's results and redo it")
     if "train" in reads:
-        add("--validation-samples", type=positive_int, default=2500, help="reviews of train that choose checkpoints")
+        validation = "reviews that choose checkpoints; auto: a tenth of train, from 16 to 2,500"
+        add("--validation-samples", type=count_or_auto, default="auto", help=validation)
         add("--max-train-samples", type=samples, default="all", help="number of labelled reviews, stratified; or 'all'")
     if "transfer" in reads:
         add("--max-transfer-samples", type=samples, default="all", help="number of unlabelled reviews; or 'all'")
@@ -193,15 +205,31 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be at least 0")
+    if "negative_labels" in args and (args.negative_labels is None) != (args.positive_labels is None):
+        parser.error("--negative-labels and --positive-labels belong together: pass both")
+    _typed.clear()
+    _typed.update({name: value for name, value in vars(args).items() if value != _defaults[name]})
     return args
+
+
+def default_of(name: str, otherwise: object) -> object:
+    """The default of a flag of this script, or `otherwise` if it has no such flag."""
+    return _defaults.get(name, otherwise)
+
+
+def in_words(name: str, value: object) -> object:
+    """A flag's value as it is typed; each flag has a word for None."""
+    if value is not None:
+        return value
+    words = {"max_hours": "unlimited", "price_per_hour": "none"}
+    return words.get(name, "all" if name.startswith("max_") else "auto")
 
 
 def start(args: argparse.Namespace, script: str) -> None:
     """Print the script's name and its settings; those that differ from the defaults come first."""
-    none_words = {"num_processes": "auto", "batch_tokens": "auto", "max_hours": "unlimited", "price_per_hour": "none"}
     changed, unchanged = [], []
     for name, value in sorted(vars(args).items()):
-        line = f"{name} = {none_words.get(name, 'all') if value is None else json.dumps(value, ensure_ascii=False)}"
+        line = f"{name} = {in_words(name, None) if value is None else json.dumps(value, ensure_ascii=False)}"
         (unchanged if _defaults.get(name) == value else changed).append(line)
     defaults = textwrap.fill(", ".join(unchanged), 98, initial_indent="  ", subsequent_indent="  ")
     print(f"{Path(script).name} with", *changed, sep="\n  ")
@@ -211,11 +239,13 @@ def start(args: argparse.Namespace, script: str) -> None:
             stop(f"{value}/ is missing: run python demo/make.py first")
 
 
-def next_command(args: argparse.Namespace, script: str) -> str:
-    """The command of a later script, with the flags that both scripts must share."""
-    names = ["preset", "dataset", "output_dir", "seed", "validation_samples"]
-    if script.startswith("05"):
-        names.remove("validation_samples")
-    changed = {name: getattr(args, name) for name in names if name in args and getattr(args, name) != _defaults[name]}
-    flags = (f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items())
-    return " ".join(["python", script, *flags])
+def next_command(script: str, *more: str) -> str:
+    """The command of a later script, with those flags of this one that both must share; `more` names further ones."""
+    names = ["preset", "dataset", *READING, "output_dir", "seed", *more]
+    if not script.startswith("05"):
+        names.append("validation_samples")
+    words = ["python", script]
+    for name in (name for name in names if name in _typed):
+        value = in_words(name, _typed[name])
+        words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)

@@ -74,10 +74,11 @@ def test_the_fingerprint_changes_with_a_text_or_a_label(data_args, reviews_folde
     assert before["dataset/test"] == after["dataset/test"]
 
 
-def test_markup_and_white_space_are_removed_and_other_alphabets_kept():
-    raw = ["Good.<br /><br />Fun!", "  two\n\tlines ", "Привет 世界 😀", "", None]
-    cleaned = data._clean(pd.DataFrame({"text": raw, "label": 1}), "test")
-    assert cleaned["text"].tolist() == ["Good. Fun!", "two lines", "Привет 世界 😀", "", ""]
+def test_markup_and_white_space_are_removed_and_other_alphabets_kept(data_args, reviews_folder):
+    raw = ["Good.<br /><br />Fun!", "  two\n\tlines ", "Привет 世界 😀", None]
+    rewrite(reviews_folder, "test", lambda table: table.assign(text=[*raw, *table["text"][4:]]))
+    texts = data.load_reviews(data_args, ALL).test["text"].tolist()
+    assert texts[:4] == ["Good. Fun!", "two lines", "Привет 世界 😀", ""]
 
 
 def test_reviews_without_text_leave_train_but_stay_in_test(data_args, reviews_folder, capsys):
@@ -86,54 +87,6 @@ def test_reviews_without_text_leave_train_but_stay_in_test(data_args, reviews_fo
     reviews = data.load_reviews(data_args, ALL)
     assert len(reviews.train) + len(reviews.validation) == 79 and len(reviews.test) == 20
     assert "train: left out 1 reviews without text" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "words", [("negative", "positive"), ("neg", "pos"), ("0", "1"), (" NEGATIVE", "Positive "), (0.0, 1.0)]
-)
-def test_labels_may_be_words_or_numbers(words):
-    gold = [0, 1, 1, 0]
-    table = pd.DataFrame({"text": "a", "label": [words[label] for label in gold]})
-    assert data._clean(table, "train")["label"].tolist() == gold
-
-
-def test_a_csv_with_quotes_commas_newlines_and_kaggles_column_names(data_args, reviews_folder):
-    table = pd.read_parquet(reviews_folder / "train.parquet")
-    (reviews_folder / "train.parquet").unlink()
-    table.loc[0, "text"] = 'He said "no, never",\nand NULL left; NA'
-    table.loc[1, "text"] = "NA"
-    named = pd.DataFrame({"review": table["text"], "sentiment": table["label"].map({0: "negative", 1: "positive"})})
-    named.to_csv(reviews_folder / "train.csv", index=False)
-    reviews = data.load_reviews(data_args, ALL)
-    both = pd.concat([reviews.train, reviews.validation]).set_index("example_id")
-    assert both.loc["train/00000", "text"] == 'He said "no, never", and NULL left; NA'
-    assert both.loc["train/00001", "text"] == "NA"
-    assert both["label"].value_counts().tolist() == [40, 40]
-
-
-def as_json_lines(train):
-    table = pd.read_parquet(train)
-    train.unlink()
-    table.to_json(train.with_suffix(".jsonl"), orient="records", lines=True)
-
-
-def in_parts(train):
-    table = pd.read_parquet(train)
-    train.unlink()
-    table.iloc[:30].to_parquet(train.with_name("train-00000-of-00002.parquet"))
-    table.iloc[30:].to_parquet(train.with_name("train-00001-of-00002.parquet"))
-
-
-def beside_other_files(train):
-    for name in ("train_predictions.parquet", "testament.parquet", "train.parquet.bak"):
-        train.with_name(name).write_bytes(train.read_bytes())
-
-
-@pytest.mark.parametrize("change", [as_json_lines, in_parts, beside_other_files])
-def test_the_same_reviews_in_other_files_are_the_same_dataset(data_args, reviews_folder, change):
-    before = data.load_reviews(data_args, ALL).fingerprints
-    change(reviews_folder / "train.parquet")
-    assert data.load_reviews(data_args, ALL).fingerprints == before
 
 
 def test_a_missing_transfer_set_is_said_and_empty(data_args, reviews_folder, capsys):
@@ -146,37 +99,73 @@ def test_a_missing_transfer_set_is_said_and_empty(data_args, reviews_folder, cap
     ("change", "words"),
     [
         (lambda table: table.assign(label=0), ("no positive",)),
-        (lambda table: table.assign(label=np.where(table["label"], "5 stars", "1 star")), ("'1 star'", "negative and")),
-        (lambda table: table.rename(columns={"text": "body", "label": "stars"}), ("body, stars", "text and label")),
         (lambda table: table.assign(text=table["text"].str.encode("utf-8")), ("bytes or lists",)),
         (lambda table: table.assign(text=table["text"].str.split()), ("bytes or lists",)),
-        (lambda table: table.iloc[::3], ("too few", "--validation-samples")),
+        (lambda table: table.assign(label=table["label"].where(table.index > 2)), ("3 train reviews have no label",)),
+        (lambda table: table.iloc[::3], ("27 reviews", "32 would do")),
+        (lambda table: table.iloc[::2], ("40 reviews", "--validation-samples 30", "24 would do")),
     ],
 )
 def test_a_table_that_is_no_table_of_reviews_is_refused(data_args, reviews_folder, stops, change, words):
+    data_args.validation_samples = 30
     rewrite(reviews_folder, "train", change)
     stops(lambda: data.load_reviews(data_args, ALL), *words)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("train.parquet", b"PAR1 no", ("train.parquet", "cannot be read")),
-        ("test.parquet", None, ("no test file",)),
-        ("test.csv", b"text,label\na,0\n", ("several formats", "test.csv, test.parquet")),
-        # An unquoted comma must not cut a text short.
-        ("train.csv", b"text,label\n" + 60 * b"first half, rest,1\n", ("train.csv", "cannot be read")),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(data_args, reviews_folder, stops, name, content, words):
-    if name == "train.csv":
-        (reviews_folder / "train.parquet").unlink()
-    (reviews_folder / name).unlink() if content is None else (reviews_folder / name).write_bytes(content)
-    stops(lambda: data.load_reviews(data_args, ALL), *words)
+@pytest.mark.parametrize(("rows", "validation"), [(400, 40), (40, 16), (30_000, 2500)])
+def test_validation_is_by_default_a_tenth_of_train_within_bounds_and_becomes_a_setting(
+    data_args, reviews_folder, rows, validation
+):
+    rewrite(reviews_folder, "train", lambda _: pd.DataFrame({"text": range(rows), "label": np.arange(rows) % 2}))
+    data_args.validation_samples = None
+    assert len(data.load_reviews(data_args, ALL).validation) == data_args.validation_samples == validation
 
 
-def test_a_file_instead_of_its_folder_and_a_missing_folder_are_named(data_args, reviews_folder, stops):
-    data_args.dataset = str(reviews_folder / "train.parquet")
-    stops(lambda: data.load_reviews(data_args, ALL), "is a file", "the folder")
-    data_args.dataset = "./nowhere"
-    stops(lambda: data.load_reviews(data_args, ALL), "does not exist")
+@pytest.mark.parametrize("asked", [None, 20])
+def test_a_validation_file_is_validation_within_the_flags_bound_and_its_texts_leave_train(
+    data_args, reviews_folder, capsys, asked
+):
+    train = pd.read_parquet(reviews_folder / "train.parquet")
+    shared = train.iloc[[0, -1]]
+    train.assign(text="valid " + train["text"]).pipe(lambda own: pd.concat([own, shared])).to_csv(
+        reviews_folder / "Valid.csv", index=False
+    )
+    data_args.validation_samples = asked
+    reviews = data.load_reviews(data_args, ALL)
+    assert len(reviews.train) == 78 and len(reviews.validation) == data_args.validation_samples == (asked or 82)
+    assert not set(reviews.train["text"]) & set(shared["text"])
+    assert "dataset/validation" in reviews.fingerprints and "a split of its own" in capsys.readouterr().out
+
+
+def test_without_a_test_split_a_fifth_becomes_it_and_stays_when_rows_move_or_are_added(
+    data_args, reviews_folder, capsys
+):
+    texts = [f"film {row}" for row in range(500)]
+    table = pd.DataFrame({"text": [*texts, *texts[:50]], "label": [*np.arange(500) % 2, *np.arange(50) % 2]})
+    table.to_csv(reviews_folder / "all.csv", index=False)
+    data_args.dataset = str(reviews_folder / "all.csv")
+    first = data.load_reviews(data_args, ALL)
+    assert 70 < len(first.test) < 130 and len(first.train) + len(first.validation) + len(first.test) == 500
+    assert not set(first.test["text"]) & {*first.train["text"], *first.validation["text"]}
+    assert "there is no test split: a fifth" in capsys.readouterr().out
+    benchmark = data.load_reviews(data_args, ("test",))
+    assert benchmark.test.equals(first.test) and benchmark.fingerprints.items() <= first.fingerprints.items()
+    more = pd.DataFrame({"text": ["another"] * 2 + ["a third"], "label": [0, 1, 1]})
+    pd.concat([more, table.sample(frac=1, random_state=1)]).to_csv(reviews_folder / "all.csv", index=False)
+    assert set(first.test["text"]) == set(data.load_reviews(data_args, ALL).test["text"]) - {"another", "a third"}
+
+
+@pytest.mark.parametrize("labels", [-1, None, "absent"])
+def test_a_test_split_without_labels_serves_its_texts_alone(data_args, reviews_folder, stops, labels):
+    rewrite(reviews_folder, "test", lambda table: table.drop(columns="label"))
+    if labels != "absent":
+        rewrite(reviews_folder, "test", lambda table: table.assign(label=labels))
+    assert len(data.load_reviews(data_args, ("train", "transfer")).train) == 60
+    unscored = data.load_reviews(data_args, ("train", "test"), scores_test=False)
+    assert len(unscored.test) == 20 and not data.is_labelled(unscored.test)
+    stops(lambda: data.load_reviews(data_args, ("test",)), "the test reviews have no labels", "take the test file away")
+
+
+def test_a_test_split_with_some_labels_is_refused(data_args, reviews_folder, stops):
+    rewrite(reviews_folder, "test", lambda table: table.assign(label=table["label"].where(table.index > 4)))
+    stops(lambda: data.load_reviews(data_args, ALL), "5 test reviews have no label")

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from conftest import TINY_SIZES
 
-from common import data
+from common import data, files
 from demo import make as demo
 
 SMALL = {"train": 60, "test": 40, "unsupervised": 50}
@@ -42,7 +42,7 @@ def test_the_demo_is_what_load_reviews_reads_and_is_made_once(tiny, capsys):
     demo.main(["--output-dir", str(tiny)])
     assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == before
     assert "exists already" in capsys.readouterr().out
-    assert set(data._read_folder(tiny / "reviews", ["train", "test", "transfer"])) == {"train", "test", "transfer"}
+    assert set(files._find(tiny / "reviews")) == {"train", "test", "transfer"}
 
 
 def test_the_same_seed_gives_the_same_weights_and_vocabularies(tiny, tmp_path):

@@ -1,0 +1,404 @@
+"""Review sets in the forms that people have: the files of each split, found and read into tables."""
+
+import argparse
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import textwrap
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pandas as pd
+from pyarrow.parquet import ParquetFile
+
+from common import columns, hub
+from common.settings import stop
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "development"),
+    "test": ("test", "testing"),
+    "transfer": ("unsupervised", "unsup", "unlabelled", "unlabeled", "transfer"),
+}
+FORMATS = (".parquet", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xlsx", ".arrow")
+SEPARATED, PACKED = (".csv", ".tsv", ".txt"), (".gz", ".zip")
+NOT_REVIEWS = "readme license licence notice citation requirements state dataset_info dataset_infos dataset_dict"
+FOREIGN_SHARE = 0.15  # of bytes above 127: Western European text in cp1252 has a third of it, other alphabets more
+REMEDY = f"pass --dataset a file, or a folder with train and test files ({', '.join(FORMATS[:-1])}, also .gz)"
+
+
+def read(args: argparse.Namespace, reads: tuple[str, ...]) -> dict[str, pd.DataFrame]:
+    """The table of each split that is there: `text` as it stands, and `label` (0, 1, or -1 for none).
+
+    The index is the row in the split's files. `reads` names splits. Test is always read, train where there is no test,
+    and validation with train. Stops, with what is there and what to do, if the reviews cannot be read rightly.
+    """
+    path, load = Path(args.dataset).expanduser(), _read
+    if path.is_file():
+        found = {"train": [path]}
+    elif path.is_dir():
+        found = _find(path)
+        if not found.keys() & ({"train"} if "train" in reads else {"train", "test"}):
+            held = [f"{entry.name}{'/' if entry.is_dir() else ''}" for entry in sorted(path.iterdir())]
+            stop(f"{path} has no train file (it holds {_short(held) or 'nothing'}): {REMEDY}")
+    else:
+        found, load = _open_hub(args.dataset)
+    needed = {*reads, "test", *(["validation"] if "train" in reads else []), *([] if "test" in found else ["train"])}
+    tables = {}
+    for split in (split for split in SPLITS if split in needed & found.keys()):
+        parts = []
+        for source in found[split]:
+            table, shown = load(source), str(source).removeprefix(f"{path}/").replace(str(path), path.name)
+            print(f"{shown}: {len(table):,} rows, {split}")
+            parts.append(columns.text_and_label(table, shown, args, split))
+        tables[split] = pd.concat(parts, ignore_index=True)
+    if "transfer" in needed - found.keys():
+        print(f"{args.dataset} has no unlabelled reviews (unsupervised.*): the transfer set is empty")
+        tables["transfer"] = pd.DataFrame({"text": [], "label": []})
+    return columns.number_labels(tables, args.negative_labels, args.positive_labels)
+
+
+# Finding
+
+
+class _Name(NamedTuple):
+    """What the name of a file, folder or hub split says."""
+
+    split: str | None
+    exact: bool  # the split's name and nothing else, as in train.csv or train-00000-of-00002.parquet
+    group: tuple  # the same for all parts of one table
+    part: int | None
+    parts: int | None
+
+
+def _parse(name: str) -> _Name:
+    suffix = "".join(re.findall(rf"(?:\.(?:{'|'.join(kind[1:] for kind in FORMATS + PACKED)}))+$", name, re.IGNORECASE))
+    stem = name.removesuffix(suffix).removesuffix("/")
+    numbered = re.fullmatch(r"(.*?)[-_ .]?(\d+)(?:[-_]of[-_](\d+))?", stem)
+    base, part, parts = numbered.groups() if numbered else (stem, None, None)
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", base)]
+    splits = [split for split, names in SPLITS.items() if set(names) & set(words)]
+    # Kaggle has an unlabeledTrainData.tsv.
+    split = "transfer" if "transfer" in splits else splits[0] if len(splits) == 1 else None
+    exact = split is not None and base.lower() in SPLITS[split] and (part is None or parts is not None)
+    group = (base.lower(), parts or part is not None, suffix.lower())
+    return _Name(split, exact, group, part and int(part), parts and int(parts))
+
+
+def _find(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
+    """The files of each split in a folder, or else in the only one of its folders that has some; empty: none."""
+    files, folders = _entries(folder)
+    found = {file.name: [file] for file in files if not _is_text(file) or _parse(file.name).split}
+    for inner in folders:
+        if _parse(inner.name).split or _is_saved(inner):
+            found[f"{inner.name}/"] = _only_set(inner)
+            for unlabelled in (sub for sub in _entries(inner)[1] if _parse(sub.name).split == "transfer"):
+                found[f"{unlabelled.name}/"] = _only_set(unlabelled)
+    splits, left = _choose({name: paths for name, paths in found.items() if paths}, str(folder))
+    if splits.keys() <= {"transfer"}:
+        if whole := _only_set(folder, splits.get("transfer", [])):
+            return splits | {"train": whole}
+        inside = {inner.name: below for inner in folders if depth and (below := _find(inner, depth - 1))}
+        if len(inside) > 1:
+            stop(f"{folder} holds several review sets ({_short(inside)}): pass one of these folders as --dataset")
+        return next(iter(inside.values()), splits)
+    unnamed = [name for name in left if _parse(name).split is None]
+    if "test" not in splits and unnamed:
+        remedy = "rename it to test, or take it away: then a fifth of train becomes test"
+        stop(f"{folder} has no test file, but {_short(unnamed)}: {remedy}")
+    return splits
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files that may hold reviews, and the folders; hidden and foreign ones are ignored."""
+    try:
+        paths = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._"]
+    except OSError as problem:
+        stop(f"{folder} cannot be read: {problem.strerror}")
+    files = [
+        path for path in paths if _format(path.name) and path.name.split(".")[0].lower() not in NOT_REVIEWS.split()
+    ]
+    return [path for path in files if path.is_file()], [path for path in paths if path.is_dir()]
+
+
+def _format(name: str) -> str | None:
+    """The suffix that says how to read a file, without case and packing; ".zip" where its one file decides."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if suffixes[-1:] and suffixes[-1] in PACKED:
+        return next((suffix for suffix in suffixes[-2:-1] if suffix in FORMATS), {".zip": ".zip"}.get(suffixes[-1]))
+    return next((suffix for suffix in suffixes[-1:] if suffix in FORMATS), None)
+
+
+def _choose(found: dict[str, list], where: str) -> tuple[dict[str, list], list[str]]:
+    """What each split is read from, and the names that are left out; stops at two candidates or a missing part.
+
+    `found` maps names to what they hold. Exact names go before longer and numbered ones.
+    """
+    chosen, left = {}, set(found)
+    for split in SPLITS:
+        names = [name for name in found if _parse(name).split == split]
+        names = _one_table([name for name in names if _parse(name).exact] or names, where, split)
+        if names:
+            chosen[split] = [held for name in names for held in found[name]]
+            left -= set(names)
+    if chosen and left:
+        print(f"left out: {_short(sorted(left))}")
+    return chosen, sorted(left)
+
+
+def _one_table(names: list[str], where: str, what: str) -> list[str]:
+    """The parts of one table in their order; stops if they are of several tables, or if one is missing."""
+    names = sorted(names, key=lambda name: (_parse(name).part or 0, name))
+    numbers, groups = [_parse(name).part for name in names], {_parse(name).group for name in names}
+    if len(groups) > 1 or len(names) > 1 and min(numbers) > 1:  # reviews_2019 and reviews_2020 are no parts
+        remedy = "keep one, name them train and test, or pass one of them as --dataset"
+        stop(f"{where} holds several candidates for {what} ({_short(names)}): {remedy}")
+    total = _parse(names[0]).parts if names else None
+    if total or len(names) > 1:
+        first = 0 if 0 in numbers else 1
+        expected = range(first, first + total) if total else range(first, max(numbers) + 1)
+        if missing := sorted(set(expected) - set(numbers)):
+            lacks = f"part {missing[0] - first + 1} of {total or 'several'}"
+            stop(f"{where} lacks {lacks} beside {_short(names)}: add it, or pass one file as --dataset")
+    return names
+
+
+def _only_set(folder: Path, taken: list[Path] = ()) -> list[Path]:
+    """What a folder holds if no name says a split: one table, its parts, or the folder of texts itself."""
+    if _is_saved(folder) or _class_folders(folder):
+        return [folder]
+    files = [file for file in _entries(folder)[0] if file not in taken]
+    if len(files) > 1 and all(map(_is_text, files)):
+        return [folder]
+    files = {file.name: file for file in files if not _is_text(file) or len(files) == 1}
+    return [files[name] for name in _one_table(list(files), str(folder), "one table")]
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Folders with a text file a review, named after the label: Stanford's pos and neg, or others."""
+    folders = [inner for inner in _entries(folder)[1] if not _parse(inner.name).split and _texts(inner)]
+    known = {label for pair in columns.PAIRS for label in pair}
+    return folders if len(folders) > 1 or known & {columns.plain_label(inner.name) for inner in folders} else []
+
+
+def _texts(folder: Path) -> list[Path]:
+    return [file for file in _entries(folder)[0] if _is_text(file)]
+
+
+def _is_text(file: Path) -> bool:
+    return file.suffix.lower() == ".txt"
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file()  # by Dataset.save_to_disk
+
+
+def _short(names) -> str:
+    return textwrap.shorten(", ".join(names), 300, placeholder=" ...")
+
+
+# Reading
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """A whole table: a file, a folder of save_to_disk, or folders of text files."""
+    if _is_saved(path) or not path.is_dir():
+        return next(tables(path))
+    rows, foreign = [], 0
+    for inner in _class_folders(path) or [path]:
+        for file in _texts(inner):
+            try:
+                text = file.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError:
+                text, foreign = file.read_text(encoding="cp1252", errors="replace"), foreign + 1
+            rows.append({"text": text} | ({} if inner == path else {"label": inner.name}))
+    if foreign:
+        print(f"{path.name}: {foreign:,} files are not UTF-8 and were read as cp1252")
+    return pd.DataFrame(rows)
+
+
+def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
+    """The file's rows as one table, or as tables of at most `size` rows; stops if it cannot be read.
+
+    Where a dataset names its classes, the names replace their numbers. Arrow, Excel and JSON files are one table, but
+    JSON lines are not.
+    """
+    kind = ".arrow" if _is_saved(file) else _format(file.name)
+    if kind is None:
+        stop(f"{file} is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file: save it as one of these, best CSV UTF-8")
+    try:
+        if kind == ".zip":
+            kind = _format(_member(zipfile.ZipFile(file)))
+        if kind == ".arrow":
+            import datasets
+
+            yield _of_dataset((datasets.load_from_disk if file.is_dir() else datasets.Dataset.from_file)(str(file)))
+        elif kind == ".parquet":
+            parquet = ParquetFile(_open(file))
+            info = json.loads((parquet.schema_arrow.metadata or {}).get(b"huggingface", "{}")).get("info", {})
+            features = {name: kind for name, kind in info.get("features", {}).items() if isinstance(kind, dict)}
+            names = {name: kind["names"] for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+            batches = [parquet.read()] if size is None else parquet.iter_batches(size)
+            yield from (_with_class_names(batch.to_pandas(), names) for batch in batches)
+        elif kind == ".xlsx":
+            sheets = pd.read_excel(_open(file), sheet_name=None, dtype=str, keep_default_na=False)
+            sheets = {name: sheet for name, sheet in sheets.items() if len(sheet)}
+            if len(sheets) != 1:
+                stop(f"{file} has {len(sheets)} sheets with rows ({_short(sheets)}): save each as CSV")
+            yield from sheets.values()
+        elif kind in SEPARATED:
+            # pandas warns of a row with too many cells: its text has an unquoted comma.
+            warnings.filterwarnings("error", category=pd.errors.ParserWarning)
+            # "NA" and "null" are words of a review, and no column is an index.
+            options = {"dtype": str, "keep_default_na": False, "index_col": False, "skipinitialspace": True}
+            found = pd.read_csv(_open(file), **options, **_dialect(file), chunksize=size)
+            yield from [found] if size is None else found
+        else:
+            yield from map(pd.DataFrame, _json_tables(file, kind, size))
+    except ImportError:
+        stop(f"{file} can be read where openpyxl is installed: pip install openpyxl, or save it as CSV UTF-8")
+    # ValueErrors: pandas', json's and most of pyarrow's errors; EOFError, zlib and zip: damaged packing
+    except (
+        ValueError, OSError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile, csv.Error,
+        pd.errors.ParserWarning,
+    ) as problem:  # fmt: skip
+        remedy = "quote texts that hold the separator, and name the columns in the first line, as in text,label"
+        remedy = f"; {remedy}" if kind in SEPARATED else ""
+        stop(f"{file} cannot be read as {kind[1:]}: {hub.reason(problem)}{remedy}")
+
+
+def _open(file: Path) -> BinaryIO:
+    """The file's bytes, unpacked."""
+    if file.suffix.lower() == ".zip":
+        archive = zipfile.ZipFile(file)
+        return archive.open(_member(archive))
+    return gzip.open(file) if file.suffix.lower() == ".gz" else open(file, "rb")
+
+
+def _member(archive: zipfile.ZipFile) -> str:
+    """The name of the only table in a zip file."""
+    names = [name for name in archive.namelist() if _format(name) and not name.startswith("__MACOSX")]
+    if len(names) != 1:
+        stop(f"{archive.filename} holds {len(names)} files of reviews, not one: unpack it, and pass the folder")
+    return names[0]
+
+
+def _encoding(file: Path) -> str:
+    """utf-8-sig, utf-16 by its mark, or cp1252, a Western spreadsheet's; stops if it seems to be another one."""
+    high = total = 0
+    decoder, is_utf8 = codecs.getincrementaldecoder("utf-8")(), True
+    with _open(file) as handle:
+        for block in iter(partial(handle.read, 1 << 20), b""):
+            if not total and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return "utf-16"
+            total += len(block)
+            high += len(block) - len(block.decode("ascii", "ignore"))
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError:
+                is_utf8 = False
+    if is_utf8:
+        return "utf-8-sig"
+    if high > FOREIGN_SHARE * total:
+        stop(f"{file} is neither UTF-8 nor Western European text: save it as CSV UTF-8")
+    print(f"{file.name} is not UTF-8 and was read as cp1252; if its accents look wrong, save it as CSV UTF-8")
+    return "cp1252"
+
+
+def _dialect(file: Path) -> dict:
+    """read_csv's encoding, separator, quotes and escapes."""
+    encoding, known = _encoding(file), {*columns.TEXTS.split(), *columns.LABELS.split()}
+    with io.TextIOWrapper(_open(file), encoding) as lines:
+        header = next(lines, "")
+
+        def names(mark: str) -> list[str]:
+            return next(csv.reader([header], delimiter=mark, skipinitialspace=True), [])
+
+        mark = max(",;\t|", key=lambda mark: (len(known & set(map(columns.plain_name, names(mark)))), len(names(mark))))
+        separators = len(names(mark)) - 1
+        # Of one column, commas are a text's own.
+        dialect = {"encoding": encoding, "sep": mark if separators > 0 else "\x1f"}
+        even, odd_quotes, escapes = True, False, False
+        for line in lines:
+            even = even and (separators < 1 or line.count(mark) == separators or not line.strip())
+            odd_quotes = odd_quotes or line.count('"') % 2 == 1
+            escapes = escapes or re.search(r'\\"[^,;\t|\r\n"]', line) is not None
+    if even and odd_quotes:  # each line is a row, so quotation marks are a text's own
+        return dialect | {"quoting": csv.QUOTE_NONE}
+    return dialect | {"escapechar": "\\" if escapes else None}
+
+
+def _json_tables(file: Path, kind: str, size: int | None) -> Iterator[list | dict]:
+    """Lists of objects, or a dictionary of columns. Lines come `size` at a time."""
+    with io.TextIOWrapper(_open(file), _encoding(file)) as handle:
+        if kind == ".json":
+            try:
+                yield _json_rows(json.load(handle), file)
+                return
+            except json.JSONDecodeError:  # several lines of JSON, or damaged
+                handle.seek(0)
+        rows = (json.loads(line) for line in handle if line.strip())
+        yield from iter(lambda: list(itertools.islice(rows, size)), [])
+
+
+def _json_rows(content: object, file: Path) -> list | dict:
+    """The rows in a JSON file: a list, a list under one key, columns, or a single row."""
+    if not isinstance(content, dict):
+        return content
+    lists = {
+        key: rows for key, rows in content.items() if isinstance(rows, list) and isinstance((rows or [0])[0], dict)
+    }
+    if len(lists) > 1:
+        stop(f"{file} holds several tables ({_short(lists)}): write each to a file of its own")
+    if lists:
+        return next(iter(lists.values()))
+    return content if any(isinstance(value, list | dict) for value in content.values()) else [content]
+
+
+def _of_dataset(dataset) -> pd.DataFrame:
+    """The table of a `datasets.Dataset`."""
+    names = {name: kind.names for name, kind in dataset.features.items() if hasattr(kind, "names")}
+    return _with_class_names(dataset.to_pandas(), names)
+
+
+def _with_class_names(table: pd.DataFrame, names: dict[str, list[str]]) -> pd.DataFrame:
+    """The table with each class number replaced by the dataset's own name; -1 is a missing one."""
+    for column in names.keys() & set(table):
+        codes = table[column].fillna(columns.UNLABELLED).astype("int64")
+        table[column] = pd.Categorical.from_codes(codes, names[column])
+    return table
+
+
+def _open_hub(dataset_name: str) -> tuple[dict[str, list[str]], Callable[[str], pd.DataFrame]]:
+    """The names of each split of a dataset on the hub or in its cache, and the function that reads one."""
+    import datasets
+
+    name, _, configuration = dataset_name.partition(":")
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        examples = "stanfordnlp/imdb or nyu-mll/glue:sst2"
+        stop(f"{dataset_name} does not exist: pass --dataset a file, a folder or a hub name like {examples}")
+    datasets.utils.logging.disable_progress_bar()
+    remedy = "pass --dataset a folder of parquet or CSV files"
+    try:
+        with hub.explained(f"the dataset {name}", remedy):
+            dataset = datasets.load_dataset(name, configuration or None)
+    # DatasetsError: a file that is not a table; RuntimeError: a dataset that is a script
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as problem:
+        if choices := re.search(r"onfig name is missing.*?\[(.*?)\]", str(problem), re.DOTALL):
+            names = choices[1].replace("'", "")
+            pick = f"--dataset {name}:{names.split(',')[0]}"
+            stop(f"the dataset {name} has several configurations ({names}): pass one, such as {pick}")
+        stop(f"the dataset {name} cannot be read ({hub.reason(problem)}): {remedy}")
+    splits, _ = _choose({key: [key] for key in dataset}, f"the dataset {name}")
+    if "train" not in splits:
+        stop(f"the dataset {name} has no train split (it has {_short(dataset)}): {remedy}")
+    return splits, lambda split: _of_dataset(dataset[split])
