@@ -22,7 +22,7 @@ import numpy as np
 from common import artifacts, data, device, export, memory, metrics, models, scoring, settings
 
 STEP = "02_roberta"
-COLLAPSED = "pass --force with another --seed, a smaller --learning-rate or a larger --warmup-fraction"
+COLLAPSED = "pass --force with a smaller --learning-rate or a larger --warmup-fraction"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ import numpy as np
 from common import artifacts, data, device, memory, metrics, models, scoring, settings, verbalizer
 
 STEP = "03_mistral"
-COLLAPSED = "pass --force with another --seed or a smaller --learning-rate"
+COLLAPSED = "pass --force with a smaller --learning-rate or more --epochs"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

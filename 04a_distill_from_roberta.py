@@ -61,7 +61,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
         if split == "train":
             distill.refuse_bad_teacher(logits[0], table["label"].to_numpy(), split)
         else:
-            distill.refuse_one_class(logits[-1])
+            distill.refuse_one_class(logits[-1], reviews.train["label"].to_numpy())
         if args.feature_weight > 0:
             file = artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}_features.npy")
             features.append((artifacts.read_array(file, len(file_ids)), rows))

@@ -38,8 +38,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     settings.add_student_flags(parser)
     add = parser.add_argument
     calibration = "shift of the label log-odds; batch: subtract the mean over the transfer set (no labels, but "
-    calibration += "balanced classes needed); fitted: use a bias and a temperature fitted on validation"
-    add("--calibration", choices=("batch", "fitted", "none"), default="batch", help=calibration)
+    calibration += "balanced classes needed); fitted: use a bias and a temperature fitted on validation; auto: the one "
+    calibration += "of the three with the best held-out NLL on validation"
+    add("--calibration", choices=("auto", "batch", "fitted", "none"), default="auto", help=calibration)
     add("--adapter", action=argparse.BooleanOptionalAction, default=True, help="score with 03's adapter")
     add("--mistral-model", help="hub name or folder of the causal LM; default for this and the next three: 03's value")
     add("--prompt", help="question to the LLM, with {review} in the place of the review")
@@ -111,72 +112,64 @@ def save_soft_labels(
         scoring.in_chunks(folder, split, getattr(reviews, split), scoring.LOG_PROBABILITIES, score, chunk=250)
 
 
-def calibrate(
-    chosen: str, log_odds: dict[str, np.ndarray], labels: np.ndarray
-) -> tuple[float, float, dict[str, dict[str, float]]]:
-    """Bias and temperature of the chosen calibration, and the teacher's figures on validation with each one."""
-    bias = verbalizer.batch_calibration(log_odds["transfer" if "transfer" in log_odds else "train"])
-    calibrations = {"none": (0.0, 1.0), "batch": (bias, 1.0)}
-    quality = {
-        name: metrics.describe(labels, verbalizer.teacher_logits(log_odds["validation"], *shift))
-        for name, shift in calibrations.items()
-    }
-    # For an LLM near chance a fit means nothing, and may not exist.
-    if chosen == "fitted" or quality["batch"]["accuracy"] > 0.5 + 2 / np.sqrt(len(labels)):
-        calibrations["fitted"] = verbalizer.fitted_calibration(log_odds["validation"], labels)
-        held_out = verbalizer.out_of_fold(log_odds["validation"], labels)
-        quality["fitted"] = metrics.describe(labels, verbalizer.teacher_logits(held_out))
-    return *calibrations[chosen], quality
-
-
-def read_teacher(args: argparse.Namespace, reviews: data.Reviews, llm: dict, folder: Path) -> tuple:
-    """The teacher's calibrated arrays for train, then transfer; its logits, the calibration, its figures on validation.
-
-    Stops if the LLM is at chance, or is not the one that 03 trained: its student would be random.
-    """
-    from common import distill, training
+def read_scores(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -> dict[str, np.ndarray]:
+    """The LLM's (n, 2) label log-probabilities by split, in the order of the reviews."""
+    from common import distill
 
     log_p = {}
     for split in scored_splits(args, reviews):
         file_ids, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
-        rows = distill.teacher_rows(
-            file_ids, getattr(reviews, split)["example_id"], split, "04b_distill_from_mistral.py"
-        )
-        log_p[split] = scores[rows]
-    log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
-    labels = reviews.validation["label"].to_numpy()
-    bias, temperature, quality = calibrate(args.calibration, log_odds, labels)
-    learned = np.concatenate([log_odds[split] for split in ("train", "transfer") if split in log_odds])
-    teacher_logits = verbalizer.teacher_logits(learned, bias, temperature)
-    if "train" not in log_odds:  # gold labels alone: zeros stand in the labelled rows, and no loss reads them
-        teacher_logits = np.concatenate([np.zeros((len(reviews.train), 2), np.float32), teacher_logits])
-    mass = verbalizer.label_mass(log_p["validation"])
+        example_ids = getattr(reviews, split)["example_id"]
+        log_p[split] = scores[distill.teacher_rows(file_ids, example_ids, split, artifacts.SCRIPTS[STEP])]
+    return log_p
 
+
+def check_llm(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
+    """The label mass on validation; stops if the LLM is not the one that 03 trained."""
+    mass = verbalizer.label_mass(log_p)
     print(f"label mass p(positive) + p(negative): {mass:.3f}")
     if mass < LOW_LABEL_MASS:
         print("warning: the LLM prefers other words to the label words; its ranking may still be good")
-    spread = np.percentile((learned - bias) / temperature, (5, 50, 95))
-    print("log-odds of the soft labels: 5% {:.2f}, median {:.2f}, 95% {:.2f}".format(*spread))
-    for name, scores in quality.items():
-        note = f" (in use: minus {bias:.3f}, divided by {temperature:.3f})" if name == args.calibration else ""
-        print(
-            f"teacher on validation, calibration {name}: accuracy {metrics.in_words(scores)}, "
-            f"NLL {scores['nll']:.3f}, ECE {scores['ece']:.3f}{note}"
-        )
-    accuracy, recorded = quality["none"]["accuracy"], llm.get("validation_accuracy")
+    accuracy, recorded = metrics.accuracy(labels, log_p.argmax(axis=1)), llm.get("validation_accuracy")
     if recorded is not None and abs(accuracy - recorded) > max(OTHER_TEACHER, 2 / len(labels)):
         settings.stop(
             f"the LLM's validation accuracy is {accuracy:.3f} here and was {recorded:.3f} in 03: "
             f"is {llm['base']} still the base that the adapter was trained on?"
         )
-    validation_logits = verbalizer.teacher_logits(log_odds["validation"], bias, temperature)
-    distill.refuse_bad_teacher(validation_logits, labels, "validation")
-    training.refuse_collapse(validation_logits, labels, CANNOT_TEACH)
-    if "transfer" in log_odds:
-        distill.refuse_one_class(verbalizer.teacher_logits(log_odds["transfer"], bias, temperature))
-    calibration = {"calibration": args.calibration, "bias": bias, "calibration_temperature": temperature}
-    figures = {"label_mass": round(mass, 6)} | {f"teacher_{name}": scores for name, scores in quality.items()}
-    return {"teacher_logits": teacher_logits}, validation_logits, calibration, figures
+    return round(mass, 6)
+
+
+def calibrate(
+    asked: str, log_odds: dict[str, np.ndarray], labels: np.ndarray
+) -> tuple[str, verbalizer.Calibration, dict[str, dict[str, float]]]:
+    """The calibration in use with its name, and by name the teacher's held-out figures on validation with each.
+
+    Stops if the teacher cannot teach: its student would be random.
+    """
+    from common import distill, training
+
+    validation, transfer = log_odds["validation"], log_odds.get("transfer", np.empty(0))
+    made = verbalizer.calibrations(validation, labels, transfer, asked)
+    chosen = verbalizer.best_calibration(made, validation, labels, transfer) if asked == "auto" else asked
+    figures = {name: metrics.describe(labels, verbalizer.teacher_logits(one.held_out)) for name, one in made.items()}
+    for name, scores in figures.items():
+        used = f" (in use: minus {made[name].bias:.3f}, divided by {made[name].temperature:.3f})"
+        print(
+            f"teacher on validation, calibration {name}: accuracy {metrics.in_words(scores)}, "
+            f"NLL {scores['nll']:.3f}, ECE {scores['ece']:.3f}{used if name == chosen else ''}"
+        )
+    logits = made[chosen].logits(validation)
+    distill.refuse_bad_teacher(logits, labels, "validation")
+    training.refuse_collapse(logits, labels, CANNOT_TEACH)
+    distill.refuse_one_class(made[chosen].logits(transfer), labels)
+    return chosen, made[chosen], figures
+
+
+def soft_labels(reviews: data.Reviews, log_odds: dict[str, np.ndarray], calibration) -> dict[str, np.ndarray]:
+    """The teacher's calibrated logits for train, then transfer. No loss reads those of a split that was not scored."""
+    unread = {split: np.zeros(len(getattr(reviews, split))) for split in ("train", "transfer")}
+    odds = np.concatenate([log_odds.get(split, zeros) for split, zeros in unread.items()])
+    return {"teacher_logits": calibration.logits(odds)}
 
 
 def check_inputs(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
@@ -217,19 +210,25 @@ def main(argv: list[str] | None = None) -> None:
 
     save_soft_labels(args, reviews, llm, adapter, hardware, folder / "soft_labels")
     memory.free()  # the LLM's memory, for the student
-    teacher, validation_logits, calibration, figures = read_teacher(args, reviews, llm, folder / "soft_labels")
-    logits = train_student(args, hardware, folder, reviews, teacher)
+    labels, log_p = reviews.validation["label"].to_numpy(), read_scores(args, reviews, folder / "soft_labels")
+    label_mass = check_llm(llm, log_p["validation"], labels)
+    log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
+    chosen, calibration, figures = calibrate(args.calibration, log_odds, labels)
+    logits = train_student(args, hardware, folder, reviews, soft_labels(reviews, log_odds, calibration))
 
-    scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
-    models_used = {"student": args.student_model, "teacher": llm["base"], "max_length": args.max_length, "llm": llm}
-    facts = {"labels": data.LABELS} | models_used | calibration
+    facts = {"labels": data.LABELS, "student": args.student_model, "teacher": llm["base"], "llm": llm}
+    facts |= {"max_length": args.max_length, "calibration": chosen}
+    facts |= {"bias": calibration.bias, "calibration_temperature": calibration.temperature}
+    measured = {"student": metrics.describe(labels, logits), "calibration": chosen, "label_mass": label_mass}
+    measured |= {f"teacher_{name}": scores for name, scores in figures.items()}
     role = f"A student of {settings.short(llm['base'])}, which scored two label words after each review."
     export.describe_model(
         args, folder / "model", role, args.student_model, reviews, logits, **export.student_rows(args, reviews)
     )
-    scoring.save_validation(folder, reviews.validation, student=logits, teacher=validation_logits)
-    artifacts.finish(args, folder, facts, {"validation": {"student": scores} | figures})
-    print(f"student: validation accuracy {metrics.in_words(scores)}")
+    teacher = calibration.logits(log_odds["validation"])
+    scoring.save_validation(folder, reviews.validation, student=logits, teacher=teacher)
+    artifacts.finish(args, folder, facts, {"validation": measured})
+    print(f"student: validation accuracy {metrics.in_words(measured['student'])}")
     print(f"next: {settings.next_command('05_benchmark.py')}")
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from common import artifacts, metrics, settings
 from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
+from common.data import LABELS
 from common.report import COLUMNS, FIELDS, INTERVALS
 
 SHARES = (*np.round(np.arange(0, 0.51, 0.01), 2), 1.0)  # of the reviews that a cascade hands to the teacher
@@ -33,7 +34,11 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
         latency.append(pd.DataFrame({"Model": name, **timed, "ms": measured.latency.ravel().round(4)}))
         sweep += [{"Model": name} | row for row in measured.sweep]
         injection += [{"Model": name} | row for row in measured.injection]
-    rows = [measured.row | ({"note": one.note} if one.note else {}) for one, _, measured in done]
+    rows = []
+    for one, _, measured in done:
+        only = metrics.only_class(measured.logits)
+        notes = [one.note, None if only is None else f"it always says {LABELS[only]}"]
+        rows.append(measured.row | {"note": "; ".join(filter(None, notes)) or None})
     others = references(done)
     joint, curves = cascades(Path(args.output_dir), done, predictions, others)
     named = (name for column in FIELDS for name in (column, *INTERVALS.get(column, ())))
@@ -193,7 +198,7 @@ def cascades(
         seconds = [1 / one["Throughput (samp/s)"] for one in both]
         row["Throughput (samp/s)"] = round(1 / (seconds[0] + share * seconds[1]), 2)
         row |= {key: sum(one[key] for one in both) for key in ("Size (MB)", "Params (M)")}
-        row |= {key: quality[key] for key in ("n", "ci_low", "ci_high", "balanced_accuracy", "f1")}
+        row |= {key: value for key, value in quality.items() if key not in ("accuracy", "nll", "ece")}
         row |= {"escalated_share": round(share, 4), "p_low": best["p_low"], "p_high": best["p_high"], "status": "ok"}
         row["note"] = "cost counted from the two rows"
         if teacher.kind == ENCODER:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import data, device, models, scoring, training
+from common import data, device, metrics, models, scoring, training
 from common.data import LABELS, ReviewDataset, Reviews
 from common.settings import stop
 
@@ -239,19 +239,23 @@ def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: st
     _refuse_not_finite(teacher_logits, split)
     if float(np.ptp(teacher_logits[:, 1] - teacher_logits[:, 0])) < 1e-6:
         stop(f"the teacher's logits on {split} are constant: run the teacher's step again with --force")
-    accuracy = float((teacher_logits.argmax(axis=1) == labels).mean())
-    if accuracy < 0.5 - 1 / np.sqrt(len(labels)):
-        stop(f"the teacher's {split} accuracy is {accuracy:.3f}, below chance: its label order is swapped")
-
-
-def refuse_one_class(teacher_logits: np.ndarray) -> None:
-    """Stop when the teacher puts 98% or more of the transfer set into one class: a student would always predict it."""
-    _refuse_not_finite(teacher_logits, "transfer")
-    share = float((teacher_logits.argmax(axis=1) == 1).mean())
-    if not 0.02 <= share <= 0.98:
+    if metrics.errors_above_chance(labels, teacher_logits) < -2:
+        scores = metrics.describe(labels, teacher_logits)
         stop(
-            f"the teacher calls {max(share, 1 - share):.0%} of the transfer set {LABELS[round(share)]}: pass a "
-            "--dataset whose unlabelled reviews hold both classes, or check the teacher's calibration"
+            f"the teacher's balanced accuracy on {split} is {scores['balanced_accuracy']:.3f}, below chance: "
+            "its label order is swapped"
+        )
+
+
+def refuse_one_class(teacher_logits: np.ndarray, labels: np.ndarray) -> None:
+    """Stop when a class is absent from the teacher's transfer set: a student would hardly ever predict it."""
+    _refuse_not_finite(teacher_logits, "transfer")
+    absent = metrics.absent_class(teacher_logits, labels)
+    if absent is not None:
+        called, gold = np.mean(teacher_logits.argmax(axis=1) != absent), np.mean(labels != absent)
+        stop(
+            f"the teacher calls {called:.0%} of the transfer set {LABELS[1 - absent]}, and {gold:.0%} of the labelled "
+            "reviews are: pass a --dataset whose unlabelled reviews hold both classes, or check its calibration"
         )
 
 

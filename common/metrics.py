@@ -2,6 +2,8 @@
 
 import numpy as np
 
+SKEWED = 0.6  # the share of one class above which an accuracy by itself misleads
+
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Share of equal entries of two (n,) arrays."""
@@ -73,12 +75,49 @@ def verdict(low: float, high: float) -> str:
 
 
 def in_words(scores: dict[str, float | int]) -> str:
-    """The accuracy that `describe` returns, as text with its interval and n."""
-    return f"{scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}"
+    """The accuracy that `describe` returns, as text with its interval and n; on skewed classes with what it hides."""
+    text = f"{scores['accuracy']:.4f} [{scores['ci_low']:.4f}, {scores['ci_high']:.4f}], n {scores['n']:,}"
+    if scores["majority_share"] <= SKEWED:
+        return text
+    share, balanced = scores["majority_share"], scores["balanced_accuracy"]
+    always = "; it always says the more frequent class" if (scores["accuracy"], balanced) == (share, 0.5) else ""
+    return f"{text} (majority {share:.4f}, balanced accuracy {balanced:.4f}{always})"
+
+
+def only_class(logits: np.ndarray) -> int | None:
+    """The class that (n, 2) logits always predict; None if they predict both."""
+    predicted = np.unique(logits.argmax(axis=1))
+    return int(predicted[0]) if len(predicted) == 1 else None
+
+
+def errors_above_chance(labels: np.ndarray, logits: np.ndarray) -> float:
+    """By how many standard errors the balanced accuracy of (n, 2) logits is above one half; 0 if they say one class.
+
+    It is Matthews' correlation times sqrt(n). Unlike accuracy, it is no better for a model that follows the majority.
+    """
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, logits.argmax(axis=1)) * np.sqrt(len(labels)))
+
+
+def absent_class(logits: np.ndarray, labels: np.ndarray) -> int | None:
+    """The class that (n, 2) logits of unlabelled reviews hardly ever predict; None if there is none.
+
+    It has less than 4% of the verdicts that other reviews' gold `labels` let expect: of balanced classes less than 2%,
+    of 95 to 5 less than 0.2% of all. Where fewer than 20 verdicts are expected, their absence may be chance.
+    """
+    expected = len(logits) * np.bincount(labels, minlength=2) / len(labels)
+    found = np.bincount(logits.argmax(axis=1), minlength=2)
+    absent = np.flatnonzero((expected >= 20) & (found < 0.04 * expected))
+    return int(absent[0]) if len(absent) else None
 
 
 def describe(labels: np.ndarray, logits: np.ndarray) -> dict[str, float | int]:
-    """Accuracy with its 95% interval, balanced accuracy, F1, NLL and ECE of (n, 2) logits against (n,) labels."""
+    """The figures of (n, 2) logits against (n,) labels.
+
+    They are accuracy with its 95% interval, the share of the more frequent class, balanced accuracy, the F1 of class
+    positive, the mean of both classes' F1, NLL and ECE.
+    """
     from sklearn.metrics import f1_score
 
     predictions = logits.argmax(axis=1)
@@ -88,8 +127,10 @@ def describe(labels: np.ndarray, logits: np.ndarray) -> dict[str, float | int]:
         "accuracy": accuracy(labels, predictions),
         "ci_low": low,
         "ci_high": high,
+        "majority_share": np.bincount(labels).max() / len(labels),
         "balanced_accuracy": np.mean(recalls),
         "f1": f1_score(labels, predictions, zero_division=0.0),
+        "f1_macro": f1_score(labels, predictions, average="macro", labels=[0, 1], zero_division=0.0),
         "nll": nll(labels, logits),
         "ece": expected_calibration_error(labels, logits),
     }

@@ -57,8 +57,10 @@ GROUPS = {
         "p_high": ("p to", "{:.4f}", "Upper end of it."),
     },
     "Quality and calibration": {
+        "majority_share": ("majority", "{:.4f}", "Share of the more frequent class: the accuracy of always saying it."),
         "balanced_accuracy": ("balanced accuracy", "{:.4f}", "Mean of the accuracies on either class."),
         "f1": ("F1", "{:.4f}", "Harmonic mean of precision and recall of the class positive."),
+        "f1_macro": ("macro F1", "{:.4f}", "Mean of both classes' F1."),
         "nll": ("NLL", "{:.4f}", "Mean negative log-likelihood of the true labels in nats, before predict.py's "
                 "temperature."),
         "ece": ("ECE", "{:.4f}", "Gap between confidence and accuracy, 15 equal-width bins (Guo et al. 2017)."),
@@ -196,6 +198,10 @@ def what_to_deploy(table: pd.DataFrame) -> list[str]:
     ok = table[table["status"] == "ok"]
     kinds = {kind: ok[ok["Type"].str.startswith(kind)] for kind in pictures.COLOURS}
     lines = [*best_student(kinds), *best_form(kinds["form"]), *(rule(row) for _, row in kinds["cascade"].iterrows())]
+    no_better = ok[ok["Accuracy"] <= ok["majority_share"]] if "majority_share" in ok else ok.iloc[:0]
+    if len(no_better):
+        names = (f"{row['Model']} ({cell(row, 'Accuracy')})" for _, row in no_better.iterrows())
+        lines.append(f"No better than always saying the more frequent class: {'; '.join(names)}.")
     if "latency_quality" in ok and len(noisy := ok.loc[ok["latency_quality"] == "noisy", "Model"]):
         lines.append(f"These latencies are noisy, so their ratios are rough: {'; '.join(noisy)}.")
     for word in ("failed", "absent"):

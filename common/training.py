@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
-from common import device, memory, models
+from common import device, memory, metrics, models
 from common.artifacts import whole
 from common.callbacks import DIVERGED, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
 from common.data import LABELS
@@ -282,11 +282,18 @@ def save(
 def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str) -> None:
     """Stop when a model's (n, 2) validation logits predict one class only, or are no better than chance.
 
-    Better than chance means more than two standard errors above one half.
+    Better than chance means a balanced accuracy more than two standard errors above one half. So a model is refused
+    that follows the majority, and one is only warned of that knows both classes but is right less often than that.
     """
-    predictions = logits.argmax(axis=1)
-    accuracy = float((predictions == labels).mean())
-    if len(np.unique(predictions)) == 1:
-        stop(f"the model calls every validation review {LABELS[predictions[0]]} (it collapsed): {remedy}")
-    if accuracy < 0.5 + 1 / math.sqrt(len(labels)):
-        stop(f"validation accuracy is {accuracy:.3f}, no better than chance: {remedy}")
+    scores, only, common = metrics.describe(labels, logits), metrics.only_class(logits), int(labels.mean() >= 0.5)
+    share, majority, minority = scores["majority_share"], LABELS[common], LABELS[1 - common]
+    skewed = share > metrics.SKEWED and only in (common, None)
+    if skewed:  # another training would follow the majority again
+        remedy = f"add {minority} reviews to the train file or drop {majority} ones; else {remedy}"
+    if only is not None:
+        why = f", as {share:.0%} of them are" if skewed else " (it collapsed)"
+        stop(f"the model calls every validation review {LABELS[only]}{why}: {remedy}")
+    if metrics.errors_above_chance(labels, logits) < 2:
+        stop(f"validation accuracy is {metrics.in_words(scores)}, no better than chance: {remedy}")
+    if scores["accuracy"] <= share:
+        print(f"warning: the model has accuracy {scores['accuracy']:.3f}, and always saying {majority} has {share:.3f}")

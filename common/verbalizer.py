@@ -1,9 +1,10 @@
 """The prompt, the label words, and a review's score from a causal LM's next-token probabilities."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from common import metrics
 from common.data import head_and_tail, token_ids
 from common.settings import stop
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 PROMPT = "[INST] Is the sentiment of this movie review positive or negative?\n\n{review} [/INST] Sentiment:"
 LABEL_WORDS = ("negative", "positive")  # by label: 0, 1
+MIN_UNLABELLED, MIN_OF_A_CLASS = 200, 10  # reviews for batch calibration, and of each class for a fitted one
+TOLERATED_LOSS = 0.005  # of a teacher's accuracy, by the calibration that is chosen for it
 
 
 def prompt_parts(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> tuple[list[int], str]:
@@ -82,6 +85,69 @@ def label_mass(log_probabilities: np.ndarray) -> float:
     return float(np.exp(log_probabilities.astype(np.float64)).sum(axis=1).mean())
 
 
+class Calibration(NamedTuple):
+    """Calibrated log-odds are (log_odds − bias) / temperature.
+
+    `held_out` (n,) are those of validation, out of fold: on the reviews of its own fit a calibration looks too good.
+    """
+
+    bias: float
+    temperature: float
+    held_out: np.ndarray
+
+    def logits(self, log_odds: np.ndarray) -> np.ndarray:
+        """(n, 2) calibrated logits of (n,) raw log-odds."""
+        return teacher_logits(log_odds, self.bias, self.temperature)
+
+
+class CannotFit(Exception):
+    """Why no bias and temperature can be fitted, in words."""
+
+
+def calibrations(
+    log_odds: np.ndarray, labels: np.ndarray, unlabelled: np.ndarray, asked: str = "auto"
+) -> dict[str, Calibration]:
+    """The calibrations "none", "batch" and "fitted" of a teacher, from its log-odds on validation and `unlabelled`.
+
+    One is left out, with its reason printed, where there are too few reviews for it. Stops if `asked` names it.
+    """
+    made, reasons = {"none": Calibration(0.0, 1.0, log_odds)}, {}
+    if len(unlabelled) >= (1 if asked == "batch" else MIN_UNLABELLED):
+        bias = batch_calibration(unlabelled)
+        made["batch"] = Calibration(bias, 1.0, log_odds - bias)
+    else:
+        reasons["batch"] = f"{len(unlabelled)} unlabelled reviews are too few for a mean"
+    try:
+        made["fitted"] = Calibration(*fitted_calibration(log_odds, labels), out_of_fold(log_odds, labels))
+    except CannotFit as reason:
+        reasons["fitted"] = str(reason)
+    if asked in reasons:
+        stop(f"--calibration {asked} is impossible ({reasons[asked]}): leave the flag out")
+    for name, reason in reasons.items():
+        print(f"calibration {name} is left out: {reason}")
+    return made
+
+
+def best_calibration(
+    made: dict[str, Calibration], log_odds: np.ndarray, labels: np.ndarray, unlabelled: np.ndarray
+) -> str:
+    """The name of the calibration with the best held-out NLL on validation.
+
+    One that loses more than TOLERATED_LOSS of the teacher's held-out accuracy is passed over. So is one with which the
+    teacher would be refused, unless it would be with all of them.
+    """
+    held_out = {name: teacher_logits(one.held_out) for name, one in made.items()}
+    accuracies = {name: metrics.accuracy(labels, logits.argmax(axis=1)) for name, logits in held_out.items()}
+
+    def rank(name: str) -> tuple[bool, bool, float]:
+        at_chance = metrics.errors_above_chance(labels, made[name].logits(log_odds)) < 2
+        refused = at_chance or metrics.absent_class(made[name].logits(unlabelled), labels) is not None
+        worse = accuracies["none"] - accuracies[name] > TOLERATED_LOSS + 1e-9
+        return worse, refused, metrics.nll(labels, held_out[name])
+
+    return min(made, key=rank)
+
+
 def batch_calibration(unlabelled_log_odds: np.ndarray) -> float:
     """The bias that batch calibration subtracts: the mean log-odds over reviews.
 
@@ -94,7 +160,8 @@ def batch_calibration(unlabelled_log_odds: np.ndarray) -> float:
 def fitted_calibration(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Bias b and temperature T of p(positive) = sigmoid((log_odds − b) / T), fitted on labelled reviews.
 
-    This is Platt scaling. Its smoothed targets (Platt 1999, equation 10) keep T above 0 on separable reviews.
+    This is Platt scaling. Its smoothed targets (Platt 1999, equation 10) keep T above 0 on separable reviews. Raises
+    CannotFit if positive reviews do not have the higher log-odds.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -107,17 +174,21 @@ def fitted_calibration(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float,
     )
     slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0:
-        stop("the LLM's log-odds are higher on negative reviews: its label words are swapped, or it cannot teach")
+        raise CannotFit("log-odds are not higher on positive reviews: the label words are swapped, or it cannot teach")
     return -intercept / slope, 1 / slope
 
 
 def out_of_fold(log_odds: np.ndarray, labels: np.ndarray, folds: int = 5) -> np.ndarray:
     """(n,) log-odds, calibrated in each fold by a bias and a temperature that were fitted on the other folds.
 
-    They show how good `fitted_calibration` is. On the reviews of its own fit its figures would be too good.
+    Raises CannotFit if a class has fewer than MIN_OF_A_CLASS reviews, or a fold's fit is impossible.
     """
     from sklearn.model_selection import StratifiedKFold
 
+    counts = np.bincount(labels, minlength=2)
+    if counts.min() < MIN_OF_A_CLASS:
+        rarer = LABEL_WORDS[counts.argmin()]
+        raise CannotFit(f"validation has {counts.min()} {rarer} reviews, and a fit takes {MIN_OF_A_CLASS}")
     calibrated = np.empty(len(log_odds))
     for others, fold in StratifiedKFold(folds, shuffle=True, random_state=0).split(log_odds, labels):
         bias, temperature = fitted_calibration(log_odds[others], labels[others])

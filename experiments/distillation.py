@@ -185,7 +185,7 @@ def make_teacher(study: Study, name: str, force: bool = False) -> str:
         logits = {split: verbalizer.teacher_logits(odds) for split, odds in log_odds.items()}
         distill.refuse_bad_teacher(logits["train"], reviews.train["label"].to_numpy(), "train")
         if len(reviews.transfer):
-            distill.refuse_one_class(logits["transfer"])
+            distill.refuse_one_class(logits["transfer"], reviews.train["label"].to_numpy())
     finish(args, folder, splits, log_odds, gold=gold, transfer=0, teacher="", weights=weights)
     return step
 

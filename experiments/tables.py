@@ -233,9 +233,8 @@ def table_of_validation(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str
     runs = runs[runs.index.isin(scores)]
     figures = [metrics.describe(labels, scores[column]) for column in runs.index]
     named = [{"run": name, "seed": int(seed)} for name, seed in zip(runs["run"], runs["seed"])]
-    return pd.DataFrame([one | of for one, of in zip(named, figures)]).drop(
-        columns=["f1", "balanced_accuracy"], errors="ignore"
-    )
+    kept = ["run", "seed", "n", "accuracy", "ci_low", "ci_high", "nll", "ece"]
+    return pd.DataFrame([one | of for one, of in zip(named, figures)], columns=kept)
 
 
 def table_of_cascades(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:

@@ -269,13 +269,18 @@ def test_constant_and_swapped_teachers_are_refused(stops):
     worse[:61], chance[:55] = worse[:61, ::-1], chance[:55, ::-1]  # right for 39 and for 45 of 100
     stops(lambda: distill.refuse_bad_teacher(worse, labels, "train"), "0.390, below chance")
     distill.refuse_bad_teacher(chance, labels, "train")
+    cautious = right.copy()
+    cautious[labels == 1] = np.eye(2)[[0]]  # half of the reviews are positive, and it finds few: biased, not swapped
+    cautious[1] = right[1]
+    distill.refuse_bad_teacher(
+        np.concatenate([cautious[labels == 0][:10], cautious[labels == 1]]), np.repeat([0, 1], [10, 50]), "train"
+    )
 
 
 def test_a_transfer_set_of_one_class_is_refused(stops):
-    one_class = np.tile([2.0, 1.0], (100, 1))
-    stops(lambda: distill.refuse_one_class(one_class), "100% of the transfer set negative", "--dataset")
-    stops(lambda: distill.refuse_one_class(one_class[:, ::-1]), "positive")
-    one_class[:1] = [1.0, 2.0]
-    stops(lambda: distill.refuse_one_class(one_class), "99% of the transfer set negative")
+    one_class, labels = np.tile([2.0, 1.0], (100, 1)), np.arange(40) % 2
+    stops(lambda: distill.refuse_one_class(one_class, labels), "100% of the transfer set negative", "--dataset")
+    stops(lambda: distill.refuse_one_class(one_class[:, ::-1], labels), "positive, and 50% of the labelled")
+    distill.refuse_one_class(one_class[:30], labels)  # a set this small does no harm beside labelled reviews
     one_class[:3] = [1.0, 2.0]
-    distill.refuse_one_class(one_class)
+    distill.refuse_one_class(one_class, labels)

@@ -26,11 +26,12 @@ FORMS = {"eager fp32": 1.0, "eager bf16": 0.8, "ONNX fp32": 0.7, "ONNX int8": 0.
 NO_FIGURES = ["Model", "Type", "status"]
 # The columns of benchmark.csv.
 PAIRED = [f"diff_{other}{end}" for other in "teacher control baseline eager".split() for end in ("", "_low", "_high")]
-SPEC = """n ci_low ci_high balanced_accuracy f1 nll ece agreement_teacher mcnemar_p_control better_than_baseline
-latency_p90_ms latency_p99_ms latency_n latency_passes latency_half_width latency_quality tokenisation_share
-throughput_speedup batch_tokens tokens_per_s padding_share gflops matrix_peak_share load_s peak_gpu_memory_mb
-peak_host_memory_mb precision device max_length calibration injection_turned injection_low injection_high
-price_per_million mcnemar_p_eager speedup_eager recommended escalated_share p_low p_high measured_at note status"""
+SPEC = """n ci_low ci_high majority_share balanced_accuracy f1 f1_macro nll ece agreement_teacher mcnemar_p_control
+better_than_baseline latency_p90_ms latency_p99_ms latency_n latency_passes latency_half_width latency_quality
+tokenisation_share throughput_speedup batch_tokens tokens_per_s padding_share gflops matrix_peak_share load_s
+peak_gpu_memory_mb peak_host_memory_mb precision device max_length calibration injection_turned injection_low
+injection_high price_per_million mcnemar_p_eager speedup_eager recommended escalated_share p_low p_high measured_at
+note status"""
 
 
 def write_folder(folder):

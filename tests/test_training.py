@@ -392,3 +392,26 @@ def test_a_model_that_calls_everything_one_class_is_refused(stops):
     chance = np.eye(2)[np.arange(100) // 2 % 2]
     stops(lambda: training.refuse_collapse(chance, labels, "do this"), "no better than chance")
     training.refuse_collapse(np.eye(2)[labels], labels, "")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.95])
+def test_on_skewed_classes_a_good_model_passes_and_one_that_follows_the_majority_is_told_what_helps(
+    share, stops, capsys
+):
+    labels = (np.arange(300) < 300 * share).astype(int)
+    negatives = np.flatnonzero(labels == 0)
+    predicted = labels.copy()
+    predicted[negatives[::4]] = 1  # a quarter of the rarer class is missed
+    predicted[:6] = 0
+    training.refuse_collapse(np.eye(2)[predicted], labels, "train longer")
+    assert "warning" not in capsys.readouterr().out
+    one_class = np.eye(2)[np.ones(300, int)]
+    told = stops(
+        lambda: training.refuse_collapse(one_class, labels, "train longer"), "every validation review positive"
+    )
+    assert ("add negative reviews" in told and f"{share:.0%}" in told) == (share > 0.6) and "train longer" in told
+    one_class[0] = [1, 0]  # one verdict of the other class, and a wrong one
+    stops(lambda: training.refuse_collapse(one_class, labels, "train longer"), "no better than chance")
+    predicted[: int(0.3 * 300 * share)] = 0
+    training.refuse_collapse(np.eye(2)[predicted], labels, "")
+    assert ("warning: the model has accuracy" in capsys.readouterr().out) == (share > 0.7)

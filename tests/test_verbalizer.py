@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import classifiers, models, verbalizer
+from common import classifiers, metrics, models, verbalizer
 from common.verbalizer import PROMPT
 
 
@@ -111,11 +111,10 @@ def test_a_fitted_calibration_is_platts_and_undoes_a_known_bias_and_temperature(
     assert -bias / temperature == pytest.approx(independent[0], abs=1e-3)
 
 
-def test_a_calibration_on_separable_reviews_stays_finite_and_a_swapped_llm_is_refused(stops):
+def test_a_calibration_on_separable_reviews_stays_finite():
     log_odds, labels = np.array([-3.0, -2.0, 2.0, 3.0] * 10), np.array([0, 0, 1, 1] * 10)
     bias, temperature = verbalizer.fitted_calibration(log_odds, labels)
     assert abs(bias) < 0.5 and 0 < temperature < 10
-    stops(lambda: verbalizer.fitted_calibration(-log_odds, labels), "swapped")
 
 
 def test_out_of_fold_figures_do_not_flatter_a_calibration_of_noise():
@@ -125,6 +124,65 @@ def test_out_of_fold_figures_do_not_flatter_a_calibration_of_noise():
     calibrated = verbalizer.out_of_fold(log_odds, labels)
     bias, temperature = verbalizer.fitted_calibration(log_odds, labels)
     logits = [verbalizer.teacher_logits(of) for of in (calibrated, (log_odds - bias) / temperature)]
-    from common import metrics
-
     assert metrics.nll(labels, logits[0]) > metrics.nll(labels, logits[1])
+
+
+def says(n: int, share: float, seed: int, bias: float = 0.0, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds and labels of n reviews, `share` of them positive: a calibrated teacher's, then scaled and shifted."""
+    rng, labels = np.random.default_rng(seed), (np.arange(n) < n * share).astype(int)
+    return scale * rng.normal(4 * labels - 2, 2) + bias, labels
+
+
+def chosen(asked="auto", n=400, share=0.5, unlabelled=400, **teacher) -> tuple[str, dict]:
+    log_odds, labels = says(n, share, 0, **teacher)
+    without = np.random.default_rng(1).permutation(says(2000, share, 1, **teacher)[0])[:unlabelled]
+    made = verbalizer.calibrations(log_odds, labels, without, asked)
+    return verbalizer.best_calibration(made, log_odds, labels, without), made
+
+
+@pytest.mark.parametrize(
+    ("best", "left_out", "case"),
+    [
+        ("none", {"fitted"}, {"n": 60, "share": 0.9}),  # six negative reviews
+        ("none", {"batch"}, {"unlabelled": 199}),
+        ("batch", {"fitted"}, {"n": 18, "bias": 6.0}),  # no verdict is negative
+        ("fitted", set(), {"bias": 3.0, "share": 0.8}),
+        ("fitted", set(), {"scale": 5.0}),
+        ("none", {"batch", "fitted"}, {"n": 60, "share": 0.95, "unlabelled": 5}),
+        ("batch", {"fitted"}, {"scale": -1.0}),  # a swapped teacher, which 04b refuses
+    ],
+)
+def test_auto_takes_the_best_nll_of_the_calibrations_that_have_enough_reviews(best, left_out, case, capsys):
+    name, made = chosen(**case)
+    assert {"none", "batch", "fitted"} - set(made) == left_out
+    told = capsys.readouterr().out
+    assert all(f"calibration {name} is left out" in told for name in left_out)
+    assert name == best
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+def test_a_calibrated_teacher_is_no_more_than_half_a_point_worse_at_any_share(share):
+    log_odds, labels = says(20_000, share, 2)
+    for n in (60, 400):
+        name, made = chosen(n=n, share=share)
+        accuracies = [
+            metrics.accuracy(labels, one.logits(log_odds).argmax(axis=1)) for one in (made["none"], made[name])
+        ]
+        assert accuracies[1] > accuracies[0] - 0.005
+    if share == 0.9:  # which the calibration of earlier versions lost
+        assert metrics.accuracy(labels, made["batch"].logits(log_odds).argmax(axis=1)) < accuracies[0] - 0.1
+
+
+def test_a_calibration_that_is_asked_for_and_impossible_stops_with_its_reason(stops):
+    stops(lambda: chosen("fitted", scale=-1.0), "--calibration fitted", "not higher on positive reviews")
+    stops(lambda: chosen("fitted", n=60, share=0.9), "validation has 6 negative reviews, and a fit takes 10")
+    stops(lambda: chosen("batch", unlabelled=0), "--calibration batch", "0 unlabelled")
+    assert chosen("batch", unlabelled=5)[1]["batch"].bias != 0
+
+
+def test_auto_passes_over_a_calibration_with_which_the_teacher_would_be_refused():
+    labels, log_odds = np.repeat([0, 1], [20, 380]), np.repeat([-0.1, 1.0, -0.1, 1.0], [12, 8, 60, 320])
+    made = verbalizer.calibrations(log_odds, labels, np.empty(0))
+    held_out = {name: metrics.nll(labels, verbalizer.teacher_logits(one.held_out)) for name, one in made.items()}
+    assert held_out["fitted"] < held_out["none"] and metrics.only_class(made["fitted"].logits(log_odds)) == 1
+    assert verbalizer.best_calibration(made, log_odds, labels, np.empty(0)) == "none"
