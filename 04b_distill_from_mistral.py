@@ -183,7 +183,7 @@ def calibrate(
     chosen = verbalizer.best_calibration(made, validation, gold, transfer) if asked == "auto" else asked
     logits, figures = made[chosen].logits(validation), {}
     if few:
-        figures["teacher"] = f"absent: {len(gold):,} of {len(labels):,} validation reviews have its score, too few"
+        figures["teacher"] = f"absent: {len(gold):,} of {len(labels):,} reviews have its score, too few of a class"
         print(f"teacher on validation {figures['teacher']}; calibration {chosen}")
     else:
         for name, one in made.items():

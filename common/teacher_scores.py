@@ -19,6 +19,7 @@ from common.settings import stop
 LOG_ODDS, P_POSITIVE = "log_odds logodds logit", "p_positive p_pos prob_positive positive_probability"
 ANSWERS = f"prediction predicted_label answer {columns.LABELS}"
 REMEDY = "these scores cannot teach: check that texts and scores of the file belong together"
+LEFT_OUT = "leaving that one out"
 NEEDED = "name one of them log_odds, p_positive (0 to 1) or label"
 LEAST_P = 1e-4  # APIs round a probability to 0 or 1, whose log-odds are infinite
 LABEL_P = 0.95  # of a bare label: LLMs judge 92 to 96 of 100 reviews right; a fitted calibration rescales it
@@ -56,43 +57,56 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.
 
     Stops, with what is there and what to do, if the file cannot be read or cannot teach.
     """
-    from common import distill
-
     file = Path(args.teacher_scores).expanduser()
-    if file.is_dir():
-        stop(f"{file} is a folder: pass --teacher-scores a file")
+    if not file.is_file():
+        stop(f"{file} is no file: pass --teacher-scores one, as text,p_positive in CSV")
     table = next(files.tables(file), pd.DataFrame())
     by, keys = _keys(table, args, file.name)
     column, scores, to_log_odds = _scores(table, args, file.name)
     found, n_unmatched = _match(by, keys, scores, to_log_odds, reviews, f"{column} of {file.name}")
-
     counts = {split: int(np.isfinite(odds).sum()) for split, odds in found.items()}
     words = {"transfer": "unlabelled", "train": "labelled", "validation": "validation"}
     shown = [f"{counts[split]:,} of {len(found[split]):,} {word}" for split, word in words.items()]
     print(f"{file.name}: {column} by {by}, for {shown[0]}, {shown[1]} and {shown[2]} reviews")
     if n_unmatched:
-        print(f"{file.name}: {n_unmatched:,} of {len(scores):,} rows with a score match none of these reviews")
-    scored = np.isfinite(found["transfer"])
-    if not scored.all():
-        print(f"transfer: left out {(~scored).sum():,} reviews without a score")
-    reviews = dataclasses.replace(reviews, transfer=reviews.transfer[scored].reset_index(drop=True))
-    found["transfer"] = found["transfer"][scored]
-    if distill.reviews_with_soft_labels(args, reviews) == "transfer":
-        del found["train"]
-    elif lacking := int(np.isnan(found["train"]).sum()):
-        whose = f"{lacking:,} of {len(reviews.train):,} labelled reviews have no score in {file.name}"
-        if not len(reviews.transfer):
-            stop(f"no unlabelled review and not all labelled ones can be learned ({whose}): score unlabelled reviews")
-        stop(f"--soft-labels all needs each labelled review, but {whose}: pass --soft-labels transfer")
+        why = "of test, repeated, not drawn, cut, or of another --dataset"
+        print(f"{file.name}: {n_unmatched:,} of {len(scores):,} rows match none of these reviews ({why})")
+    left_out = len(reviews.transfer) - counts["transfer"]
+    reviews = _keep_scored(args, reviews, found, file.name)
 
     with open(file, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     of_odds = hashlib.sha256(b"".join(odds.tobytes() for odds in found.values())).hexdigest()
     facts = {"file": str(file), "sha256": digest, "column": str(column), "matched_by": by, "scored": counts}
-    facts |= {"transfer_left_out": int((~scored).sum()), "rows_unmatched": n_unmatched}
-    role = f"which is known by its scores of the reviews ({column} in {file.name})"
+    facts |= {"transfer_left_out": left_out, "rows_unmatched": n_unmatched}
+    role = f"whose scores of the reviews are those of {file.name} ({column})"
     teacher = Teacher(args.teacher_name or _stem(file), role, found, {"scores": facts}, REMEDY)
     return reviews, teacher, {"teacher-scores/sha256": digest, "teacher-scores/log_odds": of_odds[:16]}
+
+
+def _keep_scored(
+    args: argparse.Namespace, reviews: data.Reviews, found: dict[str, np.ndarray], owner: str
+) -> data.Reviews:
+    """The reviews, and in `found` the log-odds, of which a loss reads a score; sets `args.soft_labels` accordingly.
+
+    Unlabelled reviews need a score. Labelled ones need it with --soft-labels all, or if no unlabelled one is left.
+    """
+    from common import distill
+
+    scored = np.isfinite(found["transfer"])
+    if not scored.all():
+        print(f"transfer: left out {(~scored).sum():,} reviews without a score")
+    reviews = dataclasses.replace(reviews, transfer=reviews.transfer[scored].reset_index(drop=True))
+    found["transfer"] = found["transfer"][scored]
+    args.soft_labels = distill.reviews_with_soft_labels(args, reviews)
+    if args.soft_labels == "transfer":
+        del found["train"]
+    elif lacking := int(np.isnan(found["train"]).sum()):
+        whose = f"{lacking:,} of {len(reviews.train):,} labelled reviews have no score in {owner}"
+        if not len(reviews.transfer):
+            stop(f"no unlabelled review has a score, and {whose}: score the unlabelled ones")
+        stop(f"--soft-labels all needs the scores of all labelled reviews, but {whose}: pass --soft-labels transfer")
+    return reviews
 
 
 def save_scores(folder: Path, reviews: data.Reviews, log_odds: dict[str, np.ndarray]) -> None:
@@ -115,11 +129,11 @@ def _keys(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[st
     """What rows are matched by (text, or else example_id), and that of each row, as duplicates are compared."""
     if not len(table):
         stop(f"{owner} holds no rows: write one a review, as in text,p_positive")
-    text = columns.find(table, None, _names(args.text_column, columns.TEXTS), owner, "--text-column")
+    text = columns.find(table, None, _names(args.text_column, columns.TEXTS), owner, LEFT_OUT)
     example_id = columns.find(table, None, "example_id", owner, "")
     if text is None and example_id is None:
         shown = ", ".join(map(str, table.columns[:12]))
-        stop(f"{owner} has the columns {shown}, and none is text or example_id: name one so, or pass --text-column")
+        stop(f"{owner} has the columns {shown}, and none is text or example_id: rename one so")
     by, column = ("example_id", example_id) if text is None else ("text", text)
     texts = data.clean_texts(table[column], owner)
     return by, pd.Series(texts, table.index, dtype="str").str.lower()
@@ -133,7 +147,7 @@ def _names(typed: str | None, common: str) -> str:
 def _scores(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[object, pd.Series, Callable]:
     """The most informative column, its values without failed answers, and the log-odds of such values."""
     names = f"{LOG_ODDS} {P_POSITIVE} {_names(args.label_column, ANSWERS)}"
-    column = columns.find(table, None, names, owner, "leaving it out")
+    column = columns.find(table, None, names, owner, LEFT_OUT)
     if column is None:
         shown = ", ".join(map(str, table.columns[:12]))
         stop(f"{owner} has the columns {shown}, and none is a score: {NEEDED}")
@@ -170,11 +184,15 @@ def _numbers(cells: pd.Series, owner: str, of_p: bool) -> pd.Series:
 def _labels(cells: pd.Series, args: argparse.Namespace, owner: str) -> pd.Series:
     """0, 1 or NaN by the labels that the flags or `columns` know; where LLMs answer in words, others are left out."""
     cells = cells.astype(object).map(lambda cell: cell.strip(" \r\n\t.!*\"'") if isinstance(cell, str) else cell)
-    known = set(map(columns.plain_label, cells))
+    known = set(map(columns.plain_label, cells)) - {""}
+    if len(known) == 1:
+        stop(f"all labels of {owner} are {known.pop()}: a student needs answers of both classes")
+    if len(known) > 2 and (pd.to_numeric(cells, errors="coerce") % 1 > 0).any():
+        stop(f"{owner} holds fractions in {cells.name}, so no labels: {NEEDED}")
     flags = args.negative_labels, args.positive_labels
     if not known & {columns.plain_label(word) for words in flags for word in words or []}:
         flags = None, None  # they name the reviews' own labels
-    if flags == (None, None) and {"negative", "positive"} <= known and known - {"negative", "positive", ""}:
+    if flags == (None, None) and {"negative", "positive"} <= known and len(known) > 2:
         flags = ["negative"], ["positive"]
     labels = columns.number_labels({owner: pd.DataFrame({"label": cells})}, *flags)[owner]["label"]
     return labels.where(labels != columns.UNLABELLED)
@@ -216,5 +234,6 @@ def _match(
             remedy = "check --dataset, or write the texts instead, in a column text"
         stop(f"no {by} beside {owner} ({example}) is one of the reviews' ({how}): {remedy}")
     if np.ptp(log_odds[keys[matched].unique()]) < 1e-6:
-        stop(f"{owner} is the same for all reviews, {scores.iloc[0]:g}: a teacher needs scores of both classes")
+        same = f"{owner} is {scores[matched].iloc[0]:g} in each of the {matched.sum():,} rows that match a review"
+        stop(f"{same}, of {len(scores):,}: a teacher needs different scores, and texts that were not cut")
     return found, int((~matched).sum())

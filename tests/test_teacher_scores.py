@@ -109,7 +109,7 @@ def test_failed_answers_and_reviews_without_one_are_left_out_with_their_counts(r
         ({"p_positive": "93%"}, ("'93%'", "write numbers such as 0.93")),
         ({"p_positive": "0,93"}, ("'0,93'", "write numbers such as 0.93")),
         ({"p_positive": np.nan}, ("no score", "name one of them")),
-        ({"p_positive": 0.7}, ("same for all reviews, 0.7",)),
+        ({"p_positive": 0.7}, ("is 0.7 in each of the 30 rows", "of 30: a teacher needs different")),
         ({"log_odds": np.inf}, ("infinite", "p_positive")),
         ({"text": "short"}, ("'short'", "--dataset", "no text was cut", "example_id")),
     ],
@@ -121,13 +121,14 @@ def test_scores_that_cannot_be_read_rightly_are_refused_with_a_remedy(read, tabl
 def test_files_without_scores_texts_or_both_classes_are_refused(read, table, reviews, stops, tmp_path):
     texts, ids = table[["text"]], table[["p_positive"]].assign(example_id="unsupervised/1")
     stops(lambda: read(texts), "llm.csv has the columns text", "p_positive (0 to 1)")
-    stops(lambda: read(table[["p_positive"]]), "none is text or example_id", "--text-column")
+    stops(lambda: read(table[["p_positive"]]), "none is text or example_id", "rename one")
     stops(lambda: read(ids), "'unsupervised/1'", "'train/", "--dataset")
-    stops(lambda: read(texts.assign(label="positive")), "all labels are 'positive'")
+    stops(lambda: read(texts.assign(label="positive")), "all labels of llm.csv are positive", "both classes")
+    stops(lambda: read(table.rename(columns={"p_positive": "score"})), "fractions in score", "p_positive (0 to 1)")
     stops(lambda: read(texts.assign(label=["1", "2", "5"] * 10)), "'1', '2', '5'", "--negative-labels")
     stops(lambda: read(table[:0]), "no rows")
-    stops(lambda: read(None, "absent.csv"), "absent.csv cannot be read")
-    stops(lambda: read(None, "."), "is a folder")
+    stops(lambda: read(None, "absent.csv"), "absent.csv is no file")
+    stops(lambda: read(None, "."), "is no file")
 
 
 def test_the_label_flags_name_the_files_labels_or_those_of_the_reviews(read, table):
@@ -146,7 +147,7 @@ def test_labelled_reviews_are_taught_softly_only_if_all_have_a_score(read, table
     odds = read(both, soft_labels="all")[1].log_odds["train"]
     np.testing.assert_allclose(odds, logit(of_train["p_positive"]))
     stops(lambda: read(both[:-1], soft_labels="all"), "1 of 60 labelled reviews", "--soft-labels transfer")
-    stops(lambda: read(of_train[1:]), "no unlabelled review", "score unlabelled reviews")
+    stops(lambda: read(of_train[1:]), "no unlabelled review has a score", "1 of 60 labelled")
     left, teacher, _ = read(of_train)
     assert len(left.transfer) == 0 and np.isfinite(teacher.log_odds["train"]).all()
 
