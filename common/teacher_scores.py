@@ -17,7 +17,7 @@ from common.settings import stop
 
 # The columns of a file, from the most informative one on. Names are compared as columns.plain_name does.
 LOG_ODDS, P_POSITIVE = "log_odds logodds logit", "p_positive p_pos prob_positive positive_probability"
-ANSWERS = f"prediction predicted_label answer {columns.LABELS}"
+ANSWERS = "prediction predicted_label answer"  # they come before the reviews' own labels
 REMEDY = "these scores cannot teach: check that texts and scores of the file belong together"
 LEFT_OUT = "leaving that one out"
 NEEDED = "name one of them log_odds, p_positive (0 to 1) or label"
@@ -87,7 +87,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.
 def _keep_scored(
     args: argparse.Namespace, reviews: data.Reviews, found: dict[str, np.ndarray], owner: str
 ) -> data.Reviews:
-    """The reviews, and in `found` the log-odds, of which a loss reads a score; sets `args.soft_labels` accordingly.
+    """The reviews without unlabelled ones that lack a score. It changes `found` and `args.soft_labels` accordingly.
 
     Unlabelled reviews need a score. Labelled ones need it with --soft-labels all, or if no unlabelled one is left.
     """
@@ -146,7 +146,7 @@ def _names(typed: str | None, common: str) -> str:
 
 def _scores(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[object, pd.Series, Callable]:
     """The most informative column, its values without failed answers, and the log-odds of such values."""
-    names = f"{LOG_ODDS} {P_POSITIVE} {_names(args.label_column, ANSWERS)}"
+    names = f"{LOG_ODDS} {P_POSITIVE} {ANSWERS} {_names(args.label_column, columns.LABELS)}"
     column = columns.find(table, None, names, owner, LEFT_OUT)
     if column is None:
         shown = ", ".join(map(str, table.columns[:12]))
@@ -187,7 +187,7 @@ def _labels(cells: pd.Series, args: argparse.Namespace, owner: str) -> pd.Series
     known = set(map(columns.plain_label, cells)) - {""}
     if len(known) == 1:
         stop(f"all labels of {owner} are {known.pop()}: a student needs answers of both classes")
-    if len(known) > 2 and (pd.to_numeric(cells, errors="coerce") % 1 > 0).any():
+    if len(known) > 2 and (pd.to_numeric(cells.astype(str), errors="coerce") % 1 > 0).any():
         stop(f"{owner} holds fractions in {cells.name}, so no labels: {NEEDED}")
     flags = args.negative_labels, args.positive_labels
     if not known & {columns.plain_label(word) for words in flags for word in words or []}:

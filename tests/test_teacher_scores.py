@@ -125,6 +125,7 @@ def test_files_without_scores_texts_or_both_classes_are_refused(read, table, rev
     stops(lambda: read(ids), "'unsupervised/1'", "'train/", "--dataset")
     stops(lambda: read(texts.assign(label="positive")), "all labels of llm.csv are positive", "both classes")
     stops(lambda: read(table.rename(columns={"p_positive": "score"})), "fractions in score", "p_positive (0 to 1)")
+    stops(lambda: read(texts.assign(label=[["1"], ["2"], ["5"]] * 10), "llm.parquet"), "llm.parquet labels are lists")
     stops(lambda: read(texts.assign(label=["1", "2", "5"] * 10)), "'1', '2', '5'", "--negative-labels")
     stops(lambda: read(table[:0]), "no rows")
     stops(lambda: read(None, "absent.csv"), "absent.csv is no file")
@@ -132,7 +133,7 @@ def test_files_without_scores_texts_or_both_classes_are_refused(read, table, rev
 
 
 def test_the_label_flags_name_the_files_labels_or_those_of_the_reviews(read, table):
-    rated = table[["text"]].assign(label=["1", "3", "5"] * 10)
+    rated = table[["text"]].assign(prediction=["1", "3", "5"] * 10, label="1")
     flags = {"negative_labels": ["1", "2"], "positive_labels": ["4", "5"]}
     left, teacher, _ = read(rated, **flags)
     assert len(left.transfer) == 20 and np.sign(teacher.log_odds["transfer"][:2]).tolist() == [-1, 1]
@@ -181,6 +182,13 @@ def test_the_teachers_figures_need_ten_scored_validation_reviews_of_each_class(s
         assert figures["teacher_none"]["n"] == n
         chance = teacher._replace(log_odds={"validation": np.abs(odds) * (-1) ** (np.arange(100) // 2)})
         stops(lambda: script("04b").calibrate("auto", chance, labels), "chance", "these scores")
+
+
+def test_few_validation_reviews_that_all_have_a_score_are_judged_as_an_llms_are(script):
+    labels = (np.arange(40) > 4).astype(int)
+    teacher = teacher_scores.Teacher("llm", "", {"validation": 8.0 * labels - 4}, {}, "")
+    chosen, _, figures = script("04b").calibrate("auto", teacher, labels)
+    assert chosen == "none" and figures["teacher_none"]["accuracy"] == 1
 
 
 def test_names_leave_out_the_format(tmp_path):
