@@ -124,14 +124,13 @@ def save_soft_labels(
         scoring.in_chunks(folder, split, getattr(reviews, split), scoring.LOG_PROBABILITIES, score, chunk=250)
 
 
-def ask_llm(
-    args: argparse.Namespace, reviews: data.Reviews, llm: dict, adapter: Path | None, hardware, folder: Path
-) -> Teacher:
+def ask_llm(args: argparse.Namespace, reviews: data.Reviews, llm: dict, hardware, folder: Path) -> Teacher:
     """The LLM as a teacher, with the log-odds of all splits that it scores."""
+    adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
     save_soft_labels(args, reviews, llm, adapter, hardware, folder)
     memory.free()  # the LLM's memory, for the student
     log_p = read_scores(args, reviews, folder)
-    mass = check_llm(llm, log_p["validation"], reviews.validation["label"].to_numpy())
+    mass = check_scores(llm, log_p["validation"], reviews.validation["label"].to_numpy())
     log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
     role = "which scored two label words after each review"
     return Teacher(llm["base"], role, log_odds, {"llm": llm}, CANNOT_TEACH, {"label_mass": mass})
@@ -149,7 +148,7 @@ def read_scores(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -
     return log_p
 
 
-def check_llm(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
+def check_scores(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
     """The label mass on validation; stops if the LLM is not the one that 03 trained."""
     mass = verbalizer.label_mass(log_p)
     print(f"label mass p(positive) + p(negative): {mass:.3f}")
@@ -206,16 +205,15 @@ def soft_labels(reviews: data.Reviews, log_odds: dict[str, np.ndarray], calibrat
     return {"teacher_logits": calibration.logits(odds)}
 
 
-def check_inputs(args: argparse.Namespace, llm: dict | None, reviews: data.Reviews, hardware) -> dict[str, str]:
-    """The fingerprints of everything that the step reads; stops if a model, a length or 03's split does not fit."""
-    inputs = dict(reviews.fingerprints)
-    if llm and llm["adapter"]:
+def check_teacher(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
+    """The fingerprint of 03 if its adapter is read; stops if the LLM, its prompt or 03's split does not fit."""
+    inputs = {}
+    if llm["adapter"]:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
+        artifacts.require(args, TEACHER_STEP, "adapter")
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
-    if llm:
-        checks.check_llm(llm["base"], llm["max_length"], reviews.train["text"], "--prompt-length")
-        check_prompt(llm["base"], llm)
-    checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
+    checks.check_llm(llm["base"], llm["max_length"], reviews.train["text"], "--prompt-length")
+    check_prompt(llm["base"], llm)
     return inputs
 
 
@@ -237,14 +235,16 @@ def main(argv: list[str] | None = None) -> None:
     llm = None if args.teacher_scores else find_llm(args)
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
-    reviews, teacher, scores = (reviews, None, {}) if llm else read_teacher(args, reviews)
-    inputs = check_inputs(args, llm, reviews, hardware) | scores
-    adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm and llm["adapter"] else None
-    folder = artifacts.begin(args, STEP, inputs, keep=("soft_labels",))
+    if llm:
+        inputs = check_teacher(args, llm, reviews)
+    else:
+        reviews, teacher, inputs = read_teacher(args, reviews)
+    checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
+    folder = artifacts.begin(args, STEP, reviews.fingerprints | inputs, keep=("soft_labels",))
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
     if llm:
-        teacher = ask_llm(args, reviews, llm, adapter, hardware, folder / "soft_labels")
+        teacher = ask_llm(args, reviews, llm, hardware, folder / "soft_labels")
     else:
         save_scores(folder / "teacher_scores", reviews, teacher.log_odds)
     labels = reviews.validation["label"].to_numpy()
