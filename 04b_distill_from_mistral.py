@@ -9,7 +9,7 @@ applied when they are read. The student then trains on the labelled reviews and 
 
 With --teacher-scores FILE, no LLM is loaded and 03 is not needed: the file holds what any LLM said of the reviews, the
 unlabelled ones above all. Its columns are text or example_id, and log_odds, p_positive or a label. Labelled reviews
-then learn from their gold label.
+learn from their gold label, unless each of them has a score.
 
 Reads   the reviews, outputs/03_mistral/adapter/ or the file of scores
 Writes  outputs/04b_student_from_mistral/  soft_labels/ or teacher_scores/ (by split)  model/  validation.parquet
@@ -18,7 +18,7 @@ Takes   on two T4s: planned 151 to 199 minutes (results/gpu/plan.csv), not measu
 
     python 04b_distill_from_mistral.py
     python 04b_distill_from_mistral.py --no-adapter --mistral-model path/to/any-causal-lm --max-transfer-samples 5000
-    python 04b_distill_from_mistral.py --teacher-scores scores.csv --teacher-name some-llm
+    python 04b_distill_from_mistral.py --teacher-scores scores.csv --max-transfer-samples all
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from common import artifacts, checks, data, device, export, memory, metrics, models, scoring, settings, verbalizer
-from common.teacher_scores import Teacher, add_flags, read_teacher, save_scores
+from common.teacher_scores import Teacher, read_teacher, save_scores
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 CANNOT_TEACH = "this LLM cannot teach: take another, or train it on more reviews with 03_finetune_mistral.py"
@@ -54,7 +54,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label-words", nargs=2, metavar="WORD", help="words for negative and positive")
     add("--prompt-length", type=settings.positive_int, help="tokens of the prompt with its review")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
-    add_flags(parser, argv)
+    scores = (
+        "file of another LLM's answers, in any format of reviews: text or example_id, and log_odds, p_positive or a "
+    )
+    add("--teacher-scores", metavar="FILE", help=scores + "label; needs neither 03 nor an LLM")
+    add("--teacher-name", metavar="NAME", help="that LLM's name in tables and cards; default: the file's")
     args = settings.parse(parser, STEP, argv)
     if args.teacher_scores and (typed := [flag for flag in FLAGS.values() if getattr(args, flag) is not None]):
         parser.error(f"--teacher-scores asks no LLM: drop --{typed[0].replace('_', '-')}")

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,18 +37,6 @@ class Teacher(NamedTuple):
     facts: dict
     remedy: str  # if it cannot teach
     measured: dict = {}
-
-
-def add_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
-    """Add the flags of a file of scores; with such a file the defaults of two other flags change."""
-    scores = "file of another LLM's answers, in any format of reviews: text or example_id, and log_odds, p_positive or "
-    scores += "a label; needs neither 03 nor an LLM; the defaults become --soft-labels transfer and "
-    add = parser.add_argument
-    add("--teacher-scores", metavar="FILE", help=f"{scores}--max-transfer-samples all")
-    add("--teacher-name", metavar="NAME", help="that LLM's name in tables and cards; default: the file's")
-    if any(word.split("=")[0] == "--teacher-scores" for word in (sys.argv[1:] if argv is None else argv)):
-        # Nothing is left to score, so each review with a score is used. Few files hold some of labelled reviews.
-        parser.set_defaults(soft_labels="transfer", max_transfer_samples="all")
 
 
 def read_teacher(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.Reviews, Teacher, dict[str, str]]:
@@ -89,24 +76,20 @@ def _keep_scored(
 ) -> data.Reviews:
     """The reviews without unlabelled ones that lack a score. It changes `found` and `args.soft_labels` accordingly.
 
-    Unlabelled reviews need a score. Labelled ones need it with --soft-labels all, or if no unlabelled one is left.
+    Labelled reviews learn from scores only if each of them has one.
     """
-    from common import distill
-
-    scored = np.isfinite(found["transfer"])
+    scored, lacking = np.isfinite(found["transfer"]), int(np.isnan(found["train"]).sum())
     if not scored.all():
         print(f"transfer: left out {(~scored).sum():,} reviews without a score")
-    reviews = dataclasses.replace(reviews, transfer=reviews.transfer[scored].reset_index(drop=True))
-    found["transfer"] = found["transfer"][scored]
-    args.soft_labels = distill.reviews_with_soft_labels(args, reviews)
-    if args.soft_labels == "transfer":
+    if not scored.any() and lacking:
+        whose = f"{lacking:,} of {len(reviews.train):,} labelled reviews have none either"
+        stop(f"no unlabelled review has a score in {owner}, and {whose}: score the unlabelled ones")
+    if scored.any() and (lacking or args.soft_labels == "transfer"):
+        args.soft_labels = "transfer"
         del found["train"]
-    elif lacking := int(np.isnan(found["train"]).sum()):
-        whose = f"{lacking:,} of {len(reviews.train):,} labelled reviews have no score in {owner}"
-        if not len(reviews.transfer):
-            stop(f"no unlabelled review has a score, and {whose}: score the unlabelled ones")
-        stop(f"--soft-labels all needs the scores of all labelled reviews, but {whose}: pass --soft-labels transfer")
-    return reviews
+        print("labelled reviews learn from their gold label (--soft-labels transfer)")
+    found["transfer"] = found["transfer"][scored]
+    return dataclasses.replace(reviews, transfer=reviews.transfer[scored].reset_index(drop=True))
 
 
 def save_scores(folder: Path, reviews: data.Reviews, log_odds: dict[str, np.ndarray]) -> None:

@@ -147,7 +147,7 @@ def test_labelled_reviews_are_taught_softly_only_if_all_have_a_score(read, table
     assert "train" not in read(both)[1].log_odds
     odds = read(both, soft_labels="all")[1].log_odds["train"]
     np.testing.assert_allclose(odds, logit(of_train["p_positive"]))
-    stops(lambda: read(both[:-1], soft_labels="all"), "1 of 60 labelled reviews", "--soft-labels transfer")
+    assert "train" not in read(both[:-1], soft_labels="all")[1].log_odds
     stops(lambda: read(of_train[1:]), "no unlabelled review has a score", "1 of 60 labelled")
     left, teacher, _ = read(of_train)
     assert len(left.transfer) == 0 and np.isfinite(teacher.log_odds["train"]).all()
@@ -204,12 +204,3 @@ def test_a_file_of_scores_takes_no_flags_of_an_llm(script, capsys, flag):
     with pytest.raises(SystemExit):
         script("04b").parse_args(["--teacher-name", "x"])
     assert "pass both" in capsys.readouterr().err
-
-
-def test_all_unlabelled_reviews_are_used_where_a_file_has_their_scores(script):
-    parse = script("04b").parse_args
-    assert (parse([]).max_transfer_samples, parse([]).soft_labels) == (20000, "all")
-    for words in (["--teacher-scores", "x.csv"], ["--teacher-scores=x.csv"]):
-        assert (parse(words).max_transfer_samples, parse(words).soft_labels) == (None, "transfer")
-    typed = ["--teacher-scores", "x.csv", "--soft-labels", "all", "--max-transfer-samples", "9"]
-    assert (parse(typed).max_transfer_samples, parse(typed).soft_labels) == (9, "all")
