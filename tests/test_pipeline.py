@@ -597,6 +597,6 @@ def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
     # The same runs, but 04b read a file of scores: 03's LLM is no teacher of its student.
     facts = {name: value for name, value in facts.items() if name != "llm"} | {"scores": {"file": "x/llm.csv"}}
     runs["04b_student_from_mistral"] = {"facts": facts | {"teacher": "llm"}}
-    *_, llm, from_encoder, from_file = module.classifiers.find(args, None, runs, {})
+    *_, llm, from_encoder, from_file = module.classifiers.find(args, None, runs, {}, Path("deploy"))
     assert llm.facts["calibration"] == "none (no 04b)" and from_encoder.teacher and from_encoder.note is None
     assert (from_file.name, from_file.teacher) == ("1 from llm", None) and "llm.csv" in from_file.note
