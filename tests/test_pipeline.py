@@ -580,9 +580,9 @@ def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stop
     facts = read(outputs / "03_mistral", "run.json")["facts"]
     log_p = module.read_scores(args, reviews, outputs / "04b_student_from_mistral" / "soft_labels")["validation"]
     labels = reviews.validation["label"].to_numpy()
-    assert 0 < module.check_llm(facts, log_p, labels) <= 1
+    assert 0 < module.check_scores(facts, log_p, labels) <= 1
     facts["validation_accuracy"] = 0.6
-    stops(lambda: module.check_llm(facts, log_p, labels), "0.600 in 03", "still the base")
+    stops(lambda: module.check_scores(facts, log_p, labels), "0.600 in 03", "still the base")
 
 
 def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
