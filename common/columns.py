@@ -87,9 +87,9 @@ def number_labels(
     With the flags, reviews that have other labels are left out. Stops if the labels are no known pair.
     """
     plain, labels = {}, {}  # of each row by split; as written, by plain label
-    for split in tables.keys() - {"transfer"}:
+    for split in (split for split in tables if split != "transfer"):
         try:
-            codes, values = pd.factorize(tables[split]["label"].map(_single))
+            codes, values = pd.factorize(pd.Series([_single(label) for label in tables[split]["label"]], dtype=object))
         except TypeError:
             stop(f"the {split} labels are lists or objects, not single values: name another --label-column")
         of_split = {plain_label(value): str(value).strip() for value in values}

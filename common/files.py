@@ -13,7 +13,6 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -46,15 +45,13 @@ def read(args: argparse.Namespace, reads: tuple[str, ...]) -> dict[str, pd.DataF
     and validation with train. Stops, with what is there and what to do, if the reviews cannot be read rightly.
     """
     path = Path(args.dataset).expanduser()
-    if path.is_file():
-        found, load = {"train": [path]}, _whole
-    elif path.is_dir():
-        found, load = _find(path), _whole
-        if not found.keys() & ({"train"} if "train" in reads else {"train", "test"}):
-            held = [f"{entry.name}{'/' if entry.is_dir() else ''}" for entry in sorted(path.iterdir())]
-            stop(f"{path} has no train file (it holds {_short(held) or 'nothing'}): {REMEDY}")
+    if path.exists():
+        found, load = _find(path) if path.is_dir() else {"train": [path]}, _whole
     else:
         found, load = _open_hub(args.dataset)
+    if not found.keys() & ({"train"} if "train" in reads else {"train", "test"}):
+        held = [f"{entry.name}{'/' if entry.is_dir() else ''}" for entry in sorted(path.iterdir())]
+        stop(f"{path} has no train file (it holds {_short(held) or 'nothing'}): {REMEDY}")
     needed = {*reads, "test", *(["validation"] if "train" in reads else []), *([] if "test" in found else ["train"])}
     tables = {}
     for split in (split for split in SPLITS if split in needed & found.keys()):
@@ -75,14 +72,16 @@ def read(args: argparse.Namespace, reads: tuple[str, ...]) -> dict[str, pd.DataF
 
 def _find(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
     """The files of each split in a folder, or else in the only one of its folders that has some; empty: none."""
+    if _is_saved(folder):
+        return {"train": [folder]}
     files, folders = _entries(folder)
+    below = (sub for inner in folders if _parse(inner.name).split for sub in _entries(inner)[1])
+    folders += [sub for sub in below if _parse(sub.name).split == "transfer"]  # Stanford's train/unsup
     held = {file.name: [file] for file in files if not _is_text(file) or _parse(file.name).split}
-    for inner in folders:
+    classes = _class_folders(folder)
+    for inner in (inner for inner in folders if inner not in classes):
         is_set = _parse(inner.name).split or _is_saved(inner)
-        held[f"{inner.name}/"] = _only_table(inner) if is_set else []
-        for below in _entries(inner)[1] if is_set else []:
-            if _parse(below.name).split == "transfer":  # Stanford's train/unsup
-                held[f"{inner.name}/{below.name}/"] = _only_table(below)
+        held[f"{inner.relative_to(folder)}/"] = _only_table(inner) if is_set else []
     splits = _choose(held, str(folder))
     if splits.keys() <= {"transfer"}:
         whole = _only_table(folder, splits.get("transfer", []))
@@ -90,10 +89,10 @@ def _find(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
         if len(inside) > 1:
             stop(f"{folder} holds several review sets ({_short(inside)}): pass one of these folders as --dataset")
         if not whole:
-            return next(iter(inside.values()), splits)
+            return splits | next(iter(inside.values()), {})
         splits["train"] = whole
-    read = {path.relative_to(folder).parts[:1] for paths in splits.values() for path in paths}
-    left = [name for name in held if not {(), (name.split("/")[0],)} & read]
+    read = {path for paths in splits.values() for path in paths}
+    left = [name for name, paths in held.items() if read.isdisjoint(paths)]
     _say_left_out(left)
     unnamed = [name for name in left if held[name] and _parse(name).split is None]
     if "test" not in splits and unnamed:
@@ -158,19 +157,18 @@ def _choose(held: dict[str, list], where: str) -> dict[str, list]:
 
 def _one_table(names: list[str], where: str, what: str) -> list[str]:
     """The parts of one table in their order; stops if they are of several tables, or if one is missing."""
-    names = sorted(names, key=lambda name: (_parse(name).part or 0, name))
-    numbers = [_parse(name).part or 0 for name in names]
-    total = _parse(names[0]).parts if names else None
-    years = total is None and len(names) > 1 and min(numbers) > 1  # reviews_2019 and reviews_2020 are no parts
-    if len({_parse(name).table for name in names}) > 1 or len(set(numbers)) < len(names) or years:
+    parsed = {name: _parse(name) for name in names}
+    names = sorted(names, key=lambda name: (parsed[name].part or 0, name))
+    numbers, total = [parsed[name].part or 0 for name in names], parsed[names[0]].parts if names else None
+    years = len(names) > 1 and min(numbers) > 1 and not total  # reviews_2019 and reviews_2020 are no parts
+    if len({name.table for name in parsed.values()}) > 1 or len(set(numbers)) < len(names) or years:
         remedy = "keep one, join them into one, name them train and test, or pass one of them as --dataset"
         stop(f"{where} holds several candidates for {what} ({_short(names)}): {remedy}")
-    if total or len(names) > 1:
-        first = 0 if 0 in numbers else 1
-        expected = range(first, total + first if total else max(numbers) + 1)
-        if missing := sorted(set(expected) - set(numbers)):
-            lacks = f"part {missing[0] - first + 1} of {total or 'several'}"
-            stop(f"{where} lacks {lacks} beside {_short(names)}: add it, or pass one file as --dataset")
+    first, expected = 0 if 0 in numbers else 1, total or len(names)
+    missing = [number for number in range(first, first + expected) if number not in numbers]
+    if missing and (total or len(names) > 1):
+        lacks = f"part {missing[0] - first + 1} of {total or 'several'}"
+        stop(f"{where} lacks {lacks} beside {_short(names)}: add it, or pass one file as --dataset")
     return names
 
 
@@ -303,22 +301,18 @@ def _member(archive: zipfile.ZipFile) -> str:
 
 def _encoding(file: Path) -> str:
     """utf-8-sig, utf-16 by its mark, or cp1252, a Western spreadsheet's; stops if it seems to be another one."""
-    high = total = 0
-    decoder, is_utf8 = codecs.getincrementaldecoder("utf-8")(), True
     with _open(file) as handle:
-        for block in iter(partial(handle.read, 1 << 20), b""):
-            if not total and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                return "utf-16"
-            total += len(block)
-            high += len(block) - len(block.decode("ascii", "ignore"))
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError:
-                is_utf8 = False
-    if is_utf8:
+        start = handle.read(1 << 20)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    try:
+        with io.TextIOWrapper(_open(file), "utf-8-sig") as lines:
+            for _ in lines:
+                pass
         return "utf-8-sig"
-    if high > FOREIGN_SHARE * total:
-        stop(f"{file} is neither UTF-8 nor Western European text: save it as CSV UTF-8")
+    except UnicodeDecodeError:
+        if len(start.translate(None, bytes(range(128)))) > FOREIGN_SHARE * len(start):
+            stop(f"{file} is neither UTF-8 nor Western European text: save it as CSV UTF-8")
     print(f"{file.name} is not UTF-8 and was read as cp1252; if its accents look wrong, save it as CSV UTF-8")
     return "cp1252"
 
@@ -328,15 +322,10 @@ def _dialect(file: Path) -> dict:
     encoding, known = _encoding(file), {*columns.TEXTS.split(), *columns.LABELS.split()}
     with io.TextIOWrapper(_open(file), encoding) as lines:
         header = next((line for line in lines if line.strip()), "")
-
-        def names(mark: str) -> list[str]:
-            return next(csv.reader([header], delimiter=mark, skipinitialspace=True), [])
-
-        def fits(mark: str) -> tuple[int, bool, int]:
-            return len(known & set(map(columns.plain_name, names(mark)))), mark == "\t" in header, len(names(mark))
-
-        mark = max(",;\t|", key=fits)
-        separators = len(names(mark)) - 1
+        names = {mark: next(csv.reader([header], delimiter=mark, skipinitialspace=True), []) for mark in ",;|\t"}
+        hits = {mark: len(known & set(map(columns.plain_name, names[mark]))) for mark in names}
+        mark = max(names, key=lambda mark: (hits[mark], mark == "\t" and mark in header, len(names[mark])))
+        separators = len(names[mark]) - 1
         # Of one column, commas are a text's own.
         dialect = {"encoding": encoding, "sep": mark if separators > 0 else "\x1f"}
         even, odd_quotes, escapes = True, False, False
@@ -367,13 +356,11 @@ def _json_rows(content: object, file: Path) -> list | dict:
     if not isinstance(content, dict):
         return content
     held = list(content.values())
-    lists = {
-        key: rows for key, rows in content.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)
-    }
+    lists = [key for key, rows in content.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     if len(lists) > 1:
         stop(f"{file} holds several tables ({_short(lists)}): write each to a file of its own")
     if lists:
-        return next(iter(lists.values()))
+        return content[lists[0]]
     if all(isinstance(row, dict) and len(row) < len(held) for row in held):  # a table has more rows than columns
         return held
     return content if any(isinstance(value, list | dict) for value in held) else [content]
