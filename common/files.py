@@ -174,12 +174,14 @@ def _one_table(names: list[str], where: str, what: str) -> list[str]:
 
 def _only_table(folder: Path, taken: Iterable[Path] = ()) -> list[Path]:
     """What a folder holds if no name says a split: one table, its parts, or the folder of texts itself."""
-    files = [file for file in _entries(folder)[0] if file not in taken]
-    only_texts = len(files) > 1 and all(map(_is_text, files)) and _parse(folder.name).split in ("test", "transfer")
+    files, folders = _entries(folder)
+    files = [file for file in files if file not in taken]
+    texts = [file for file in files if _is_text(file)]
+    only_texts = len(texts) == len(files) > 1 and _parse(folder.name).split in ("test", "transfer")
     if only_texts or _is_saved(folder) or _class_folders(folder):
         return [folder]
-    names = [file.name for file in files if not _is_text(file) or len(files) == 1]
-    return [folder / name for name in _one_table(names, str(folder), "one table")]
+    read = files if len(files) == 1 and not folders else [file for file in files if file not in texts]
+    return [folder / name for name in _one_table([file.name for file in read], str(folder), "one table")]
 
 
 def _class_folders(folder: Path) -> list[Path]:

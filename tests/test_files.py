@@ -41,10 +41,6 @@ def csv(name="{}.csv", change=lambda table: table, **options):
     return lambda folder, split, table: change(table).to_csv(folder / name.format(split), index=False, **options)
 
 
-def only_train(name):
-    return lambda folder, split, table: split == "train" and csv(name)(folder, split, table)
-
-
 def each(*writers):
     return lambda *form: [write(*form) for write in writers]
 
@@ -237,19 +233,16 @@ def test_each_file_that_is_read_is_printed_with_its_rows_and_what_is_left_out_is
     assert "left out: old/, test_2.csv, train_2.csv, unsupervised_2.csv\n" in out
 
 
-def test_the_only_table_of_a_folder_is_read_whatever_else_lies_there(form):
+def class_folders(folder, split, table):
+    for row, (text, label) in enumerate(table.to_numpy()):
+        (folder / "txt" / WORDS[label].title()).mkdir(parents=True, exist_ok=True)
+        (folder / "txt" / WORDS[label].title() / f"{row}.TXT").write_text(text)
+
+
+@pytest.mark.parametrize("write", [csv("IMDB Dataset.csv"), class_folders])
+def test_a_set_without_splits_is_read_whatever_else_lies_there(form, write):
     for name in ("notes.txt", "README.md", ".hidden.csv", "~$a.xlsx", "dataset-metadata.json", "picture.png"):
         (form.folder / name).write_text("{}")
-    reviews = data.load_reviews(form(csv("IMDB Dataset.csv"), ("train",)), ALL)
-    assert len(reviews.train) + len(reviews.validation) + len(reviews.test) == 80
-
-
-def test_folders_of_texts_without_a_split_are_one_set(form):
-    def write(folder, split, table):
-        for row, (text, label) in enumerate(table.to_numpy()):
-            (folder / "txt" / str(label)).mkdir(parents=True, exist_ok=True)
-            (folder / "txt" / str(label) / f"{row}.txt").write_text(text)
-
     reviews = data.load_reviews(form(write, ("train",)), ALL)
     assert len(reviews.train) + len(reviews.validation) + len(reviews.test) == 80 and len(reviews.test) > 5
     assert all(("funny" in text) == label for text, label in reviews.test[["text", "label"]].to_numpy())
@@ -288,15 +281,13 @@ REFUSED = {
     "a gap in the numbers": (each(csv("{}_1.csv"), csv("{}_3.csv")), ("lacks part 2",)),
     "years": (each(csv("{}_2019.csv"), csv("{}_2020.csv")), ("several candidates for train",)),
     "two formats": (each(csv(), csv("{}.tsv")), ("several candidates for train (train.csv, train.tsv)", "keep one")),
-    "two validation files": (each(csv(), only_train("dev.csv"), only_train("valid.csv")), ("for validation",)),
+    "two validation files": (each(csv(), csv("dev.csv"), csv("valid.csv")), ("for validation",)),
     "no test and a file of another name": (
-        each(only_train("train.csv"), only_train("holdout.csv")),
+        each(csv("train.csv"), csv("holdout.csv")),
         ("has no test file, but holdout.csv", "a fifth of train"),
     ),
-    "no train": (
-        lambda folder, split, table: split == "test" and csv()(folder, split, table),
-        ("has no train file (it holds test.csv)", "pass --dataset"),
-    ),
+    "unlabelled reviews alone": (csv("unsup.csv"), ("has no train file (it holds unsup.csv)",)),
+    "no train": (csv("test.csv"), ("has no train file (it holds test.csv)", "pass --dataset")),
     "texts without labels": (csv("{}a.txt"), ("has no train file (it holds testa.txt, traina.txt", "text and label")),
     "files of other names": (
         lambda folder, split, table: table.to_csv(folder / f"a{len(table)}.csv", index=False),
