@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
     tokenizer = checks.check_encoder(args.roberta_model, args.max_length, reviews.train["text"], hardware)
-    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
+    folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints, keep=("soft_labels",))
     device.one_process_per_gpu(args, hardware, __file__, argv)
     if not device.share((folder / "model").exists()):
         finetune(args, reviews, tokenizer, hardware, folder)

@@ -49,6 +49,7 @@ from common.classifiers import Classifier, Contender
 from common.rows import Measured
 
 STEP = "05_benchmark"
+KEPT = ("rows", "deploy", "environment.json")  # of an earlier run, each checked before it is used
 WARM_UP_REVIEWS, SWEPT_REVIEWS = 16, 4000
 ALIKE = 0.97  # of the best rate
 STEADY = 0.03  # the half-width of the median latency's interval, as a share of it
@@ -300,7 +301,8 @@ def measure_all(
             continue
         print(f"{'measuring' if contender in new else 'kept:'} {name} ({contender.kind})", flush=True)
         try:
-            contender.prepare()  # for a kept row too: its files may be gone
+            # For a kept row too: its files may be gone.
+            contender.prepare() if contender.prepare else artifacts.verify(contender.files)
             measured = measured or measure(contender, part, args, peaks[contender.hardware])
         except (Exception, settings.Stop) as problem:
             if isinstance(problem, ImportError):
@@ -354,6 +356,8 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str
         settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py or another script first")
     for step, run in runs.items():
         artifacts.refuse_conflict(args, run, reviews.fingerprints, same=())
+        if step in classifiers.STUDENTS:
+            artifacts.verify(Path(args.output_dir, step, "validation.parquet"))  # which chooses the cascade's rule
         for earlier in artifacts.made_again(args, run):
             made_again[step] = f"run {artifacts.SCRIPTS[step]} --force"
             print(f"warning: {step} is of an earlier {earlier}: {made_again[step]}")
@@ -372,37 +376,42 @@ def show(folder: Path) -> pd.DataFrame:
     except ModuleNotFoundError as problem:
         remedy = "pip install -r requirements.txt, then run 05_benchmark.py --report-only"
         settings.stop(f"the report needs {problem.name}, which is not installed: {remedy}")
-    print(f"table: {folder / 'benchmark.csv'}, report: {folder / 'report.html'}")
     return table
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     folder = Path(args.output_dir, STEP)
+    written = "table: {0}/benchmark.csv, report: {0}/report.html"
     if args.report_only:
         if not (folder / "benchmark.csv").exists():
             settings.stop(f"{folder / 'benchmark.csv'} is missing: run 05_benchmark.py without --report-only first")
         artifacts.lock(folder)
+        artifacts.verify(folder, "run 05_benchmark.py without --report-only to make it again")
         show(folder)
+        print(written.format(folder))
         return 0
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("test",))
     runs, made_again = read_runs(args, reviews)
     inputs = reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in runs}
-    artifacts.reopen(args, STEP, inputs, forget=("rows", "deploy"))
+    work = artifacts.begin(args, STEP, inputs, keep=() if args.force else KEPT, again=True)
 
-    contenders = classifiers.find(args, hardware, runs, made_again)
-    done, without, facts = measure_all(contenders, reviews.test, args, folder)
+    contenders = classifiers.find(args, hardware, runs, made_again, work / "deploy")
+    done, without, facts = measure_all(contenders, reviews.test, args, work)
 
-    if facts["measured_models"] or not (folder / "environment.json").exists():
-        artifacts.write_json(folder / "environment.json", device.environment(hardware) | facts)
-    comparison.write_tables(args, folder, reviews.test, done, without)
-    table = show(folder)
-    failed = table.loc[table["status"].str.startswith("failed"), "Model"]
+    if facts["measured_models"] or not (work / "environment.json").exists():
+        artifacts.write_json(work / "environment.json", device.environment(hardware) | facts)
+    comparison.write_tables(args, work, reviews.test, done, without)
+    table = show(work)
+    failed = table[table["status"].str.startswith("failed")]
     if len(failed):
-        print(f"error: {len(failed)} of {len(table)} models failed ({', '.join(failed)}); see above", file=sys.stderr)
-        return 1
-    artifacts.finish(args, folder, {})
+        print(written.format(work))
+        names = f"{len(failed)} of {len(table)} models failed ({', '.join(failed['Model'])})"
+        print(f"error: {names}; see above", file=sys.stderr)
+        return 2 if failed["status"].str.startswith("failed: Stop").all() else 1  # 2: each has told its remedy
+    artifacts.finish(args, work, {})
+    print(written.format(folder))
     return 0
 
 

@@ -1,4 +1,5 @@
 # make demo: environment, installs, the six scripts, the table. make test: the same environment, lint and tests.
+# make drill: damaged files, kills, full disks, two copies, read-only folders; 30 minutes; DRILL="--kills 5 --seed 1".
 # make kaggle-check: both in a second environment, with the versions of Kaggle's image.
 # make results DATASET=path/to/imdb: every table of results/, on real weights; 45 core hours; run it again to continue.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 OUTPUT ?= outputs/demo_run
 SCRIPTS := 01_baseline 02_finetune_roberta 03_finetune_mistral 04a_distill_from_roberta 04b_distill_from_mistral 05_benchmark
 
-.PHONY: demo test test-slow kaggle-check results lint install clean
+.PHONY: demo test test-slow drill kaggle-check results lint install clean
 
 demo: install
 	$(BIN)/python demo/make.py
@@ -19,6 +20,9 @@ test: lint
 
 test-slow: lint
 	$(BIN)/python -m pytest
+
+drill: install
+	$(BIN)/python tests/drill.py $(DRILL)
 
 kaggle-check:
 	$(MAKE) VENV=.venv-kaggle CONSTRAINTS=constraints-kaggle.txt OUTPUT="$$(mktemp -d)" test demo

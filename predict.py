@@ -49,6 +49,7 @@ def load(name: str, folder: str, hardware: device.Hardware) -> Judge:
     temperature = getattr(models.load_config(folder), "calibration_temperature", None)
     if temperature is None:
         settings.stop(f"{folder} is no model of 02, 04a or 04b (its config.json has no calibration_temperature)")
+    artifacts.verify(Path(folder))
     return Judge(name, classifiers.load_encoder(Path(folder), hardware), temperature)
 
 

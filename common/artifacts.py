@@ -1,8 +1,14 @@
-"""Every path under outputs/: atomic writes, started.json and run.json, and errors that name the script to run."""
+"""Every path under outputs/: atomic writes; how a step is opened, replaced, finished, required and verified.
+
+A step's folder gets started.json first and run.json last. run.json holds the digest of every file, and of itself.
+Nothing is written into a finished step: its successor grows in STEP.new/ beside it. When that is finished, two renames
+put it in its place. Until then the old one serves.
+"""
 
 import argparse
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -34,31 +40,52 @@ OTHER = "the command that makes it"  # a step of experiments/
 PACKAGES = "torch transformers tokenizers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
 PACKAGES += ["onnx", "onnxruntime"]
 REWRITE = "run the script that wrote it with --force"
+NEW, OLD = ".new", ".old"  # a finished step's successor; the step itself while the two are swapped
+RECORDS = ("started.json", "run.json")
+# No script reads these: a model's card, 05's report. Their owner may edit them, so they have no digest.
+FOR_PEOPLE = (".md", ".html", ".png")
 _process_started = time.time()
 _locks: dict[Path, object] = {}  # held by this process
+
+
+# --- files, written whole or not at all ---
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk and of a folder that cannot be written into one sentence about `path`."""
+    try:
+        yield
+    except Exception as problem:
+        # EFBIG is a limit on the size of files. numpy, torch and what is written in Rust give no number.
+        number, told = getattr(problem, "errno", None), str(problem)
+        words = ("No space left", "File too large", " requested and ", "unexpected pos", "StreamWriter failed")
+        if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(word in told for word in words):
+            stop(f"the disk is full ({path}): make room, then the same command continues")
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            stop(f"{problem.filename or path} cannot be written ({problem.strerror}): write to another folder")
+        raise
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder; it is renamed to `path` when all of it is on disk."""
     temporary = path.with_name(path.name + ".partial")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-    except OSError as problem:
-        # shutil.Error, of a copied folder, has no number. EFBIG is a limit on the size of files.
-        if problem.errno in (errno.ENOSPC, errno.EFBIG) or "No space left" in str(problem):
-            shutil.rmtree(temporary, ignore_errors=True)  # what was written so far is as large as a folder
-            stop(f"the disk is full ({path}): make room, then the same command continues")
-        raise
-    for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
+    with explained(path):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        except Exception:
+            _delete(temporary)  # on a full disk it may be as large as all that is missing
+            raise
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -67,12 +94,39 @@ def write_json(path: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file of an earlier step; stop if it is damaged."""
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV or parquet (by the suffix of `path`), whole or not at all."""
+    write = table.to_csv if path.suffix == ".csv" else table.to_parquet
+    with whole(path) as temporary:
+        write(temporary, index=False)
+
+
+def read_json(path: Path, remedy: str = REWRITE) -> dict:
+    """Read a JSON file of a step; stop with the `remedy` if it is missing or damaged."""
+    content = intact_json(path)
+    if content is None:
+        stop(f"{path} is missing or damaged: {remedy}")
+    return content
+
+
+def intact_json(path: Path) -> dict | None:
+    """A JSON file's content; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        stop(f"{path} is damaged: delete its folder, then run the script that wrote it")
+    except (OSError, ValueError):
+        return None
+
+
+def intact_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a .npz file; None if it is missing or damaged. Each array has a checksum."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        return None
+    except Exception as problem:  # zipfile, zlib and numpy have a dozen kinds
+        print(f"{path} is damaged ({problem}): it is made again")
+        return None
 
 
 def read_array(path: Path, rows: int) -> np.ndarray:
@@ -94,16 +148,220 @@ def read_table(path: Path) -> pd.DataFrame:
         stop(f"{path} is damaged ({problem}): {REWRITE}")
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV or parquet (by the suffix of `path`), whole or not at all."""
-    write = table.to_csv if path.suffix == ".csv" else table.to_parquet
-    with whole(path) as temporary:
-        write(temporary, index=False)
+# --- a step is opened, and finished ---
+
+
+def begin(
+    args: argparse.Namespace, step: str, inputs: dict[str, str], keep: tuple[str, ...] = (), again: bool = False
+) -> Path:
+    """Open the folder in which a step is made: a new one, or an interrupted one with the same settings and inputs.
+
+    Exits with code 0 if the step is finished with them, and with code 2 if it was made with others. --force makes a
+    finished step once more, in STEP.new/, and begins an unfinished one anew. `inputs` maps each dataset split and
+    earlier step that is read to its fingerprint. `keep` names parts that are taken over, because the step itself checks
+    what they were made from. A step that checks all its parts so passes `again`: it is opened whatever its settings
+    were. Rank 0 opens the folder, and every process must see it.
+    """
+    folder = Path(args.output_dir, step)
+    if not device.begun_by_parent():
+        device.first_alone(lambda: _begin(args, folder, inputs, keep, again))
+    work = _work(folder)
+    if not (work / "started.json").exists():
+        stop(f"process {device.rank()} cannot see {work}/: pass an --output-dir on a disk that all machines share")
+    return work
+
+
+def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep: tuple[str, ...], again: bool) -> None:
+    current = json.loads(json.dumps({"step": folder.name, "settings": vars(args), "inputs": inputs}))
+    if not (args.force or again or folder.with_name(folder.name + OLD).exists()):
+        _exit_if_finished(folder, current)  # without the lock: any number of processes may find this
+    lock(folder)
+    _swap(folder)  # what a kill has left of it
+    if not (args.force or again):
+        _exit_if_finished(folder, current)  # by a process that held the lock until now
+    work = _work(folder)
+    begun = intact_json(work / "started.json")
+    if begun and (_same_command(begun, current) if args.force else again or not _changed(begun, current)):
+        print(f"{work}/ was interrupted; continuing.")
+        current["wall_time_s"] = _seconds_spent(work, begun)
+        current["settings"]["force"] |= begun["settings"].get("force", False)  # for the next --force
+    elif args.force:
+        _clear(work, keep)
+    elif not again:
+        _refuse_other(work, "begun", begun or current, current)
+        if work.exists() and any(path.name not in keep for path in work.iterdir()):
+            stop(f"{work}/ holds files of an unknown run (no started.json): pass --force or another --output-dir")
+    if work != folder:
+        print(f"{folder}/ stays until {work}/ is finished")
+        _take_over(folder, work, keep)
+    write_json(work / "started.json", current)
+
+
+def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | None = None) -> None:
+    """Write metrics.json, then run.json, whose presence means "finished"; a successor then takes its place.
+
+    All processes call it; rank 0 writes. `facts` are what later steps must match. `figures` are what this step
+    measured.
+    """
+    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
+    if device.rank() > 0:
+        return
+    if figures is not None:
+        write_json(folder / "metrics.json", figures)
+    for leftover in [*folder.glob("*checkpoints"), *folder.rglob("*.partial")]:  # of a kill
+        _delete(leftover)  # some lie in others
+    begun = read_json(folder / "started.json")
+    run = begun | {
+        "settings": dict(sorted(vars(args).items())),
+        "facts": facts,
+        "seed": args.seed,
+        **made_with(),
+        "wall_time_s": round(begun.get("wall_time_s", 0) + time.time() - _process_started, 1),
+        "peak_memory_mb": round(peak_mb),
+        "files": {name: _entry(folder / name) for name in _files(folder) if not name.endswith(FOR_PEOPLE)},
+    }
+    write_json(folder / "run.json", run | {"sha256": _digest_of(run)})
+    folder = folder.with_name(folder.name.removesuffix(NEW))
+    _swap(folder)
+    print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
+
+
+def lock(folder: Path) -> None:
+    """Lock `folder` until this process ends; stop if another process holds the lock."""
+    path = folder.with_name(f".{folder.name}.lock")
+    if path in _locks:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "w")  # noqa: SIM115 - open until the process ends
+    except OSError as problem:
+        stop(f"{path.parent}/ cannot be written ({problem.strerror}): pass another --output-dir")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"another process is at work in {folder}/: wait for it, or pass another --output-dir")
+    _locks[path] = handle
+
+
+def _exit_if_finished(folder: Path, current: dict) -> None:
+    """Exit with code 0 if the step is finished with these settings and inputs, with code 2 if with others.
+
+    Returns if it is not finished, or if --force has begun a successor with these.
+    """
+    if not (folder / "run.json").exists():
+        return
+    run = _read_run(folder, "pass --force to make it again")
+    begun = intact_json(folder.with_name(folder.name + NEW) / "started.json")
+    if _changed(run, current) and begun and not _changed(begun, current):
+        return
+    _refuse_other(folder, "finished", run, current)
+    verify(folder, "pass --force to make it again")
+    print(f"{folder}/ is finished with these settings; --force redoes it.")
+    raise SystemExit(0)
+
+
+def _changed(recorded: dict, current: dict) -> list[str]:
+    old, new = (run.get("settings", {}) | run.get("inputs", {}) for run in (recorded, current))
+    names = sorted((old | new).keys() - NOT_COMPARED)
+    # A flag that is newer than the run had its default there.
+    pairs = [(name, old.get(name, default_of(name, "absent")), new.get(name, "absent")) for name in names]
+    return [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
+
+
+def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> None:
+    changed = _changed(recorded, current)
+    if changed:
+        stop(f"{folder}/ was {state} with other settings ({'; '.join(changed)}): pass --force or another --output-dir")
+
+
+def _same_command(begun: dict, current: dict) -> bool:
+    """Whether the same command has begun a step, --force and precision included; --max-hours may differ."""
+    limit = {"max_hours": None}
+    return all(begun[part] | limit == current[part] | limit for part in ("settings", "inputs"))
+
+
+def _seconds_spent(work: Path, begun: dict) -> float:
+    """What earlier runs of an unfinished step took: each until its last write, because a kill leaves no clock."""
+    last = max(path.stat().st_mtime for path in work.rglob("*"))
+    return round(begun.get("wall_time_s", 0) + last - (work / "started.json").stat().st_mtime, 1)
+
+
+# --- a finished step is replaced ---
+
+
+def _work(folder: Path) -> Path:
+    """Where a step is made: in its folder until it is finished, then in its successor's."""
+    return folder.with_name(folder.name + NEW) if (folder / "run.json").exists() else folder
+
+
+def _swap(folder: Path) -> None:
+    """Put a finished successor, if there is one, in the place of `folder`; only the holder of the lock may do it.
+
+    A kill between the renames leaves both steps finished, and `_settled` does the second one.
+    """
+    old = folder.with_name(folder.name + OLD)
+    if (folder.with_name(folder.name + NEW) / "run.json").exists() and folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        with explained(folder):
+            os.replace(folder, old)
+    if (_settled(folder) / "run.json").exists():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _settled(folder: Path) -> Path:
+    """`folder`, after the second rename of a swap that a kill has cut in two."""
+    new = folder.with_name(folder.name + NEW)
+    if not folder.exists() and (new / "run.json").exists():
+        with explained(folder), suppress(FileNotFoundError):  # another process was faster
+            os.replace(new, folder)
+    return folder
+
+
+def _take_over(folder: Path, work: Path, keep: tuple[str, ...]) -> None:
+    """Link the undamaged files of a finished step's parts into its successor, unless it has these parts.
+
+    Every write replaces a file, so no write into the successor reaches the old one.
+    """
+    files = (intact_json(folder / "run.json") or {}).get("files", {})
+    for part in (part for part in keep if not (work / part).exists()):
+        names = [name for name in _files(folder) if Path(name).parts[0] == part]
+        sound = [name for name in names if name.endswith(FOR_PEOPLE) or _is_sound(folder / name, files.get(name))]
+        for name in sorted({*names} - {*sound}):
+            print(f"{folder / name} is damaged: it is made again")
+        if sound:
+            with whole(work / part) as temporary:
+                for name in sound:
+                    _link(folder / name, temporary / Path(name).relative_to(part))
+
+
+def _link(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:  # a disk without hard links
+        shutil.copyfile(file, target)
+
+
+def _clear(work: Path, keep: tuple[str, ...]) -> None:
+    """Delete an unfinished step but `keep`. Without started.json, which goes first, only --force opens it."""
+    if work.exists():
+        print(f"--force: deleting {work}/, which was not finished{', but for '.join(['', *keep])}")
+        (work / "started.json").unlink(missing_ok=True)
+        for path in work.iterdir():
+            if path.name not in keep:
+                _delete(path)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+# --- a finished step is read, and verified ---
 
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
-    """The path of a finished step's result; if it is missing, stops with the name of its script."""
-    folder, script = Path(args.output_dir, step), SCRIPTS.get(step, OTHER)
+    """The path of a finished step's result, verified; if it is missing, stops with the name of its script."""
+    folder, script = _settled(Path(args.output_dir, step)), SCRIPTS.get(step, OTHER)
     path = folder.joinpath(*parts)
     if _is_interrupted(folder):
         stop(f"{folder}/ is not finished: run {script} again to continue it")
@@ -112,35 +370,57 @@ def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
         stop(f"{shown} is missing: run {script} first")
     if not path.exists():
         stop(f"{shown} is missing though its step is finished: run {script} --force to make it again")
-    _refuse_missing(folder, path, f"run {script} --force")
+    if parts:
+        verify(path)
     return path
+
+
+def verify(path: Path, remedy: str = "") -> None:
+    """Stop unless the files under `path`, a step's folder or a part of one, are those that its run.json records.
+
+    A path of no finished step is taken as it is. With several processes the first one reads the digests, once.
+    """
+    folder = next((parent for parent in [path, *path.parents][:3] if (parent / "run.json").exists()), None)
+    if folder is None:
+        return
+    remedy = remedy or f"run {SCRIPTS.get(folder.name, OTHER)} --force to make it again"
+    for name, entry in _read_run(folder, remedy).get("files", {}).items():
+        if (folder / name).is_relative_to(path) and not _is_sound(folder / name, entry):
+            stop(f"{folder / name} is missing or damaged though its step is finished: {remedy}")
 
 
 def read_run(args: argparse.Namespace, step: str) -> dict:
     """The run.json of a finished step."""
-    path = require(args, step, "run.json")
-    run = read_json(path)
+    remedy = f"run {SCRIPTS.get(step, OTHER)} again with --force"
+    path = require(args, step) / "run.json"
+    run = _read_run(path.parent, remedy)
     if not {"step", "settings", "inputs", "facts"} <= run.keys() or "labels" not in run["facts"]:
-        stop(f"{path} is damaged: run {SCRIPTS.get(step, OTHER)} again with --force")
+        stop(f"{path} is damaged: {remedy}")
     return run
 
 
 def fingerprint(args: argparse.Namespace, step: str) -> str:
-    """The identity of a finished step: a SHA-256 of its run.json, which covers settings, inputs and file sizes."""
-    return hashlib.sha256(require(args, step, "run.json").read_bytes()).hexdigest()[:16]
+    """The identity of a finished step: a digest of inputs, facts and files. Made again to the bit, it is the same."""
+    file = require(args, step) / "run.json"
+    run = _read_run(file.parent, REWRITE)
+    if "sha256" not in run:  # a step of before
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return _digest_of({name: run[name] for name in ("inputs", "facts", "files")})[:16]
 
 
 def finished_steps(args: argparse.Namespace) -> list[str]:
     """The finished steps before the benchmark, in order; prints the name of each unfinished one."""
-    folders = {step: Path(args.output_dir, step) for step in SCRIPTS if step != "05_benchmark"}
+    folders = {step: _settled(Path(args.output_dir, step)) for step in SCRIPTS if step != "05_benchmark"}
     for step, folder in folders.items():
         if _is_interrupted(folder):
             print(f"{folder}/ is not finished and is left out: run {SCRIPTS[step]} again to continue it")
     return [step for step, folder in folders.items() if (folder / "run.json").exists()]
 
 
-def _is_interrupted(folder: Path) -> bool:
-    return (folder / "started.json").exists() and not (folder / "run.json").exists()
+def made_again(args: argparse.Namespace, run: dict) -> list[str]:
+    """The steps that `run` read and that have been made again since then."""
+    finished = [step for step in SCRIPTS if Path(args.output_dir, step, "run.json").exists()]
+    return [step for step in finished if run["inputs"].get(step, "") not in ("", fingerprint(args, step))]
 
 
 def refuse_conflict(
@@ -166,152 +446,59 @@ def refuse_conflict(
 def digest(folder: Path, but: str = "") -> str:
     """SHA-256 over the names and contents of a folder's files, without `but` and without a card: it may be edited."""
     total = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("README.md", but)):
-        with open(file, "rb") as handle:
-            total.update(str(file.relative_to(folder)).encode() + hashlib.file_digest(handle, "sha256").digest())
+    for name in _files(folder):
+        if Path(name).name not in ("README.md", but):
+            total.update(name.encode() + bytes.fromhex(_sha256(folder / name)))
     return total.hexdigest()[:16]
 
 
-def reopen(args: argparse.Namespace, step: str, inputs: dict[str, str], forget: tuple[str, ...]) -> None:
-    """Open the folder of a step that keeps its own parts by digest, whatever its settings were before.
-
-    --force deletes the parts named in `forget`.
-    """
-    folder = Path(args.output_dir, step)
-    lock(folder)
-    if _is_interrupted(folder):
-        print(f"{folder}/ was interrupted; continuing.")
-    for part in forget if args.force else ():
-        shutil.rmtree(folder / part, ignore_errors=True)
-    write_json(folder / "started.json", _current(args, folder, inputs))
-    (folder / "run.json").unlink(missing_ok=True)
+def _is_interrupted(folder: Path) -> bool:
+    return (folder / "started.json").exists() and not (folder / "run.json").exists()
 
 
-def made_again(args: argparse.Namespace, run: dict) -> list[str]:
-    """The steps that `run` read and that have been made again since then."""
-    finished = [step for step in SCRIPTS if Path(args.output_dir, step, "run.json").exists()]
-    return [step for step in finished if run["inputs"].get(step, "") not in ("", fingerprint(args, step))]
-
-
-def begin(args: argparse.Namespace, step: str, inputs: dict[str, str], keep: str | None = None) -> Path:
-    """Open the step's folder: a new one, or an interrupted one with the same settings and inputs.
-
-    Exits with code 0 if the step is finished, and with code 2 if it was made with other settings. `inputs` maps each
-    dataset split and earlier step that is read to its fingerprint. `keep` names a subfolder that --force spares,
-    because the step itself checks it. Rank 0 opens the folder, and every process must see it.
-    """
-    folder = Path(args.output_dir, step)
-    if not device.begun_by_parent():
-        device.first_alone(lambda: _begin(args, folder, inputs, keep))
-    if not (folder / "started.json").exists():
-        stop(f"process {device.rank()} cannot see {folder}/: pass an --output-dir on a disk that all machines share")
-    return folder
-
-
-def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep: str | None) -> None:
-    current = _current(args, folder, inputs)
-    if not args.force:
-        _exit_if_finished(folder, current)  # without the lock: any number of processes may find this
-    lock(folder)
-    if args.force and folder.exists():
-        print(f"--force: deleting {folder}/{f' except {keep}/' if keep else ''}")
-        _delete(folder, keep)
-    _exit_if_finished(folder, current)  # by a process that held the lock until now
-    if (folder / "started.json").exists():
-        _refuse_other(folder, "begun", read_json(folder / "started.json"), current)
-        print(f"{folder}/ was interrupted; continuing.")
-        return
-    if folder.exists() and any(path.name != keep for path in folder.iterdir()):
-        stop(f"{folder}/ holds files of an unknown run (no started.json): pass --force or another --output-dir")
-    write_json(folder / "started.json", current)
-
-
-def _current(args: argparse.Namespace, folder: Path, inputs: dict[str, str]) -> dict:
-    settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_COMPARED}
-    return {"step": folder.name, "settings": settings, "inputs": inputs}
-
-
-def _exit_if_finished(folder: Path, current: dict) -> None:
-    """Exit with code 0 if the step is finished with the current settings and inputs, with code 2 if with others."""
-    if (folder / "run.json").exists():
-        _refuse_other(folder, "finished", read_json(folder / "run.json"), current)
-        _refuse_missing(folder, folder, "pass --force")
-        print(f"{folder}/ is finished with these settings; --force redoes it.")
-        raise SystemExit(0)
-
-
-def lock(folder: Path) -> None:
-    """Lock `folder` until this process ends; stop if another process holds the lock."""
-    path = folder.with_name(f".{folder.name}.lock")
-    if path in _locks:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "w")  # noqa: SIM115 - open until the process ends
-    except OSError as problem:
-        stop(f"{path.parent}/ cannot be written ({problem.strerror}): pass another --output-dir")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stop(f"another process is at work in {folder}/: wait for it, or pass another --output-dir")
-    _locks[path] = handle
-
-
-def _delete(folder: Path, keep: str | None) -> None:
-    """Delete a step's results. They are renamed first, so that a kill leaves nothing that looks like results."""
-    deleted = folder.with_name(f".{folder.name}.deleted")
-    if deleted.exists():
-        shutil.rmtree(deleted)
-    os.replace(folder, deleted)
-    if keep is not None and (deleted / keep).exists():
-        folder.mkdir()
-        os.replace(deleted / keep, folder / keep)
-    shutil.rmtree(deleted)
-
-
-def _refuse_missing(folder: Path, part: Path, remedy: str) -> None:
-    """Stop when a file under `part` that the finished step in `folder` wrote is missing or has another size."""
-    for name, size in read_json(folder / "run.json").get("files", {}).items():
-        file = folder / name
-        if file.is_relative_to(part) and (not file.is_file() or file.stat().st_size != size):
-            stop(f"{file} is missing or damaged though its step is finished: {remedy} to make it again")
-
-
-def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> None:
-    old, new = (run.get("settings", {}) | run.get("inputs", {}) for run in (recorded, current))
-    names = sorted((old | new).keys() - NOT_COMPARED)
-    # A flag that is newer than the run had its default there.
-    pairs = [(name, old.get(name, default_of(name, "absent")), new.get(name, "absent")) for name in names]
-    changed = [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
-    if changed:
-        stop(f"{folder}/ was {state} with other settings ({'; '.join(changed)}): pass --force or another --output-dir")
-
-
-def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | None = None) -> None:
-    """Write metrics.json, then run.json, whose presence means "finished". All processes call it; rank 0 writes.
-
-    `facts` are what later steps must match. `figures` are what this step measured.
-    """
-    peak_mb = max(device.gather(memory.highest_peak_mb(), last=True))
-    if device.rank() > 0:
-        return
-    if figures is not None:
-        write_json(folder / "metrics.json", figures)
-    for leftover in folder.glob("*checkpoints"):  # from a kill between saving the model and deleting its checkpoints
-        shutil.rmtree(leftover)
+def _files(folder: Path) -> list[str]:
+    """The names of a step's files, in order, without its two records."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [path for path in files if path.name not in ("run.json", "README.md")]  # a model's card may be edited
-    run = read_json(folder / "started.json") | {
-        "settings": dict(sorted(vars(args).items())),
-        "facts": facts,
-        "seed": args.seed,
-        **made_with(),
-        "wall_time_s": round(time.time() - _process_started, 1),
-        "peak_memory_mb": round(peak_mb),
-        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
-    }
-    write_json(folder / "run.json", run)
-    print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
+    return [name for name in (path.relative_to(folder).as_posix() for path in files) if name not in RECORDS]
+
+
+def _entry(file: Path) -> dict:
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _is_sound(file: Path, entry: dict | int | None) -> bool:
+    """Whether a file is as its step has left it. Steps of before have recorded sizes alone."""
+    recorded = {"bytes": entry} if isinstance(entry, int) else entry or {}
+    if not file.is_file() or file.stat().st_size != recorded.get("bytes"):
+        return False
+    elsewhere = device.rank() > 0 or device.begun_by_parent()  # another process reads the digest
+    return elsewhere or "sha256" not in recorded or _sha256(file) == recorded["sha256"]
+
+
+def _sha256(file: Path) -> str:
+    about = file.stat()
+    return _sha256_of(file, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.cache  # 05 reads a model's digest for its verification and for its row's name: 3 s for RoBERTa-large
+def _sha256_of(file: Path, *_version: int) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _digest_of(run: dict) -> str:
+    """SHA-256 of a run.json's content without this digest."""
+    content = {name: value for name, value in json.loads(json.dumps(run)).items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_run(folder: Path, remedy: str) -> dict:
+    """A step's run.json; stops if it is damaged. That of a step of before has no digest."""
+    run = read_json(folder / "run.json", remedy)
+    before = "sha256" not in run and all(isinstance(size, int) for size in run.get("files", {}).values())
+    if not before and run.get("sha256") != _digest_of(run):
+        stop(f"{folder / 'run.json'} is damaged: {remedy}")
+    return run
 
 
 def versions() -> dict[str, str | None]:

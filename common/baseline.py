@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from common.artifacts import read_json, whole, write_json
 from common.settings import stop
@@ -13,14 +13,21 @@ from common.settings import stop
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-TOKEN_PATTERN = r"\w+|[!?]"  # "!" and "?" add half a point on IMDB; "I" and "7" are words too
+TOKEN_PATTERN = r"\w+|[^\w\s]"  # "I" and "7" are words too; each mark of punctuation is worth half a point on IMDB
+OPTIONS = ("analyzer", "token_pattern", "ngram_range", "binary", "sublinear_tf", "use_idf", "norm")  # in config.json
+# Folders of earlier versions name a weighting instead.
+OF_WORDS = {"analyzer": "word", "token_pattern": r"\w+|[!?]"}
+EARLIER = {
+    "tfidf": OF_WORDS | {"binary": False, "use_idf": True, "norm": "l2"},
+    "binary": OF_WORDS | {"binary": True, "use_idf": False, "norm": None},
+}
 
 
 @dataclass(frozen=True)
 class Baseline:
     """logits = vectorizer(texts) · weights + bias, with weights (features, 2) and bias (2,)."""
 
-    vectorizer: CountVectorizer
+    vectorizer: TfidfVectorizer
     weights: np.ndarray
     bias: np.ndarray
 
@@ -37,7 +44,7 @@ class Baseline:
         return self.score(self.count_ngrams(texts))
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        idf = {"idf": self.vectorizer.idf_} if isinstance(self.vectorizer, TfidfVectorizer) else {}
+        idf = {"idf": self.vectorizer.idf_} if self.vectorizer.use_idf else {}
         return {"weights": self.weights, "bias": self.bias} | idf
 
     def count(self) -> tuple[int, int]:
@@ -49,10 +56,7 @@ class Baseline:
         """Write config.json, vocabulary.json (the terms in column order) and .npy arrays into `folder`, whole."""
         with whole(folder) as temporary:
             temporary.mkdir()
-            tfidf = isinstance(self.vectorizer, TfidfVectorizer)
-            config = {"weighting": "tfidf" if tfidf else "binary", "ngram_range": list(self.vectorizer.ngram_range)}
-            config["sublinear_tf"] = bool(tfidf and self.vectorizer.sublinear_tf)
-            write_json(temporary / "config.json", config)
+            write_json(temporary / "config.json", {name: getattr(self.vectorizer, name) for name in OPTIONS})
             write_json(temporary / "vocabulary.json", list(self.vectorizer.get_feature_names_out()))
             for name, array in self._arrays().items():
                 np.save(temporary / f"{name}.npy", array.astype(np.float32), allow_pickle=False)
@@ -64,22 +68,22 @@ def load_baseline(folder: Path) -> Baseline:
     arrays = {file.stem: np.load(file, allow_pickle=False) for file in folder.glob("*.npy")}
     if "weights" not in arrays or len(arrays["weights"]) != len(terms):
         stop(f"{folder} is damaged: run 01_baseline.py --force")
-    ngrams = tuple(config["ngram_range"])
-    if config["weighting"] == "tfidf":
-        vectorizer = make_tfidf(ngrams, config["sublinear_tf"], vocabulary=terms)
-        vectorizer.idf_ = arrays["idf"]
-    else:
-        vectorizer = make_binary(ngrams, vocabulary=terms).fit([])
-    return Baseline(vectorizer, arrays["weights"], arrays["bias"])
+    options = config | EARLIER.get(config.get("weighting"), {})
+    options = {name: options[name] for name in OPTIONS} | {"dtype": np.float32}
+    options["ngram_range"] = tuple(options["ngram_range"])
+    return Baseline(make_vectorizer(terms, arrays.get("idf"), **options), arrays["weights"], arrays["bias"])
 
 
-def make_tfidf(ngram_range: tuple[int, int], sublinear_tf: bool, **options: object) -> TfidfVectorizer:
-    """The naive Bayes model's features."""
-    options |= {"token_pattern": TOKEN_PATTERN, "dtype": np.float32}
-    return TfidfVectorizer(ngram_range=ngram_range, sublinear_tf=sublinear_tf, **options)
+def units(analyzer: str) -> dict[str, object]:
+    """CountVectorizer's options for n-grams of words ("word") or of characters ("char"), once a review."""
+    pattern = TOKEN_PATTERN if analyzer == "word" else None
+    return {"analyzer": analyzer, "token_pattern": pattern, "binary": True, "dtype": np.float32}
 
 
-def make_binary(ngram_range: tuple[int, int], **options: object) -> CountVectorizer:
-    """NB-SVM's features: whether the review contains an n-gram."""
-    options |= {"token_pattern": TOKEN_PATTERN, "dtype": np.float32}
-    return CountVectorizer(ngram_range=ngram_range, binary=True, **options)
+def make_vectorizer(terms: list[str], idf: np.ndarray | None, **options: object) -> TfidfVectorizer:
+    """The weighted counts of known n-grams. `idf` has a weight for each, or is None where `use_idf` is False."""
+    vectorizer = TfidfVectorizer(vocabulary=terms, **options)
+    if idf is None:
+        return vectorizer.fit([""])  # nothing is learned from it
+    vectorizer.idf_ = idf
+    return vectorizer

@@ -2,13 +2,16 @@
 
 import math
 import time
+from pathlib import Path
 
 from transformers import TrainerCallback, TrainerState
 
 from common import device
+from common.artifacts import write_json
 from common.settings import stop
 
 DIVERGED = "the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32"
+SIZES = "sizes.json"  # of a checkpoint's files
 FORECAST_STEPS = 50  # training prints its remaining time after this many steps
 
 
@@ -21,11 +24,17 @@ def within_epoch(state: TrainerState) -> bool:
 
 
 class RecordFiles(TrainerCallback):
-    """Records in each checkpoint's trainer_state.json which files it must have; training._damage expects them."""
+    """Writes the size of each file into a checkpoint, last, when every process has saved its random state.
 
-    def on_train_begin(self, args, state, control, **_):
-        state.stateful_callbacks["fp16"] = args.fp16  # with a gradient scaler
-        state.stateful_callbacks["processes"] = args.world_size  # each with a random state
+    A checkpoint without its SIZES was not saved to the end.
+    """
+
+    def on_save(self, args, state, control, **_):
+        device.gather(None)
+        if device.rank() == 0:
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name != SIZES}
+            write_json(checkpoint / SIZES, sizes)
 
 
 class SaveOften(TrainerCallback):

@@ -53,16 +53,17 @@ class Contender:
     note: str | None = None
     samples: int | None = None  # of the test reviews, stratified; None: all
     student: "Contender | None" = None  # of which it is a form
-    prepare: Callable[[], object] = lambda: None  # runs before the clock
+    prepare: Callable[[], object] | None = None  # runs before the clock
     absent: str | None = None  # the package that it lacks
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers", "numpy")  # that run it
 
 
 def find(
-    args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict], made_again: dict[str, str]
+    args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict], made_again: dict[str, str], deployed: Path
 ) -> list[Contender]:
     """The models of the finished steps `runs` (run.json by step), in their order, then the students' forms.
 
+    The forms are written into the folder `deployed`.
     `made_again` names the steps whose teacher is another one now, and what to run. They are compared with no teacher.
     """
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
@@ -79,11 +80,14 @@ def find(
         found.append(_encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher))
         teachers["04a_student_from_roberta"] = found[-1]
     from_llm, stale = facts.get("04b_student_from_mistral"), "04b_student_from_mistral" in made_again
+    # A file says what some LLM answered. That LLM has no row, and 03's is not the student's teacher.
+    scores = from_llm.get("scores") if from_llm else None
+    from_llm = None if scores else from_llm
     if "03_mistral" in runs:
         tuned = from_llm is not None and from_llm["llm"]["adapter"] and not stale
         calibration = from_llm if tuned else UNCALIBRATED
         found.append(_llm(LLM, root / "03_mistral" / "adapter", hardware, facts["03_mistral"], calibration, args))
-        teachers["04b_student_from_mistral"] = found[-1]
+        teachers["04b_student_from_mistral"] = None if scores else found[-1]
     if from_llm and not from_llm["llm"]["adapter"]:
         found.append(_llm(ZERO_SHOT, None, hardware, from_llm["llm"], from_llm, args))
         teachers["04b_student_from_mistral"] = found[-1]
@@ -95,6 +99,8 @@ def find(
                 one = _encoder(name, kind, root / step / part, hardware, facts[step])
                 one.step, one.teacher = step, None if step in made_again else teachers.get(step)
                 one.note = f"its teacher's step was made again: {made_again[step]}" if step in made_again else None
+                if facts[step].get("scores"):
+                    one.note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
                 found.append(one)
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
     names = [contender.name for contender in found] + 2 * ["example_id", "label"]
@@ -106,7 +112,7 @@ def find(
         files = [artifacts.require(args, one.step, "metrics.json") for one in students]
         figures = [artifacts.read_json(file)["validation"]["student"] for file in files]
         students = [students[int(np.argmax([scores["accuracy"] for scores in figures]))]]
-    return found + [form for student in students for form in forms(args, student)]
+    return found + [form for student in students for form in forms(args, student, deployed)]
 
 
 def _encoder(name: str, kind: str, folder: Path, hardware: Hardware, facts: dict) -> Contender:
@@ -124,9 +130,9 @@ def _llm(kind: str, adapter: Path | None, hardware: Hardware, llm: dict, calibra
     return one
 
 
-def forms(args: argparse.Namespace, student: Contender) -> list[Contender]:
+def forms(args: argparse.Namespace, student: Contender, deployed: Path) -> list[Contender]:
     """The forms in which a student can be deployed, each on the CPU."""
-    found, target = [], Path(args.output_dir, "05_benchmark", "deploy", student.name.replace(" ", "-"))
+    found, target = [], deployed / student.name.replace(" ", "-")
     for precision in ("fp32", "bf16") if device.cpu_has_bf16() else ("fp32",):
         name, cpu = f"eager {precision}", device.cpu(precision)
         found.append(_encoder(f"{student.name}, {name}", f"form, {name}", student.files, cpu, student.facts))
@@ -189,6 +195,7 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
 
 def deploy(model_folder: Path, target: Path) -> None:
     """Write the ONNX form of a saved encoder to `target`, unless it is there, whole and of the same model."""
+    artifacts.verify(model_folder)
     importlib.import_module("onnxruntime")  # so that no row pays for it
     record, versions = target / "made_from.json", artifacts.versions()
     origin = {"model": artifacts.digest(model_folder)} | {

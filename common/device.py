@@ -210,7 +210,7 @@ def out_of_time() -> bool:
 
 def stop_for_time() -> NoReturn:
     """Exit with code 3 in all processes together. The work on disk is complete, and another run continues it."""
-    print("out of time (--max-hours): the same command continues; leave --force out", flush=True)
+    print("out of time (--max-hours): the same command continues", flush=True)
     gather(None, last=True)  # rank 0 prints before any process exits, because the first exit ends all
     raise SystemExit(3)
 

@@ -115,7 +115,7 @@ def describe_model(
     on_hub = {key: name for key, name in named.items() if name.count("/") == 1 and not Path(name).exists()}
     text = CARD.format(
         front="".join(f"{key}:\n- {name}\n" for key, name in on_hub.items()),
-        title=f"{settings.short(base)}, {folder.parent.name}/{folder.name}",
+        title=f"{settings.short(base)}, {folder.parent.name.removesuffix(artifacts.NEW)}/{folder.name}",
         role=role,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         max_length=args.max_length,

@@ -3,8 +3,6 @@
 import argparse
 import hashlib
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,11 +56,5 @@ def keep(file: Path, measured: Measured) -> None:
 
 def read(file: Path) -> Measured | None:
     """What an earlier run kept; None if there is nothing, or a damaged file."""
-    try:
-        with np.load(file, allow_pickle=False) as kept:
-            return Measured(logits=kept["logits"], latency=kept["latency"], **json.loads(str(kept["about"])))
-    except FileNotFoundError:
-        return None
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, OSError, EOFError):
-        print(f"{file} is damaged: its model is measured again")
-        return None
+    kept = artifacts.intact_arrays(file)
+    return kept and Measured(logits=kept["logits"], latency=kept["latency"], **json.loads(str(kept["about"])))

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from common import data, device, models
-from common.artifacts import read_json, read_table, whole, write_json, write_table
+from common.artifacts import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
 from common.device import Hardware
 from common.settings import stop
 from common.verbalizer import label_log_probabilities
@@ -117,9 +116,7 @@ def in_chunks(
         begin = turn + chunk * device.rank()
         texts = reviews["text"].iloc[begin : begin + chunk].tolist()
         file = chunks / f"{begin:07d}.npz"
-        if texts and not zipfile.is_zipfile(file):
-            if file.exists():
-                print(f"{file} is damaged: scoring its reviews again")
+        if texts and intact_arrays(file) is None:
             arrays = score(texts)
             with whole(file) as temporary, open(temporary, "wb") as handle:
                 np.savez(handle, **arrays)
@@ -183,7 +180,7 @@ def delete_unless_made_from(folder: Path, split: str, origin: dict[str, object])
 
     def check() -> None:
         record = folder / "made_from.json"
-        recorded = read_json(record) if record.exists() else {}
+        recorded = intact_json(record) or {}
         if recorded.get(split) == origin:
             return
         for path in folder.glob(f"{split}[._]*"):

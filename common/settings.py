@@ -147,7 +147,7 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     if precision:
         add("--precision", choices=precisions, default="auto", help="arithmetic; auto: bf16, on T4s fp16, on CPUs fp32")
     add("--max-hours", type=hours, default="unlimited", help="time limit in hours; the same command then continues")
-    add("--force", action=argparse.BooleanOptionalAction, default=False, help="delete this step's results and redo it")
+    add("--force", action=argparse.BooleanOptionalAction, default=False, help="make this step again beside its results")
     if "train" in reads:
         validation = "reviews that choose checkpoints; auto: a tenth of train, from 16 to 2,500"
         add("--validation-samples", type=count_or_auto, default="auto", help=validation)
@@ -208,7 +208,7 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
     if "negative_labels" in args and (args.negative_labels is None) != (args.positive_labels is None):
         parser.error("--negative-labels and --positive-labels belong together: pass both")
     _typed.clear()
-    _typed.update({name: value for name, value in vars(args).items() if value != _defaults[name]})
+    _typed.update({name: value for name, value in vars(args).items() if value != _defaults.get(name)})
     return args
 
 

@@ -1,24 +1,21 @@
 """Training: TrainingArguments, the trainers, checks of memory and disk, safe resume."""
 
 import argparse
-import json
 import math
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
 from common import device, memory, metrics, models
-from common.artifacts import whole
-from common.callbacks import DIVERGED, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
+from common.artifacts import explained, intact_json, whole
+from common.callbacks import DIVERGED, SIZES, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
@@ -153,12 +150,13 @@ def train(trainer: Trainer, hardware: Hardware) -> None:
     device.first_alone(lambda: refuse_full_disk(trainer.model, checkpoints))
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with explained(checkpoints):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         device.stop_for_time()
     best = trainer.state.best_model_checkpoint
     if trainer.args.load_best_model_at_end and not (best and Path(best).exists()):
-        stop(f"the best checkpoint ({best}) and its weights are gone: pass --force to train again")
+        stop(f"the best checkpoint ({best}) and its weights are gone: delete {checkpoints}/ to train again")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses and not math.isfinite(losses[-1]):
         stop(DIVERGED)
@@ -240,23 +238,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _damage(checkpoint: Path) -> str | None:
     """The damaged part of a checkpoint, or the best checkpoint so far if that is damaged; else None."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "trainer_state.json"
-    recorded, random_states = state.get("stateful_callbacks", {}), list(checkpoint.glob("rng_state*.pth"))
-    if len(random_states) < recorded.get("processes", 1):  # any number of processes can continue
-        return "a random state is missing"
-    names = ["scheduler.pt", "optimizer.pt", *(["scaler.pt"] if recorded.get("fp16") else [])]
-    for file in [*map(checkpoint.joinpath, names), *random_states]:
-        if not zipfile.is_zipfile(file):
-            return file.name
-    weights = [checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors"]
-    try:
-        with safe_open(next(file for file in weights if file.is_file()), framework="numpy"):
-            pass
-    except (StopIteration, SafetensorError):
-        return "its weights"
+    sizes = intact_json(checkpoint / SIZES)
+    if sizes is None:
+        return f"it has no {SIZES}, which is written last"
+    for name, size in sizes.items():
+        if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
+            return name
+    state = intact_json(checkpoint / "trainer_state.json") or {}
     best = checkpoint.with_name(f"checkpoint-{state.get('best_global_step')}")
     # If the best checkpoint was deleted, a later epoch had a better one, and the resumed run repeats that epoch.
     if state.get("best_global_step") and best != checkpoint and best.exists() and _damage(best):

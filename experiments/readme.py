@@ -61,10 +61,14 @@ def percent(share: float, low: float, high: float) -> str:
 
 
 def by_labels(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a run, a column a number of labels: the mean accuracy of its seeds."""
+    """A row a run, a column a number of labels: the mean accuracy of its draws; and how many draws and reviews."""
     table = table.sort_values("labels", ascending=False, kind="stable")  # all runs have the most labels: their order
     wide = table.pivot_table(index="run", columns="labels", values="accuracy", sort=False).sort_index(axis=1)
-    return wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None).reset_index()
+    wide = wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None)
+    of_run = table.groupby("run")
+    wide["draws"] = of_run.apply(lambda rows: ", ".join(map(str, rows.groupby("labels").size().unique())))
+    wide["n"] = of_run["n_test"].max()
+    return wide.reset_index()
 
 
 def by_share(table: pd.DataFrame) -> pd.DataFrame:

@@ -74,7 +74,10 @@ few_labels() {
     few_labels_teachers 50 16 34 20 10
     few_labels_teachers 500 100 400 5 2
     few_labels_teachers 3000 1000 2000 2 1
-    python experiments/few_labels.py "${reviews[@]}" "${bf16[@]}" "${student[@]}" --output-dir outputs/few_labels
+    local few=("${reviews[@]}" "${bf16[@]}" "${student[@]}" --output-dir outputs/few_labels)
+    few+=(--roberta-model $weights/mpnet-base)
+    python experiments/few_labels.py "${few[@]}"
+    python experiments/few_labels.py "${few[@]}" --labels 50 500 3000 --seeds 2 3 --runs frozen_embeddings
     python experiments/tables.py results/few_labels --collect outputs/few_labels/runs --read-test
 }
 

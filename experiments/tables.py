@@ -32,7 +32,7 @@ CLAIMS = (  # a student, the teacher whose gap it closes, and the runs that it i
     ("both_8000", "teacher", ("control",)),
     ("tuned_both_16000", "tuned_teacher", ("control", "tuned_teacher")),
 )
-FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm")
+FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm", "frozen_embeddings")
 CASCADED = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 1)  # shares of the reviews that the student hands on
 MADE = "validation.csv white_box.csv black_box.csv claims.csv cascade.csv few_labels.csv few_labels.png".split()
 # runs.csv, in this order. `labels`: gold labels in all, where a table compares numbers of them.
@@ -229,11 +229,12 @@ def claims(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]
 
 
 def table_of_validation(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
-    """A row a run: its figures on validation."""
-    rows = [
-        {"run": run["run"], "seed": int(run["seed"])} | metrics.describe(labels, scores[column])
-        for column, run in runs[runs.index.isin(scores)].iterrows()
-    ]
+    """A row a run: its figures on the reviews that it has read."""
+    rows = []
+    for column, run in runs[runs.index.isin(scores)].iterrows():
+        read = np.isfinite(scores[column][:, 0])
+        figures = metrics.describe(labels[read], scores[column][read])
+        rows.append({"run": run["run"], "seed": int(run["seed"])} | figures)
     return pd.DataFrame(rows, columns=["run", "seed", "n", "accuracy", "ci_low", "ci_high", "nll", "ece"])
 
 
@@ -272,7 +273,7 @@ def plot_few_labels(table: pd.DataFrame, file: Path) -> None:
 
     counts, figure = sorted(table["labels"].unique()), Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    shift = dict(zip(FEW_LABELS, (-0.09, -0.03, 0.03, 0.09), strict=True))
+    shift = dict(zip(FEW_LABELS, np.linspace(-0.12, 0.12, len(FEW_LABELS)), strict=True))
     for run in shift:
         mean = table[table["run"] == run].groupby("labels")[["accuracy", "ci_low", "ci_high"]].mean()
         below, above = mean["accuracy"] - mean["ci_low"], mean["ci_high"] - mean["accuracy"]

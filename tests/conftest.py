@@ -16,19 +16,20 @@ TINY_SIZES = {"train": 200, "test": 2, "unsupervised": 200}
 sys.path.insert(0, str(ROOT))
 
 
+def load_script(number: str):
+    """Load a numbered script by its beginning ("04a"); its name is no identifier, so import cannot."""
+    file = next(ROOT.glob(f"{number}_*.py"))
+    spec = importlib.util.spec_from_file_location(f"script_{number}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def script():
-    """Load a numbered script by its beginning ("04a"); its name is no identifier, so import cannot."""
-
-    def load(number: str):
-        file = next(ROOT.glob(f"{number}_*.py"))
-        spec = importlib.util.spec_from_file_location(f"script_{number}", file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    """`load_script`."""
+    return load_script
 
 
 def write_reviews(folder: Path, train: int = 80, test: int = 20, transfer: int = 30) -> Path:

@@ -73,13 +73,66 @@ def test_a_folder_of_an_unknown_run_is_never_adopted(args, stops):
     stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "unknown run", "--force")
 
 
-def test_a_finished_step_whose_files_are_gone_or_cut_says_so(args, stops):
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip_a_bit,
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.fixture
+def finished(args):
+    """A finished step of one file in a part."""
     folder = artifacts.begin(args, "02_roberta", INPUTS)
-    (folder / "weights").write_text("12345")
-    artifacts.finish(args, folder, {})
-    for damage in (lambda: (folder / "weights").write_text("123"), (folder / "weights").unlink):
-        damage()
-        stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "weights is missing or damaged", "--force")
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_text("12345")
+    artifacts.finish(args, folder, {"labels": ["negative", "positive"]}, {"accuracy": 0.5})
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_a_finished_step_is_told_with_its_remedy_by_every_reader(args, stops, finished, damage):
+    DAMAGES[damage](finished / "model" / "weights")
+    words = ("weights is missing or damaged", "--force")
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), *words)
+    stops(lambda: artifacts.require(args, "02_roberta", "model"), *words)
+    stops(lambda: artifacts.verify(finished / "model"), *words)
+    assert artifacts.require(args, "02_roberta", "metrics.json")  # another part, which is whole
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_of_a_finished_step_is_told_too(args, stops, finished, damage):
+    DAMAGES[damage](finished / "run.json")
+    stops(lambda: artifacts.read_run(args, "02_roberta"), "run")
+    if damage == "deleted":
+        assert artifacts.begin(args, "02_roberta", INPUTS) == finished  # as if a kill had come before it
+    else:
+        stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "run.json", "damaged", "--force")
+
+
+def test_a_bit_anywhere_in_run_json_is_noticed(args, stops, finished):
+    whole = (finished / "run.json").read_bytes()
+    for bit in range(0, 8 * len(whole), 61):  # all bits of a byte, at different bytes
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (finished / "run.json").write_bytes(damaged)
+        stops(lambda: artifacts.read_run(args, "02_roberta"), "damaged", "02_finetune_roberta.py")
+
+
+def test_a_finished_step_of_before_is_checked_by_its_sizes(args, stops, finished):
+    run = json.loads((finished / "run.json").read_text())
+    run = {name: value for name, value in run.items() if name != "sha256"} | {"files": {"model/weights": 5}}
+    artifacts.write_json(finished / "run.json", run)
+    assert artifacts.require(args, "02_roberta", "model")
+    (finished / "model" / "weights").write_text("123")
+    stops(lambda: artifacts.require(args, "02_roberta", "model"), "weights is missing or damaged")
 
 
 def test_a_second_process_in_the_same_folder_is_refused(args, tmp_path):
@@ -91,14 +144,99 @@ def test_a_second_process_in_the_same_folder_is_refused(args, tmp_path):
     assert second.returncode == 2 and "another process is at work" in second.stderr
 
 
-def test_force_begins_anew_and_spares_what_the_step_keeps(args):
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def test_force_leaves_the_finished_step_in_place_until_its_successor_is_finished(args, finished, tmp_path):
+    before = (finished / "run.json").read_bytes()
+    args.force, args.epochs = True, 5
+    new = artifacts.begin(args, "02_roberta", INPUTS)
+    assert names(tmp_path) == ["02_roberta", "02_roberta.new"] and names(new) == ["started.json"]
+    (new / "model").mkdir()
+    (new / "model" / "weights").write_text("new")
+    assert artifacts.require(args, "02_roberta", "model") == finished / "model"
+    assert (finished / "run.json").read_bytes() == before
+    artifacts.finish(args, new, {})
+    assert names(tmp_path) == ["02_roberta"] and (finished / "model" / "weights").read_text() == "new"
+    run = artifacts.read_json(finished / "run.json")
+    assert (run["step"], run["settings"]["epochs"]) == ("02_roberta", 5)
+
+
+def test_the_command_that_force_began_continues_its_successor_and_the_old_one_finds_the_old_step(args, finished):
+    args.force, args.epochs = True, 5
+    new = artifacts.begin(args, "02_roberta", INPUTS)
+    (new / "half").touch()
+    for args.force in (True, False):  # a batch job leaves --force out
+        assert artifacts.begin(args, "02_roberta", INPUTS) == new and (new / "half").exists()
+    args.epochs = 2
+    with pytest.raises(SystemExit) as left:
+        artifacts.begin(args, "02_roberta", INPUTS)
+    assert left.value.code == 0
+    args.force = True  # with other settings than the successor's: begun anew
+    artifacts.begin(args, "02_roberta", INPUTS)
+    assert not (new / "half").exists() and (finished / "run.json").exists()
+
+
+def test_force_begins_an_unfinished_step_anew_and_spares_what_the_step_keeps(args):
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     (folder / "old").touch()
     (folder / "kept").mkdir()
     args.force, args.epochs = True, 5
-    artifacts.begin(args, "02_roberta", INPUTS, keep="kept")
-    assert sorted(path.name for path in folder.iterdir()) == ["kept", "started.json"]
+    assert artifacts.begin(args, "02_roberta", INPUTS, keep=("kept",)) == folder
+    assert names(folder) == ["kept", "started.json"]
     assert artifacts.read_json(folder / "started.json")["settings"]["epochs"] == 5
+
+
+def test_a_successor_takes_over_undamaged_parts_and_no_write_reaches_the_old_ones(args, finished, capsys):
+    for name in ("sound", "flipped"):
+        (finished / "model" / name).write_text(name)
+    (finished / "run.json").unlink()
+    artifacts.finish(args, finished, {})
+    flip_a_bit(finished / "model" / "flipped")
+    args.force = True
+    new = artifacts.begin(args, "02_roberta", INPUTS, keep=("model", "never_made"))
+    assert names(new) == ["model", "started.json"] and names(new / "model") == ["sound", "weights"]
+    assert "flipped is damaged" in capsys.readouterr().out
+    with artifacts.whole(new / "model" / "sound") as temporary:
+        temporary.write_text("other")
+    (new / "model" / "weights").unlink()
+    assert (finished / "model" / "sound").read_text() == "sound" and (finished / "model" / "weights").exists()
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_within_the_swap_leaves_a_finished_step_and_the_next_command_completes_it(
+    args, finished, tmp_path, monkeypatch, renames
+):
+    args.force, args.epochs = True, 5
+    new, replace, left = artifacts.begin(args, "02_roberta", INPUTS), artifacts.os.replace, [renames]
+
+    def dies(source, target):
+        if source.name.startswith("02_roberta"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(artifacts.os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.finish(args, new, {"labels": []})
+    monkeypatch.undo()
+    epochs = artifacts.read_run(args, "02_roberta")["settings"]["epochs"]
+    assert epochs == (2 if renames == 0 else 5)  # until the first rename the old one serves
+    args.force = False
+    with pytest.raises(SystemExit) as finished_with_these:
+        artifacts.begin(args, "02_roberta", INPUTS)
+    assert finished_with_these.value.code == 0 and names(tmp_path) == ["02_roberta"]
+
+
+def test_a_step_that_checks_its_own_parts_is_opened_again_beside_its_finished_one(args, finished):
+    args.epochs = 5
+    new = artifacts.begin(args, "02_roberta", INPUTS, keep=("model",), again=True)
+    assert new != finished and (new / "model" / "weights").read_text() == "12345"
+    args.epochs = 6
+    assert artifacts.begin(args, "02_roberta", INPUTS, keep=("model",), again=True) == new
+    assert artifacts.read_json(new / "started.json")["settings"]["epochs"] == 6
 
 
 @pytest.mark.parametrize(
@@ -113,7 +251,7 @@ def test_a_missing_unfinished_or_damaged_input_names_what_makes_it(args, stops, 
     artifacts.finish(args, folder, {})  # without the facts of a step
     stops(lambda: artifacts.read_run(args, step), "run.json is damaged", f"{maker} again")
     (folder / "run.json").write_text('{"step": ')
-    stops(lambda: artifacts.read_json(folder / "run.json"), "run.json is damaged")
+    stops(lambda: artifacts.read_run(args, step), "run.json is missing or damaged", maker)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(args, stops, tmp_path):
@@ -145,12 +283,27 @@ def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(a
     stops(lambda: artifacts.refuse_conflict(args, run, INPUTS), "--validation-samples 20")
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, stops):
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+        (OSError("10000 requested and 1218 written"), "disk is full"),  # numpy's
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            "disk is full",
+        ),  # torch's
+        (Exception("File too large (os error 27)"), "disk is full"),  # of tokenizers; safetensors' is alike
+        (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_one_sentence_and_what_was_written_is_deleted(tmp_path, stops, problem, words):
     def fill():
-        with artifacts.whole(tmp_path / "table.csv"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+        with artifacts.whole(tmp_path / "table.csv") as temporary:
+            temporary.write_text("half")
+            raise problem
 
-    stops(fill, "disk is full", "continues")
+    stops(fill, words, "table.csv")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -237,7 +237,7 @@ def test_forms_are_of_the_student_on_the_cpu_and_say_which_package_they_lack(scr
     student = classifiers.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU, {"max_length": 8})
     monkeypatch.setattr(classifiers.export, "missing_for_onnx", lambda: "onnx is not installed")
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
-    forms = classifiers.forms(args, student)
+    forms = classifiers.forms(args, student, data.Path("deploy"))
     assert [form.kind[6:] for form in forms] == ["eager fp32", "eager bf16", "ONNX fp32", "ONNX int8"]
     assert [form.absent for form in forms] == [None, None, "onnx is not installed", "onnx is not installed"]
     assert all(form.student is student and form.samples == 2000 for form in forms)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 
 from common import artifacts, baseline, data, device, distill, models, scoring, verbalizer
@@ -265,15 +266,39 @@ def test_with_few_labels_each_student_learns_from_a_teacher_of_its_own_labels(st
     monkeypatch.setattr(data, "load_reviews", load_reviews)
     monkeypatch.setattr(distillation, "make_student", make_student)
     monkeypatch.setattr(distillation, "make_nb_svm", lambda study: made.update(nb_svm=study.origin.seed))
-    few_labels.main(f"--labels {labels} --seeds {seed} --student-model x --output-dir here".split())
+    monkeypatch.setattr(few_labels, "make_frozen_embeddings", lambda study: made.update(frozen=study.origin.seed))
+    few_labels.main(f"--labels {labels} --seeds {seed} --student-model x --roberta-model . --output-dir here".split())
     assert loaded == [(41 + seed, 8, ("train", "transfer")), (42, 2000, ("test",))]  # draws differ, test does not
     expected = {"student_of_llm-0-1": ("zero_shot_batch_teacher", "none", False, "here/3000-42")}
     if labels:
         teachers = {"control": "", "student_of_encoder": "teacher", "student_of_llm": "tuned_teacher"}
         place = "all", labels >= 500, f"here/{labels}-{41 + seed}"
         expected = {f"{name}-{labels}-{seed}": (teacher, *place) for name, teacher in teachers.items()}
-        expected |= {"nb_svm": 41 + seed}
+        expected |= {"nb_svm": 41 + seed, "frozen": 41 + seed}
     assert made == expected
+
+
+def test_frozen_embeddings_are_means_of_length_1_each_review_embedded_once_and_part_of_test_read(study, monkeypatch):
+    reviews = pd.concat([study.reviews.train, study.reviews.validation])
+    study = dataclasses.replace(study, labels="16")
+    study = dataclasses.replace(study, reviews=dataclasses.replace(study.reviews, fingerprints={"dataset/train": "x"}))
+    study.args.roberta_model = str(folder_of(study, "model", "02_roberta"))
+    study.args.embedded_test_samples = 4
+    embedded, real = [], scoring.score_encoder
+    monkeypatch.setattr(scoring, "score_encoder", lambda *args: embedded.extend(args[1]) or real(*args))
+    few_labels.make_frozen_embeddings(study)
+    assert len(embedded) == 4 + 16
+    row, predictions = tables.read_finished(folder_of(study, "frozen_embeddings-16-42"))
+    assert (row["gold"], row["transfer"], row["teacher"]) == ("16", "0", "")
+    assert predictions["log_odds"].notna().sum() == 4 and len(predictions) == 8
+    found = few_labels.embed(study, reviews)
+    assert len(embedded) == 20 and found.index.tolist() == reviews["example_id"].tolist()
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    tokenizer = models.load_tokenizer(study.args.roberta_model)
+    model = transformers.AutoModel.from_pretrained(study.args.roberta_model).eval()
+    tokens = torch.tensor(data.encode(tokenizer, ["good train 0"], 16)[0][None].astype(np.int64))
+    mean = model(tokens).last_hidden_state[0].mean(0).detach().numpy()
+    np.testing.assert_allclose(found.loc["train/0"], mean / np.linalg.norm(mean), atol=2e-3)
 
 
 def test_with_few_labels_the_control_takes_as_many_steps_as_the_students():
@@ -288,9 +313,10 @@ def test_flags_that_a_run_would_ignore_are_refused(capsys):
         for flags in (["--epochs", "3"], ["--seeds", "-1"], ["--num-processes", "2"]):
             with pytest.raises(SystemExit, match="2"):
                 parse(flags)
-    with pytest.raises(SystemExit):
-        few_labels.parse_args(["--max-train-samples", "500"])
-    assert "--labels decides" in capsys.readouterr().err
+    for flags, words in ((["--max-train-samples", "500"], "--labels decides"), ([], "needs --roberta-model")):
+        with pytest.raises(SystemExit):
+            few_labels.parse_args(flags)
+        assert words in capsys.readouterr().err
 
 
 def test_the_committed_runs_are_of_the_recipes_that_stand_in_the_code():
@@ -314,4 +340,4 @@ def test_the_committed_runs_are_of_the_recipes_that_stand_in_the_code():
 def test_a_shell_script_asks_for_runs_that_there_are(file):
     text = (ROOT / "experiments" / file).read_text().replace("\\\n", "")
     asked = {name for names in re.findall(r"--runs ((?: *[a-z_\d]+)+)", text) for name in names.split()}
-    assert {"control"} < asked <= {*distillation.RUNS, "nb_svm", *distillation.TEACHERS}
+    assert {"control"} < asked <= {*distillation.RUNS, *few_labels.RUNS, *distillation.TEACHERS}

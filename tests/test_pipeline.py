@@ -77,6 +77,13 @@ def read(folder: Path, name: str) -> dict:
     return json.loads((folder / name).read_text())
 
 
+def record(step: Path, **changes) -> None:
+    """Make run.json that of the step's present files, as another run of the step would."""
+    run = {name: value for name, value in (read(step, "run.json") | changes).items() if name != "sha256"}
+    run["files"] = {name: (step / name).stat().st_size for name in run["files"]}  # as in steps of before: sizes alone
+    (step / "run.json").write_text(json.dumps(run))
+
+
 def test_the_benchmark_has_the_promised_columns_and_a_row_for_every_model(outputs):
     table = pd.read_csv(outputs / "05_benchmark" / "benchmark.csv")
     assert table.columns[:8].tolist() == [
@@ -235,7 +242,7 @@ def test_models_that_fail_are_rows_that_say_so_even_without_time_and_the_exit_is
     for file in tmp_path.glob("01_baseline/nb_svm/*.npy"):
         file.write_bytes(b"x" * file.stat().st_size)
     shutil.rmtree(tmp_path / "02_roberta/model")
-    assert run_out_of_time(here, "05") == [3, 1]  # after the one model that works, and at the end
+    assert run_out_of_time(here, "05") == [3, 2]  # after the one model that works, and at the end
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
     assert table["status"].str.startswith("failed").tolist() == [False, True, True]
     assert not (tmp_path / "05_benchmark" / "run.json").exists()
@@ -246,8 +253,9 @@ def test_a_table_of_failures_alone_is_written_too(copied, here, tmp_path, capsys
     copied("01_baseline")
     for weights in (tmp_path / "01_baseline").glob("*/*.npy"):
         weights.write_bytes(b"")
-    assert here("05") == 1
-    assert "2 of 2 models failed" in capsys.readouterr().err
+    assert here("05") == 2  # a user error: each is told with its remedy
+    told = capsys.readouterr().err
+    assert told.count("01_baseline.py --force") == 2 and "2 of 2 models failed" in told
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
     assert table["status"].str.startswith("failed").all() and len(table) == 2
 
@@ -308,13 +316,10 @@ def test_the_benchmark_measures_again_only_what_changed_and_says_what_is_stale(c
     capsys.readouterr()
     assert here("05", "--forms", "none") == 0
     assert "measuring" not in capsys.readouterr().out and table.read_bytes() == before
-    run = tmp_path / "02_roberta" / "run.json"
-    run.write_text(run.read_text().replace('"wall_time_s": ', '"wall_time_s": 1'))
+    record(tmp_path / "02_roberta", wall_time_s=1)
     config = tmp_path / "04a_student_from_roberta" / "model" / "config.json"
     config.write_text(config.read_text() + " ")
-    about = json.loads((tmp_path / "04a_student_from_roberta" / "run.json").read_text())
-    about["files"]["model/config.json"] += 1
-    (tmp_path / "04a_student_from_roberta" / "run.json").write_text(json.dumps(about))
+    record(tmp_path / "04a_student_from_roberta")
     assert here("05", "--forms", "none") == 0
     out = capsys.readouterr().out
     assert (
@@ -384,6 +389,40 @@ def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(here, tiny, tmp_
     assert here("05", "--forms", "none") == 0
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv").set_index("Type")
     assert table.loc["teacher, 4-bit zero-shot", "calibration"] == run["facts"]["calibration"]
+
+
+def test_a_file_of_scores_teaches_without_an_llm_and_the_benchmark_says_whose_they_are(
+    here, flags, script, stops, tmp_path
+):
+    module = script("04b")
+    reviews = module.data.load_reviews(module.parse_args(flags["04b"]), reads=("train", "transfer"))
+    texts = pd.concat([reviews.validation["text"], reviews.transfer["text"]])
+    scores = pd.DataFrame({"text": texts, "p_positive": texts.str.startswith("funny") * 0.7 + 0.1})
+    scores.to_csv(file := tmp_path / "answers.csv", index=False)
+    folder = tmp_path / "04b_student_from_mistral"
+    (folder / "soft_labels").mkdir(parents=True)
+    (folder / "soft_labels" / "transfer.parquet").write_bytes(b"of an LLM")
+    asked = ["--teacher-scores", file, "--teacher-name", "some/llm"]
+    here("04b", "--force", *asked)
+
+    run, figures = (read(folder, f"{name}.json") for name in ("run", "metrics"))
+    assert "03_mistral" not in run["inputs"] and run["settings"]["soft_labels"] == "transfer"
+    assert run["facts"]["scores"]["scored"] == {"train": 0, "validation": 40, "transfer": 50}
+    assert figures["validation"]["teacher_none"]["accuracy"] == 1
+    assert (folder / "soft_labels" / "transfer.parquet").read_bytes() == b"of an LLM"
+    kept = pd.read_parquet(folder / "teacher_scores" / "transfer.parquet")
+    assert kept["example_id"].tolist() == reviews.transfer["example_id"].tolist()
+    np.testing.assert_allclose(np.exp(kept["log_p_positive"]), scores["p_positive"][40:], rtol=1e-5)
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert "A student of llm" in card and "answers.csv" in card
+
+    assert here("05", "--forms", "none") == 0
+    table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
+    assert table["Model"].tolist() == ["distilbert from llm"] and table["diff_teacher"].isna().all()
+    assert "answers.csv" in table["note"].item()
+    stops(lambda: here("04b", *asked[:2]), "other settings (teacher_name was some/llm")
+    scores.assign(p_positive=scores["p_positive"] + 0.01).to_csv(file, index=False)
+    stops(lambda: here("04b", *asked), "other settings (teacher-scores/log_odds was", "--force")
 
 
 @pytest.fixture
@@ -465,7 +504,7 @@ def test_the_llm_scores_again_only_damaged_soft_labels_and_another_number_of_rev
     train = pd.read_parquet(folder / "train.parquet")
     (folder / "train.parquet").write_bytes(b"")
     trained_by("04b", ("right",), "--force", "--max-transfer-samples", 40)
-    assert "are damaged: scoring train again" in capsys.readouterr().out
+    assert "train.parquet is damaged: it is made again" in capsys.readouterr().out
     made_again = {file.name for file in folder.glob("*.parquet") if file.stat().st_mtime_ns != before[file.name]}
     assert made_again == {"train.parquet", "transfer.parquet"}
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "train.parquet"), train)
@@ -482,14 +521,12 @@ def change_last_byte(file: Path) -> None:
 
 
 def spoiled(**columns) -> Callable[[Path], None]:
-    """Write a table with other columns, and its new size into run.json."""
+    """Write a table with other columns, and record it in run.json."""
 
     def spoil(file: Path) -> None:
         table = pd.read_parquet(file)
         table.assign(**columns).to_parquet(file, index=False)
-        run = read(file.parents[1], "run.json")
-        run["files"][f"soft_labels/{file.name}"] = file.stat().st_size
-        (file.parents[1] / "run.json").write_text(json.dumps(run))
+        record(file.parents[1])
 
     return spoil
 
@@ -543,9 +580,9 @@ def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stop
     facts = read(outputs / "03_mistral", "run.json")["facts"]
     log_p = module.read_scores(args, reviews, outputs / "04b_student_from_mistral" / "soft_labels")["validation"]
     labels = reviews.validation["label"].to_numpy()
-    assert 0 < module.check_llm(facts, log_p, labels) <= 1
+    assert 0 < module.check_scores(facts, log_p, labels) <= 1
     facts["validation_accuracy"] = 0.6
-    stops(lambda: module.check_llm(facts, log_p, labels), "0.600 in 03", "still the base")
+    stops(lambda: module.check_scores(facts, log_p, labels), "0.600 in 03", "still the base")
 
 
 def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
@@ -555,5 +592,11 @@ def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
     runs = {step: {"facts": facts} for step in list(artifacts.SCRIPTS)[1:5]}
     module = script("05")
     args = module.parse_args(["--output-dir", "nowhere", "--forms", "none"])
-    names = [contender.name for contender in module.classifiers.find(args, None, runs, {})]
+    names = [contender.name for contender in module.classifiers.find(args, None, runs, {}, Path("deploy"))]
     assert len(names) == len(set(names)) == 4
+    # The same runs, but 04b read a file of scores: 03's LLM is no teacher of its student.
+    facts = {name: value for name, value in facts.items() if name != "llm"} | {"scores": {"file": "x/llm.csv"}}
+    runs["04b_student_from_mistral"] = {"facts": facts | {"teacher": "llm"}}
+    *_, llm, from_encoder, from_file = module.classifiers.find(args, None, runs, {}, Path("deploy"))
+    assert llm.facts["calibration"] == "none (no 04b)" and from_encoder.teacher and from_encoder.note is None
+    assert (from_file.name, from_file.teacher) == ("1 from llm", None) and "llm.csv" in from_file.note

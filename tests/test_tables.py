@@ -45,7 +45,7 @@ def run(tmp_path, name: str, seed: int, log_odds, **facts) -> Path:
     folder = artifacts.begin(args, "-".join(filter(None, [name, flags["labels"], str(seed)])), inputs)
     splits, says = dict.fromkeys(("validation", "test"), reviews), {"validation": np.nan_to_num(log_odds)}
     distillation.finish(args, folder, splits, says | {"test": log_odds}, **facts)
-    return folder
+    return folder.with_name(folder.name.removesuffix(artifacts.NEW))  # of a run that was finished before
 
 
 def add(tmp_path, *facts, read_test: bool = True, **more) -> None:
