@@ -75,8 +75,13 @@ def text_and_label(table: pd.DataFrame, owner: str, args: argparse.Namespace, sp
         if label is None and split != "test":
             remedy = "pass --label-column, or call a file without labels unsupervised"
             stop(f"{owner} has the columns {_shown(table)}, and none is named label: {remedy}")
-    labels = None if label is None else table[label].astype(object)
-    return pd.DataFrame({"text": table[text], "label": labels}, columns=["text", "label"])
+    labels = None if label is None else list(map(_single, table[label].astype(object)))
+    return pd.DataFrame({"text": table[text], "label": pd.Series(labels, table.index, dtype=object)})
+
+
+def _single(label: object) -> object:
+    """The label in a list of one, as label tools write it; any other object as it is."""
+    return label[0] if isinstance(label, list | np.ndarray) and len(label) == 1 else label
 
 
 def number_labels(
@@ -89,7 +94,7 @@ def number_labels(
     plain, labels = {}, {}  # of each row by split; as written, by plain label
     for split in (split for split in tables if split != "transfer"):
         try:
-            codes, values = pd.factorize(pd.Series([_single(label) for label in tables[split]["label"]], dtype=object))
+            codes, values = pd.factorize(tables[split]["label"])
         except TypeError:
             stop(f"the {split} labels are lists or objects, not single values: name another --label-column")
         of_split = {plain_label(value): str(value).strip() for value in values}
@@ -109,11 +114,6 @@ def number_labels(
             print(f"{split}: left out {others.sum():,} reviews with other labels")
             numbered[split] = numbered[split][~others]
     return numbered
-
-
-def _single(label: object) -> object:
-    """The label in a list of one, as label tools write it; any other object as it is."""
-    return label[0] if isinstance(label, list | np.ndarray) and len(label) == 1 else label
 
 
 def _by_flags(labels: dict[str, str], negative: set[str], positive: set[str]) -> dict[str, int]:

@@ -104,7 +104,8 @@ def stratified_subset(table: pd.DataFrame, n: int | None, seed: int, split: str)
         table = table.iloc[np.sort(stratified_order(table["label"], seed)[:n])]
     missing = [name for label, name in enumerate(LABELS) if not (table["label"] == label).any()]
     if missing:
-        stop(f"the {len(table)} {split} reviews contain no {' and no '.join(missing)} one: a model needs both classes")
+        lack = " and no ".join(missing)
+        stop(f"the {len(table)} {split} reviews contain no {lack} one: add some, as a model needs both classes")
     return table
 
 
