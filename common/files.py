@@ -46,25 +46,25 @@ def read(args: argparse.Namespace, reads: tuple[str, ...]) -> dict[str, pd.DataF
     """
     path = Path(args.dataset).expanduser()
     if path.exists():
-        found, load = _find(path) if path.is_dir() else {"train": [path]}, _whole
+        found, load = _find(path) if path.is_dir() else {"train": [path]}, lambda source: next(tables(source))
     else:
         found, load = _open_hub(args.dataset)
     if not found.keys() & ({"train"} if "train" in reads else {"train", "test"}):
         held = [f"{entry.name}{'/' if entry.is_dir() else ''}" for entry in sorted(path.iterdir())]
         stop(f"{path} has no train file (it holds {_short(held) or 'nothing'}): {REMEDY}")
     needed = {*reads, "test", *(["validation"] if "train" in reads else []), *([] if "test" in found else ["train"])}
-    tables = {}
+    by_split = {}
     for split in (split for split in SPLITS if split in needed & found.keys()):
         parts = []
         for source in found[split]:
             table, shown = load(source), str(source).removeprefix(f"{path}/").replace(str(path), path.name)
             print(f"{shown}: {len(table):,} rows, {split}")
             parts.append(columns.text_and_label(table, shown, args, split))
-        tables[split] = pd.concat(parts, ignore_index=True)
+        by_split[split] = pd.concat(parts, ignore_index=True)
     if "transfer" in needed - found.keys():
         print(f"{args.dataset} has no unlabelled reviews (unsupervised.*): the transfer set is empty")
-        tables["transfer"] = pd.DataFrame({"text": [], "label": []})
-    return columns.number_labels(tables, args.negative_labels, args.positive_labels)
+        by_split["transfer"] = pd.DataFrame({"text": [], "label": []})
+    return columns.number_labels(by_split, args.negative_labels, args.positive_labels)
 
 
 # Finding
@@ -176,7 +176,7 @@ def _only_table(folder: Path, taken: Iterable[Path] = ()) -> list[Path]:
     """What a folder holds if no name says a split: one table, its parts, or the folder of texts itself."""
     files, folders = _entries(folder)
     files = [file for file in files if file not in taken]
-    texts = [file for file in files if _is_text(file)]
+    texts = list(filter(_is_text, files))
     only_texts = len(texts) == len(files) > 1 and _parse(folder.name).split in ("test", "transfer")
     if only_texts or _is_saved(folder) or _class_folders(folder):
         return [folder]
@@ -186,13 +186,10 @@ def _only_table(folder: Path, taken: Iterable[Path] = ()) -> list[Path]:
 
 def _class_folders(folder: Path) -> list[Path]:
     """Folders with a text file a review, named after the label: Stanford's pos and neg, or others."""
-    folders = [inner for inner in _entries(folder)[1] if not _parse(inner.name).split and _texts(inner)]
+    folders = [inner for inner in _entries(folder)[1] if not _parse(inner.name).split]
+    folders = [inner for inner in folders if any(map(_is_text, _entries(inner)[0]))]
     known = {label for pair in columns.PAIRS for label in pair}
     return folders if len(folders) > 1 or known & {columns.plain_label(inner.name) for inner in folders} else []
-
-
-def _texts(folder: Path) -> list[Path]:
-    return [file for file in _entries(folder)[0] if _is_text(file)]
 
 
 def _is_text(file: Path) -> bool:
@@ -215,10 +212,6 @@ def _short(names: Iterable[str]) -> str:
 # Reading
 
 
-def _whole(path: Path) -> pd.DataFrame:
-    return next(tables(path))
-
-
 def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
     """The rows of a file or folder as one table, or as tables of at most `size` rows; stops if it cannot be read.
 
@@ -230,16 +223,14 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
         return
     kind = ".arrow" if file.is_dir() else _format(file.name)
     if kind is None:
-        formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        stop(f"{file} is no {formats} file: save it as one of these, best CSV UTF-8, or unpack it first")
+        stop(f"{file} is none of {', '.join(FORMATS)}: save it as one of these, best CSV UTF-8, or unpack it first")
     try:
         if kind == ".zip":
             kind = _format(_member(zipfile.ZipFile(file)))
         if kind == ".arrow":
             import datasets
 
-            load = datasets.load_from_disk if file.is_dir() else datasets.Dataset.from_file
-            yield _of_dataset(load(str(file)))
+            yield _of_dataset((datasets.load_from_disk if file.is_dir() else datasets.Dataset.from_file)(str(file)))
         elif kind == ".parquet":
             parquet = ParquetFile(_open(file))
             batches = [parquet.read()] if size is None else parquet.iter_batches(size)
@@ -274,12 +265,13 @@ def _read_texts(folder: Path) -> pd.DataFrame:
     """The table of a folder with a text file a review; folders of classes in it are the labels."""
     rows, foreign = [], 0
     for inner in _class_folders(folder) or [folder]:
-        for file in _texts(inner):
+        label = {} if inner == folder else {"label": inner.name}
+        for content in (file.read_bytes() for file in filter(_is_text, _entries(inner)[0])):
             try:
-                text = file.read_text(encoding="utf-8-sig")
+                rows.append({"text": content.decode("utf-8-sig")} | label)
             except UnicodeDecodeError:
-                text, foreign = file.read_text(encoding="cp1252", errors="replace"), foreign + 1
-            rows.append({"text": text} | ({} if inner == folder else {"label": inner.name}))
+                rows.append({"text": content.decode("cp1252", "replace")} | label)
+                foreign += 1
     if foreign:
         print(f"{folder.name}: {foreign:,} files are not UTF-8 and were read as cp1252")
     return pd.DataFrame(rows)
