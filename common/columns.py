@@ -4,6 +4,7 @@ import argparse
 import re
 import textwrap
 
+import numpy as np
 import pandas as pd
 
 from common.settings import stop
@@ -11,12 +12,13 @@ from common.settings import stop
 UNLABELLED = -1
 # Names are compared without case. The first one of a table's columns wins.
 TEXTS = "text review sentence content review_text reviewtext review_body body reviews comment tweet document phrase"
+TEXTS += " text_a"
 LABELS = "label sentiment polarity target class labels category is_positive rating stars star_rating overall score"
 SYNONYMS = {
     **dict.fromkeys(("neg", "bad"), "negative"),
     **dict.fromkeys(("pos", "good"), "positive"),
-    **dict.fromkeys(("false", "no", "label_0"), "0"),
-    **dict.fromkeys(("true", "yes", "label_1"), "1"),
+    **dict.fromkeys(("false", "f", "no", "n", "label_0"), "0"),
+    **dict.fromkeys(("true", "t", "yes", "y", "label_1"), "1"),
     **dict.fromkeys(("nan", "none", "null", "<na>"), ""),
 }
 # What a set of exactly two labels means: negative, positive. If all labels of test are -1, it has none.
@@ -40,12 +42,11 @@ def find(table: pd.DataFrame, typed: str | None, common: str, owner: str, flag: 
 
     Stops if the typed one is not there. If several could be meant, it prints which one is read.
     """
-    by_name = {plain_name(name): name for name in reversed(table.columns)}
     if typed is not None:
-        if typed not in table and plain_name(typed) not in by_name:
+        if typed not in table and plain_name(typed) not in map(plain_name, table):
             stop(f"{owner} has the columns {_shown(table)}, but not {flag} {typed}: pass one of them")
-        return typed if typed in table else by_name[plain_name(typed)]
-    found = [by_name[name] for name in common.split() if name in by_name]
+        return typed if typed in table else next(name for name in table if plain_name(name) == plain_name(typed))
+    found = [name for wanted in common.split() for name in table if plain_name(name) == wanted]
     if len(found) > 1:
         print(f"{owner}: reads the column {found[0]}, not {', '.join(map(str, found[1:]))}; {flag} changes it")
     return found[0] if found else None
@@ -55,13 +56,14 @@ def find_text(table: pd.DataFrame, typed: str | None, owner: str) -> object:
     """The column of the texts; stops if there is none."""
     column = find(table, typed, TEXTS, owner, "--text-column")
     if column is None:
-        lacks = "pass --text-column, or add a first line such as text,label if it lacks a line with names"
-        stop(f"{owner} has the columns {_shown(table)}, and none is named text: {lacks}")
+        remedy = "pass --text-column, or let the first line name each column, as in text,label"
+        stop(f"{owner} has the columns {_shown(table)}, and none is named text: {remedy}")
     return column
 
 
 def _shown(table: pd.DataFrame) -> str:
-    return ", ".join(textwrap.shorten(str(name), 40, placeholder=" ...") or "''" for name in table.columns[:12])
+    names = [textwrap.shorten(str(name), 40, placeholder=" ...") or "''" for name in table]
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "") or "(none)"
 
 
 def text_and_label(table: pd.DataFrame, owner: str, args: argparse.Namespace, split: str) -> pd.DataFrame:
@@ -71,9 +73,15 @@ def text_and_label(table: pd.DataFrame, owner: str, args: argparse.Namespace, sp
     if split != "transfer" and not (split == "test" and lacks):
         label = find(table, args.label_column, LABELS, owner, "--label-column")
         if label is None and split != "test":
-            stop(f"{owner} has the columns {_shown(table)}, and none is named label: pass --label-column")
-    labels = None if label is None else table[label].astype(object)
-    return pd.DataFrame({"text": table[text], "label": labels}, columns=["text", "label"])
+            remedy = "pass --label-column, or call a file without labels unsupervised"
+            stop(f"{owner} has the columns {_shown(table)}, and none is named label: {remedy}")
+    labels = None if label is None else list(map(_single, table[label].astype(object)))
+    return pd.DataFrame({"text": table[text], "label": pd.Series(labels, table.index, dtype=object)})
+
+
+def _single(label: object) -> object:
+    """The label in a list of one, as label tools write it; any other object as it is."""
+    return label[0] if isinstance(label, list | np.ndarray) and len(label) == 1 else label
 
 
 def number_labels(
@@ -84,7 +92,7 @@ def number_labels(
     With the flags, reviews that have other labels are left out. Stops if the labels are no known pair.
     """
     plain, labels = {}, {}  # of each row by split; as written, by plain label
-    for split in tables.keys() - {"transfer"}:
+    for split in (split for split in tables if split != "transfer"):
         try:
             codes, values = pd.factorize(tables[split]["label"])
         except TypeError:

@@ -48,10 +48,15 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...], scores_test: 
     splits = {split: _clean(table, split) for split, table in files.read(args, reads).items()}
     if "test" not in splits:
         splits["train"], splits["test"] = _draw_test(splits["train"])
-    if "test" in reads and scores_test and not is_labelled(splits["test"]):
-        remedy = "add labels, or take the test file away, so that a fifth of train is test for all steps"
+    labelled, scored = is_labelled(splits["test"]), "test" in reads and scores_test
+    if scored and not labelled:
+        remedy = "add labels to the test file, or take it away and run all steps again with a fifth of train as test"
         stop(f"the test reviews have no labels, and this step compares models on them: {remedy}")
     fingerprints = {f"dataset/{split}": fingerprint(table) for split, table in splits.items()}
+    if scored or not labelled:  # labels may be added after other steps
+        fingerprints["dataset/test texts"] = fingerprint(splits["test"].assign(label=UNLABELLED))
+    if not labelled:
+        del fingerprints["dataset/test"]
     if "train" in reads and args.validation_samples is None:
         args.validation_samples = _validation_size(splits)
 
@@ -99,7 +104,8 @@ def stratified_subset(table: pd.DataFrame, n: int | None, seed: int, split: str)
         table = table.iloc[np.sort(stratified_order(table["label"], seed)[:n])]
     missing = [name for label, name in enumerate(LABELS) if not (table["label"] == label).any()]
     if missing:
-        stop(f"the {len(table)} {split} reviews contain no {' and no '.join(missing)} one: a model needs both classes")
+        lack = " and no ".join(missing)
+        stop(f"the {len(table)} {split} reviews contain no {lack} one: add some, as a model needs both classes")
     return table
 
 
@@ -116,6 +122,8 @@ def _draw_test(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     is_test = np.array([int.from_bytes(digest[:8], "big") % 5 == 0 for digest in digests], dtype=bool)
     chosen = f"{is_test.sum():,} of {len(table):,} reviews"
     print(f"there is no test split: a fifth, {chosen}, becomes it, chosen by a hash of the text")
+    if (~is_test).sum() < 2 * MIN_REVIEWS or not is_test.any():
+        stop(f"{len(table)} reviews are too few for train, validation and test: {3 * MIN_REVIEWS} would do")
     return table[~is_test], table[is_test]
 
 

@@ -12,12 +12,12 @@ import textwrap
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from common import columns, hub
@@ -29,11 +29,13 @@ SPLITS = {
     "test": ("test", "testing"),
     "transfer": ("unsupervised", "unsup", "unlabelled", "unlabeled", "transfer"),
 }
-FORMATS = (".parquet", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xlsx", ".arrow")
 SEPARATED, PACKED = (".csv", ".tsv", ".txt"), (".gz", ".zip")
-NOT_REVIEWS = "readme license licence notice citation requirements state dataset_info dataset_infos dataset_dict"
+FORMATS = (".parquet", *SEPARATED, ".json", ".jsonl", ".ndjson", ".xlsx", ".arrow")
+NOT_REVIEWS = "readme license licence notice citation requirements state package config metadata dataset-metadata"
+NOT_REVIEWS += " dataset_info dataset_infos dataset_dict"
 FOREIGN_SHARE = 0.15  # of bytes above 127: Western European text in cp1252 has a third of it, other alphabets more
-REMEDY = f"pass --dataset a file, or a folder with train and test files ({', '.join(FORMATS[:-1])}, also .gz)"
+REMEDY = "pass --dataset a file with columns text and label, or a folder with such train and test files"
+REMEDY += f" ({', '.join(FORMATS[:-1])}, also .gz)"
 
 
 def read(args: argparse.Namespace, reads: tuple[str, ...]) -> dict[str, pd.DataFrame]:
@@ -42,76 +44,57 @@ def read(args: argparse.Namespace, reads: tuple[str, ...]) -> dict[str, pd.DataF
     The index is the row in the split's files. `reads` names splits. Test is always read, train where there is no test,
     and validation with train. Stops, with what is there and what to do, if the reviews cannot be read rightly.
     """
-    path, load = Path(args.dataset).expanduser(), _read
-    if path.is_file():
-        found = {"train": [path]}
-    elif path.is_dir():
-        found = _find(path)
-        if not found.keys() & ({"train"} if "train" in reads else {"train", "test"}):
-            held = [f"{entry.name}{'/' if entry.is_dir() else ''}" for entry in sorted(path.iterdir())]
-            stop(f"{path} has no train file (it holds {_short(held) or 'nothing'}): {REMEDY}")
+    path = Path(args.dataset).expanduser()
+    if path.exists():
+        found, load = _find(path) if path.is_dir() else {"train": [path]}, lambda source: next(tables(source))
     else:
         found, load = _open_hub(args.dataset)
+    if not found.keys() & ({"train"} if "train" in reads else {"train", "test"}):
+        held = [f"{entry.name}{'/' if entry.is_dir() else ''}" for entry in sorted(path.iterdir())]
+        stop(f"{path} has no train file (it holds {_short(held) or 'nothing'}): {REMEDY}")
     needed = {*reads, "test", *(["validation"] if "train" in reads else []), *([] if "test" in found else ["train"])}
-    tables = {}
+    by_split = {}
     for split in (split for split in SPLITS if split in needed & found.keys()):
         parts = []
         for source in found[split]:
             table, shown = load(source), str(source).removeprefix(f"{path}/").replace(str(path), path.name)
             print(f"{shown}: {len(table):,} rows, {split}")
             parts.append(columns.text_and_label(table, shown, args, split))
-        tables[split] = pd.concat(parts, ignore_index=True)
+        by_split[split] = pd.concat(parts, ignore_index=True)
     if "transfer" in needed - found.keys():
         print(f"{args.dataset} has no unlabelled reviews (unsupervised.*): the transfer set is empty")
-        tables["transfer"] = pd.DataFrame({"text": [], "label": []})
-    return columns.number_labels(tables, args.negative_labels, args.positive_labels)
+        by_split["transfer"] = pd.DataFrame({"text": [], "label": []})
+    return columns.number_labels(by_split, args.negative_labels, args.positive_labels)
 
 
 # Finding
 
 
-class _Name(NamedTuple):
-    """What the name of a file, folder or hub split says."""
-
-    split: str | None
-    exact: bool  # the split's name and nothing else, as in train.csv or train-00000-of-00002.parquet
-    group: tuple  # the same for all parts of one table
-    part: int | None
-    parts: int | None
-
-
-def _parse(name: str) -> _Name:
-    suffix = "".join(re.findall(rf"(?:\.(?:{'|'.join(kind[1:] for kind in FORMATS + PACKED)}))+$", name, re.IGNORECASE))
-    stem = name.removesuffix(suffix).removesuffix("/")
-    numbered = re.fullmatch(r"(.*?)[-_ .]?(\d+)(?:[-_]of[-_](\d+))?", stem)
-    base, part, parts = numbered.groups() if numbered else (stem, None, None)
-    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", base)]
-    splits = [split for split, names in SPLITS.items() if set(names) & set(words)]
-    # Kaggle has an unlabeledTrainData.tsv.
-    split = "transfer" if "transfer" in splits else splits[0] if len(splits) == 1 else None
-    exact = split is not None and base.lower() in SPLITS[split] and (part is None or parts is not None)
-    group = (base.lower(), parts or part is not None, suffix.lower())
-    return _Name(split, exact, group, part and int(part), parts and int(parts))
-
-
 def _find(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
     """The files of each split in a folder, or else in the only one of its folders that has some; empty: none."""
+    if _is_saved(folder):
+        return {"train": [folder]}
     files, folders = _entries(folder)
-    found = {file.name: [file] for file in files if not _is_text(file) or _parse(file.name).split}
-    for inner in folders:
-        if _parse(inner.name).split or _is_saved(inner):
-            found[f"{inner.name}/"] = _only_set(inner)
-            for unlabelled in (sub for sub in _entries(inner)[1] if _parse(sub.name).split == "transfer"):
-                found[f"{unlabelled.name}/"] = _only_set(unlabelled)
-    splits, left = _choose({name: paths for name, paths in found.items() if paths}, str(folder))
+    below = (sub for inner in folders if _parse(inner.name).split for sub in _entries(inner)[1])
+    folders += [sub for sub in below if _parse(sub.name).split == "transfer"]  # Stanford's train/unsup
+    held = {file.name: [file] for file in files if not _is_text(file) or _parse(file.name).split}
+    classes = _class_folders(folder)
+    for inner in (inner for inner in folders if inner not in classes):
+        is_set = _parse(inner.name).split or _is_saved(inner)
+        held[f"{inner.relative_to(folder)}/"] = _only_table(inner) if is_set else []
+    splits = _choose(held, str(folder))
     if splits.keys() <= {"transfer"}:
-        if whole := _only_set(folder, splits.get("transfer", [])):
-            return splits | {"train": whole}
-        inside = {inner.name: below for inner in folders if depth and (below := _find(inner, depth - 1))}
+        whole = _only_table(folder, splits.get("transfer", []))
+        inside = {inner.name: sets for inner in folders if depth and not whole and (sets := _find(inner, depth - 1))}
         if len(inside) > 1:
             stop(f"{folder} holds several review sets ({_short(inside)}): pass one of these folders as --dataset")
-        return next(iter(inside.values()), splits)
-    unnamed = [name for name in left if _parse(name).split is None]
+        if not whole:
+            return splits | next(iter(inside.values()), {})
+        splits["train"] = whole
+    read = {path for paths in splits.values() for path in paths}
+    left = [name for name, paths in held.items() if read.isdisjoint(paths)]
+    _say_left_out(left)
+    unnamed = [name for name in left if held[name] and _parse(name).split is None]
     if "test" not in splits and unnamed:
         remedy = "rename it to test, or take it away: then a fifth of train becomes test"
         stop(f"{folder} has no test file, but {_short(unnamed)}: {remedy}")
@@ -121,78 +104,92 @@ def _find(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files that may hold reviews, and the folders; hidden and foreign ones are ignored."""
     try:
-        paths = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._"]
+        paths = [path for path in sorted(folder.iterdir()) if path.name[0] not in "._~"]
     except OSError as problem:
         stop(f"{folder} cannot be read: {problem.strerror}")
-    files = [
-        path for path in paths if _format(path.name) and path.name.split(".")[0].lower() not in NOT_REVIEWS.split()
-    ]
-    return [path for path in files if path.is_file()], [path for path in paths if path.is_dir()]
+    files = [path for path in paths if path.is_file() and _format(path.name)]
+    ours = [path for path in files if path.name.split(".")[0].lower() not in NOT_REVIEWS.split()]
+    return ours, [path for path in paths if path.is_dir()]
+
+
+class _Name(NamedTuple):
+    """What the name of a file, folder or hub split says."""
+
+    split: str | None
+    exact: bool  # the split's name and nothing else, as in train.csv or train-00000-of-00002.parquet
+    table: tuple  # the same for all parts of one table
+    part: int | None
+    parts: int | None
+
+
+def _parse(name: str) -> _Name:
+    suffix = re.search(rf"({'|'.join(map(re.escape, FORMATS + PACKED))})*/?$", name, re.IGNORECASE)[0]
+    # The hub and Spark put an identifier behind the number of a part.
+    stem = re.sub(r"(?<=\d)-[0-9a-f]{8,}(-.*)?$", "", name.removesuffix(suffix))
+    numbered = re.fullmatch(r"(.*?)[-_ .]?(\d+)(?:[-_]of[-_](\d+))?", stem)
+    base, part, parts = numbered.groups() if numbered else (stem, None, None)
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", base)]
+    words = {re.sub(r"(?<=.)(set|data)$", "", word) for word in words}  # trainset, testdata
+    splits = [split for split, names in SPLITS.items() if words & set(names)]
+    # Kaggle has an unlabeledTrainData.tsv.
+    split = "transfer" if "transfer" in splits else splits[0] if len(splits) == 1 else None
+    exact = split is not None and base.lower() in SPLITS[split] and (part is None or parts is not None)
+    table = (base.lower(), parts or part is not None, suffix.lower())
+    return _Name(split, exact, table, part and int(part), parts and int(parts))
 
 
 def _format(name: str) -> str | None:
     """The suffix that says how to read a file, without case and packing; ".zip" where its one file decides."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    if suffixes[-1:] and suffixes[-1] in PACKED:
-        return next((suffix for suffix in suffixes[-2:-1] if suffix in FORMATS), {".zip": ".zip"}.get(suffixes[-1]))
-    return next((suffix for suffix in suffixes[-1:] if suffix in FORMATS), None)
+    *_, before, last = ["", "", *(suffix.lower() for suffix in Path(name).suffixes)]
+    kind = before if last in PACKED else last
+    return kind if kind in FORMATS else ".zip" if last == ".zip" else None
 
 
-def _choose(found: dict[str, list], where: str) -> tuple[dict[str, list], list[str]]:
-    """What each split is read from, and the names that are left out; stops at two candidates or a missing part.
-
-    `found` maps names to what they hold. Exact names go before longer and numbered ones.
-    """
-    chosen, left = {}, set(found)
+def _choose(held: dict[str, list], where: str) -> dict[str, list]:
+    """What each split is read from, by the names of what is held; exact names go before longer and numbered ones."""
+    chosen = {}
     for split in SPLITS:
-        names = [name for name in found if _parse(name).split == split]
-        names = _one_table([name for name in names if _parse(name).exact] or names, where, split)
-        if names:
-            chosen[split] = [held for name in names for held in found[name]]
-            left -= set(names)
-    if chosen and left:
-        print(f"left out: {_short(sorted(left))}")
-    return chosen, sorted(left)
+        names = [name for name in held if held[name] and _parse(name).split == split]
+        if names := _one_table([name for name in names if _parse(name).exact] or names, where, split):
+            chosen[split] = [source for name in names for source in held[name]]
+    return chosen
 
 
 def _one_table(names: list[str], where: str, what: str) -> list[str]:
     """The parts of one table in their order; stops if they are of several tables, or if one is missing."""
-    names = sorted(names, key=lambda name: (_parse(name).part or 0, name))
-    numbers, groups = [_parse(name).part or 0 for name in names], {_parse(name).group for name in names}
-    total = _parse(names[0]).parts if names else None
-    years = total is None and len(names) > 1 and min(numbers) > 1  # reviews_2019 and reviews_2020 are no parts
-    if len(groups) > 1 or len(set(numbers)) < len(names) or years:
-        remedy = "keep one, name them train and test, or pass one of them as --dataset"
+    parsed = {name: _parse(name) for name in names}
+    names = sorted(names, key=lambda name: (parsed[name].part or 0, name))
+    numbers, total = [parsed[name].part or 0 for name in names], parsed[names[0]].parts if names else None
+    years = len(names) > 1 and min(numbers) > 1 and not total  # reviews_2019 and reviews_2020 are no parts
+    if len({name.table for name in parsed.values()}) > 1 or len(set(numbers)) < len(names) or years:
+        remedy = "keep one, join them into one, name them train and test, or pass one of them as --dataset"
         stop(f"{where} holds several candidates for {what} ({_short(names)}): {remedy}")
-    if total or len(names) > 1:
-        first = 0 if 0 in numbers else 1
-        expected = range(first, first + total) if total else range(first, max(numbers) + 1)
-        if missing := sorted(set(expected) - set(numbers)):
-            lacks = f"part {missing[0] - first + 1} of {total or 'several'}"
-            stop(f"{where} lacks {lacks} beside {_short(names)}: add it, or pass one file as --dataset")
+    first, expected = 0 if 0 in numbers else 1, total or len(names)
+    missing = [number for number in range(first, first + expected) if number not in numbers]
+    if missing and (total or len(names) > 1):
+        lacks = f"part {missing[0] - first + 1} of {total or 'several'}"
+        stop(f"{where} lacks {lacks} beside {_short(names)}: add it, or pass one file as --dataset")
     return names
 
 
-def _only_set(folder: Path, taken: list[Path] = ()) -> list[Path]:
+def _only_table(folder: Path, taken: Iterable[Path] = ()) -> list[Path]:
     """What a folder holds if no name says a split: one table, its parts, or the folder of texts itself."""
-    if _is_saved(folder) or _class_folders(folder):
+    files, folders = _entries(folder)
+    files = [file for file in files if file not in taken]
+    texts = list(filter(_is_text, files))
+    only_texts = len(texts) == len(files) > 1 and _parse(folder.name).split in ("test", "transfer")
+    if only_texts or _is_saved(folder) or _class_folders(folder):
         return [folder]
-    files = [file for file in _entries(folder)[0] if file not in taken]
-    if len(files) > 1 and all(map(_is_text, files)):
-        return [folder]
-    files = {file.name: file for file in files if not _is_text(file) or len(files) == 1}
-    return [files[name] for name in _one_table(list(files), str(folder), "one table")]
+    read = files if len(files) == 1 and not folders else [file for file in files if file not in texts]
+    return [folder / name for name in _one_table([file.name for file in read], str(folder), "one table")]
 
 
 def _class_folders(folder: Path) -> list[Path]:
     """Folders with a text file a review, named after the label: Stanford's pos and neg, or others."""
-    folders = [inner for inner in _entries(folder)[1] if not _parse(inner.name).split and _texts(inner)]
+    folders = [inner for inner in _entries(folder)[1] if not _parse(inner.name).split]
+    folders = [inner for inner in folders if any(map(_is_text, _entries(inner)[0]))]
     known = {label for pair in columns.PAIRS for label in pair}
     return folders if len(folders) > 1 or known & {columns.plain_label(inner.name) for inner in folders} else []
-
-
-def _texts(folder: Path) -> list[Path]:
-    return [file for file in _entries(folder)[0] if _is_text(file)]
 
 
 def _is_text(file: Path) -> bool:
@@ -203,39 +200,30 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file()  # by Dataset.save_to_disk
 
 
-def _short(names) -> str:
+def _say_left_out(names: list[str]) -> None:
+    if names:
+        print(f"left out: {_short(sorted(names))}")
+
+
+def _short(names: Iterable[str]) -> str:
     return textwrap.shorten(", ".join(names), 300, placeholder=" ...")
 
 
 # Reading
 
 
-def _read(path: Path) -> pd.DataFrame:
-    """A whole table: a file, a folder of save_to_disk, or folders of text files."""
-    if _is_saved(path) or not path.is_dir():
-        return next(tables(path))
-    rows, foreign = [], 0
-    for inner in _class_folders(path) or [path]:
-        for file in _texts(inner):
-            try:
-                text = file.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError:
-                text, foreign = file.read_text(encoding="cp1252", errors="replace"), foreign + 1
-            rows.append({"text": text} | ({} if inner == path else {"label": inner.name}))
-    if foreign:
-        print(f"{path.name}: {foreign:,} files are not UTF-8 and were read as cp1252")
-    return pd.DataFrame(rows)
-
-
 def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
-    """The file's rows as one table, or as tables of at most `size` rows; stops if it cannot be read.
+    """The rows of a file or folder as one table, or as tables of at most `size` rows; stops if it cannot be read.
 
     Where a dataset names its classes, the names replace their numbers. Arrow, Excel and JSON files are one table, but
     JSON lines are not.
     """
-    kind = ".arrow" if _is_saved(file) else _format(file.name)
+    if file.is_dir() and not _is_saved(file):
+        yield _read_texts(file)
+        return
+    kind = ".arrow" if file.is_dir() else _format(file.name)
     if kind is None:
-        stop(f"{file} is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file: save it as one of these, best CSV UTF-8")
+        stop(f"{file} is none of {', '.join(FORMATS)}: save it as one of these, best CSV UTF-8, or unpack it first")
     try:
         if kind == ".zip":
             kind = _format(_member(zipfile.ZipFile(file)))
@@ -245,11 +233,8 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
             yield _of_dataset((datasets.load_from_disk if file.is_dir() else datasets.Dataset.from_file)(str(file)))
         elif kind == ".parquet":
             parquet = ParquetFile(_open(file))
-            info = json.loads((parquet.schema_arrow.metadata or {}).get(b"huggingface", "{}")).get("info", {})
-            features = {name: kind for name, kind in info.get("features", {}).items() if isinstance(kind, dict)}
-            names = {name: kind["names"] for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
             batches = [parquet.read()] if size is None else parquet.iter_batches(size)
-            yield from (_with_class_names(batch.to_pandas(), names) for batch in batches)
+            yield from (_with_class_names(batch.to_pandas(), parquet.schema_arrow) for batch in batches)
         elif kind == ".xlsx":
             sheets = pd.read_excel(_open(file), sheet_name=None, dtype=str, keep_default_na=False)
             sheets = {name: sheet for name, sheet in sheets.items() if len(sheet)}
@@ -272,9 +257,24 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
         ValueError, OSError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile, csv.Error,
         pd.errors.ParserWarning,
     ) as problem:  # fmt: skip
-        remedy = "quote texts that hold the separator, and name the columns in the first line, as in text,label"
-        remedy = f"; {remedy}" if kind in SEPARATED else ""
-        stop(f"{file} cannot be read as {kind[1:]}: {hub.reason(problem)}{remedy}")
+        remedy = "; quote texts that hold the separator, and let the first line name each column, as in text,label"
+        stop(f"{file} cannot be read as {kind[1:]}: {hub.reason(problem)}{remedy if kind in SEPARATED else ''}")
+
+
+def _read_texts(folder: Path) -> pd.DataFrame:
+    """The table of a folder with a text file a review; folders of classes in it are the labels."""
+    rows, foreign = [], 0
+    for inner in _class_folders(folder) or [folder]:
+        label = {} if inner == folder else {"label": inner.name}
+        for content in (file.read_bytes() for file in filter(_is_text, _entries(inner)[0])):
+            try:
+                rows.append({"text": content.decode("utf-8-sig")} | label)
+            except UnicodeDecodeError:
+                rows.append({"text": content.decode("cp1252", "replace")} | label)
+                foreign += 1
+    if foreign:
+        print(f"{folder.name}: {foreign:,} files are not UTF-8 and were read as cp1252")
+    return pd.DataFrame(rows)
 
 
 def _open(file: Path) -> BinaryIO:
@@ -295,22 +295,18 @@ def _member(archive: zipfile.ZipFile) -> str:
 
 def _encoding(file: Path) -> str:
     """utf-8-sig, utf-16 by its mark, or cp1252, a Western spreadsheet's; stops if it seems to be another one."""
-    high = total = 0
-    decoder, is_utf8 = codecs.getincrementaldecoder("utf-8")(), True
     with _open(file) as handle:
-        for block in iter(partial(handle.read, 1 << 20), b""):
-            if not total and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                return "utf-16"
-            total += len(block)
-            high += len(block) - len(block.decode("ascii", "ignore"))
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError:
-                is_utf8 = False
-    if is_utf8:
+        start = handle.read(1 << 20)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    try:
+        with io.TextIOWrapper(_open(file), "utf-8-sig") as lines:
+            for _ in lines:
+                pass
         return "utf-8-sig"
-    if high > FOREIGN_SHARE * total:
-        stop(f"{file} is neither UTF-8 nor Western European text: save it as CSV UTF-8")
+    except UnicodeDecodeError:
+        if len(start.translate(None, bytes(range(128)))) > FOREIGN_SHARE * len(start):
+            stop(f"{file} is neither UTF-8 nor Western European text: save it as CSV UTF-8")
     print(f"{file.name} is not UTF-8 and was read as cp1252; if its accents look wrong, save it as CSV UTF-8")
     return "cp1252"
 
@@ -319,13 +315,11 @@ def _dialect(file: Path) -> dict:
     """read_csv's encoding, separator, quotes and escapes."""
     encoding, known = _encoding(file), {*columns.TEXTS.split(), *columns.LABELS.split()}
     with io.TextIOWrapper(_open(file), encoding) as lines:
-        header = next(lines, "")
-
-        def names(mark: str) -> list[str]:
-            return next(csv.reader([header], delimiter=mark, skipinitialspace=True), [])
-
-        mark = max(",;\t|", key=lambda mark: (len(known & set(map(columns.plain_name, names(mark)))), len(names(mark))))
-        separators = len(names(mark)) - 1
+        header = next((line for line in lines if line.strip()), "")
+        names = {mark: next(csv.reader([header], delimiter=mark, skipinitialspace=True), []) for mark in ",;|\t"}
+        hits = {mark: len(known & set(map(columns.plain_name, names[mark]))) for mark in names}
+        mark = max(names, key=lambda mark: (hits[mark], mark == "\t" and mark in header, len(names[mark])))
+        separators = len(names[mark]) - 1
         # Of one column, commas are a text's own.
         dialect = {"encoding": encoding, "sep": mark if separators > 0 else "\x1f"}
         even, odd_quotes, escapes = True, False, False
@@ -352,30 +346,32 @@ def _json_tables(file: Path, kind: str, size: int | None) -> Iterator[list | dic
 
 
 def _json_rows(content: object, file: Path) -> list | dict:
-    """The rows in a JSON file: a list, a list under one key, columns, or a single row."""
+    """The rows in a JSON file: a list, a list under one key, a row per key, columns, or a single row."""
     if not isinstance(content, dict):
         return content
-    lists = {
-        key: rows for key, rows in content.items() if isinstance(rows, list) and isinstance((rows or [0])[0], dict)
-    }
+    held = list(content.values())
+    lists = [key for key, rows in content.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     if len(lists) > 1:
         stop(f"{file} holds several tables ({_short(lists)}): write each to a file of its own")
     if lists:
-        return next(iter(lists.values()))
-    return content if any(isinstance(value, list | dict) for value in content.values()) else [content]
+        return content[lists[0]]
+    if all(isinstance(row, dict) and len(row) < len(held) for row in held):  # a table has more rows than columns
+        return held
+    return content if any(isinstance(value, list | dict) for value in held) else [content]
 
 
 def _of_dataset(dataset) -> pd.DataFrame:
     """The table of a `datasets.Dataset`."""
-    names = {name: kind.names for name, kind in dataset.features.items() if hasattr(kind, "names")}
-    return _with_class_names(dataset.to_pandas(), names)
+    return _with_class_names(dataset.to_pandas(), dataset.features.arrow_schema)
 
 
-def _with_class_names(table: pd.DataFrame, names: dict[str, list[str]]) -> pd.DataFrame:
+def _with_class_names(table: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
     """The table with each class number replaced by the dataset's own name; -1 is a missing one."""
-    for column in names.keys() & set(table):
-        codes = table[column].fillna(columns.UNLABELLED).astype("int64")
-        table[column] = pd.Categorical.from_codes(codes, names[column])
+    features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
+    for column, kind in features.items():
+        if column in table and isinstance(kind, dict) and kind.get("_type") == "ClassLabel":
+            codes = table[column].fillna(columns.UNLABELLED).astype("int64")
+            table[column] = pd.Categorical.from_codes(codes, kind["names"])
     return table
 
 
@@ -399,7 +395,8 @@ def _open_hub(dataset_name: str) -> tuple[dict[str, list[str]], Callable[[str], 
             pick = f"--dataset {name}:{names.split(',')[0]}"
             stop(f"the dataset {name} has several configurations ({names}): pass one, such as {pick}")
         stop(f"the dataset {name} cannot be read ({hub.reason(problem)}): {remedy}")
-    splits, _ = _choose({key: [key] for key in dataset}, f"the dataset {name}")
+    splits = _choose({key: [key] for key in dataset}, f"the dataset {name}")
     if "train" not in splits:
         stop(f"the dataset {name} has no train split (it has {_short(dataset)}): {remedy}")
+    _say_left_out([key for key in dataset if [key] not in splits.values()])
     return splits, lambda split: _of_dataset(dataset[split])

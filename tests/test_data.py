@@ -74,25 +74,16 @@ def test_the_fingerprint_changes_with_a_text_or_a_label(data_args, reviews_folde
     assert before["dataset/test"] == after["dataset/test"]
 
 
-def test_markup_and_white_space_are_removed_and_other_alphabets_kept(data_args, reviews_folder):
-    raw = ["Good.<br /><br />Fun!", "  two\n\tlines ", "Привет 世界 😀", None]
-    rewrite(reviews_folder, "test", lambda table: table.assign(text=[*raw, *table["text"][4:]]))
-    texts = data.load_reviews(data_args, ALL).test["text"].tolist()
-    assert texts[:4] == ["Good. Fun!", "two lines", "Привет 世界 😀", ""]
-
-
-def test_reviews_without_text_leave_train_but_stay_in_test(data_args, reviews_folder, capsys):
+def test_texts_lose_markup_and_empty_ones_leave_train_but_not_test(data_args, reviews_folder, capsys):
+    raw = ["Good.<br /><br />Fun!", "  two\n\tlines ", "Привет 世界 😀", None, " <br /> "]
     for split in ("train", "test"):
-        rewrite(reviews_folder, split, lambda table: table.assign(text=[" <br /> ", *table["text"][1:]]))
-    reviews = data.load_reviews(data_args, ALL)
-    assert len(reviews.train) + len(reviews.validation) == 79 and len(reviews.test) == 20
-    assert "train: left out 1 reviews without text" in capsys.readouterr().out
-
-
-def test_a_missing_transfer_set_is_said_and_empty(data_args, reviews_folder, capsys):
+        rewrite(reviews_folder, split, lambda table: table.assign(text=[*raw, *table["text"][5:]]))
     (reviews_folder / "unsupervised.parquet").unlink()
-    assert len(data.load_reviews(data_args, ALL).transfer) == 0
-    assert "no unlabelled reviews" in capsys.readouterr().out
+    reviews = data.load_reviews(data_args, ALL)
+    assert reviews.test["text"].tolist()[:5] == ["Good. Fun!", "two lines", "Привет 世界 😀", "", ""]
+    assert len(reviews.train) + len(reviews.validation) == 75 and len(reviews.transfer) == 0
+    out = capsys.readouterr().out
+    assert "train: left out 2 reviews without text" in out and "no unlabelled reviews" in out
 
 
 @pytest.mark.parametrize(
@@ -155,15 +146,32 @@ def test_without_a_test_split_a_fifth_becomes_it_and_stays_when_rows_move_or_are
     assert set(first.test["text"]) == set(data.load_reviews(data_args, ALL).test["text"]) - {"another", "a third"}
 
 
+def test_of_few_reviews_without_a_test_split_the_sentence_says_which_number_would_do(data_args, stops, tmp_path):
+    table = pd.DataFrame({"text": [f"film {row}" for row in range(48)], "label": np.arange(48) % 2})
+    data_args.dataset, data_args.validation_samples = str(tmp_path / "all.csv"), None
+    table[:30].to_csv(data_args.dataset, index=False)
+    stops(lambda: data.load_reviews(data_args, ALL), "30 reviews are too few", "48 would do")
+    table.to_csv(data_args.dataset, index=False)
+    assert len(data.load_reviews(data_args, ALL).train) >= 16
+
+
 @pytest.mark.parametrize("labels", [-1, None, "absent"])
-def test_a_test_split_without_labels_serves_its_texts_alone(data_args, reviews_folder, stops, labels):
-    rewrite(reviews_folder, "test", lambda table: table.drop(columns="label"))
-    if labels != "absent":
-        rewrite(reviews_folder, "test", lambda table: table.assign(label=labels))
+def test_a_test_split_without_labels_serves_its_texts_alone_and_may_have_labels_later(
+    data_args, reviews_folder, stops, labels
+):
+    full = pd.read_parquet(reviews_folder / "test.parquet")
+    bare = full.drop(columns="label") if labels == "absent" else full.assign(label=labels)
+    rewrite(reviews_folder, "test", lambda _: bare)
     assert len(data.load_reviews(data_args, ("train", "transfer")).train) == 60
     unscored = data.load_reviews(data_args, ("train", "test"), scores_test=False)
     assert len(unscored.test) == 20 and not data.is_labelled(unscored.test)
-    stops(lambda: data.load_reviews(data_args, ("test",)), "the test reviews have no labels", "take the test file away")
+    stops(lambda: data.load_reviews(data_args, ("test",)), "test reviews have no labels", "add labels to the test file")
+    for texts, same in ((full["text"], True), (full["text"] + "!", False)):
+        full.assign(text=texts).to_parquet(reviews_folder / "test.parquet")
+        scored = data.load_reviews(data_args, ("test",)).fingerprints
+        shared = scored.keys() & unscored.fingerprints.keys()
+        assert "dataset/test texts" in shared
+        assert same == all(scored[key] == unscored.fingerprints[key] for key in shared)
 
 
 def test_a_test_split_with_some_labels_is_refused(data_args, reviews_folder, stops):
