@@ -193,7 +193,7 @@ def _without_repeats(table: pd.DataFrame, seen: set[str], split: str) -> pd.Data
     known = keys.isin(seen)
     repeated = keys.duplicated() & ~known
     if known.any() or repeated.any():
-        earlier = "test or train" if split == "transfer" else "test"
+        earlier = {"validation": "test", "train": "test or validation"}.get(split, "test, validation or train")
         shared = f"{known.sum()} reviews that {earlier} holds too, and " if seen else ""
         print(f"{split}: left out {shared}{repeated.sum()} duplicates")
     return table[~known & ~repeated]

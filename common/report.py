@@ -36,8 +36,8 @@ GROUPS = {
         "Type": ("Type", "{}", "What the row is. A form is a student as it is deployed; a cascade is two models."),
     },
     "Compared with others": {
-        "better_than_baseline": ("better than baseline", "{}", "Yes or no, if the interval against the baseline leaves "
-                                 "out zero; else not shown."),
+        "better_than_baseline": ("better than baseline", "{}", "Yes or no, if the interval leaves out zero and "
+                                 "McNemar's p is below 0.05; else not shown."),
         "diff_baseline": ("minus baseline", "{:+.4f}", f"Accuracy minus the baseline's, {PAIRED}."),
         "diff_control": ("minus control", "{:+.4f}", f"Accuracy minus that of 04a's control, {PAIRED}."),
         "mcnemar_p_control": ("p, control", "{:.2g}", "Exact two-sided p against the control (McNemar 1947)."),

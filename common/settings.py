@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 # How a review set is read. The fingerprints of the reviews say what came of it.
 READING = ("text_column", "label_column", "negative_labels", "positive_labels")
-# These decide how or where a result is computed, not what it is. A finished step stays finished when they change.
+# These decide how or where a result is computed: at most its last digits. A finished step stays finished.
 NOT_COMPARED = {
     "preset", "output_dir", "force", "precision", "num_processes", "micro_batch_size", "batch_tokens",
     "gradient_checkpointing", "max_hours", *READING,
@@ -134,8 +134,8 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     add, precisions = parser.add_argument, ("auto", "fp32", "bf16", "fp16")
     add("--preset", choices=sorted(PRESETS), default="kaggle", help="table of defaults")
     forms = "file or folder of reviews: train, test, and if there are some validation and unsupervised files, or one "
-    forms += "file without a split (CSV, TSV, JSON, JSON lines, parquet, Excel, also .gz; pos/ and neg/ folders; "
-    forms += "save_to_disk); or hub name, as nyu-mll/glue:sst2 with a configuration"
+    forms += "file without a split (CSV, TSV, JSON, JSON lines, parquet, Excel, also .gz and .zip; pos/ and neg/ "
+    forms += "folders; save_to_disk); or hub name, as nyu-mll/glue:sst2 with a configuration"
     add("--dataset", help=forms)
     add("--text-column", help="column of the texts; default: text, review, sentence or another common name")
     add("--label-column", help="column of the labels; default: label, sentiment or another common name")
@@ -218,7 +218,7 @@ def default_of(name: str, otherwise: object) -> object:
 
 
 def in_words(name: str, value: object) -> object:
-    """A flag's value as it is typed; each flag has a word for None."""
+    """A flag's value for printing; None is a word."""
     if value is not None:
         return value
     words = {"max_hours": "unlimited", "price_per_hour": "none"}

@@ -196,7 +196,7 @@ def out_of_fold(log_odds: np.ndarray, labels: np.ndarray, folds: int = 5) -> np.
     counts = np.bincount(labels, minlength=2)
     if counts.min() < MIN_OF_A_CLASS:
         rarer = LABEL_WORDS[counts.argmin()]
-        raise CannotFit(f"validation has {counts.min()} {rarer} reviews, and a fit takes {MIN_OF_A_CLASS}")
+        raise CannotFit(f"{counts.min()} {rarer} validation reviews have a score, and a fit takes {MIN_OF_A_CLASS}")
     calibrated = np.empty(len(log_odds))
     for others, fold in StratifiedKFold(folds, shuffle=True, random_state=0).split(log_odds, labels):
         bias, temperature = fitted_calibration(log_odds[others], labels[others])
