@@ -1,6 +1,7 @@
 """What tests share: the scripts as modules, a small corpus, tiny checkpoints of the three architectures."""
 
 import argparse
+import gc
 import importlib.util
 import os
 import sys
@@ -96,4 +97,6 @@ def tiny(tmp_path_factory) -> Path:
     make.make(folder, sizes=TINY_SIZES, effort=0.01)
     for role in ("roberta", "mistral", "distilbert"):
         (folder / role).symlink_to(f"demo-{role}")
+    gc.collect()
+    gc.freeze()  # the scripts collect garbage between models, and with all imports that takes a third of a second
     return folder
