@@ -27,6 +27,12 @@ def load_script(number: str):
     return module
 
 
+def pytest_collection_finish() -> None:
+    """Pass over all imports when garbage is collected, as scripts do between models: else it takes 0.3 s each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def script():
     """`load_script`."""
@@ -97,6 +103,5 @@ def tiny(tmp_path_factory) -> Path:
     make.make(folder, sizes=TINY_SIZES, effort=0.01)
     for role in ("roberta", "mistral", "distilbert"):
         (folder / role).symlink_to(f"demo-{role}")
-    gc.collect()
-    gc.freeze()  # the scripts collect garbage between models, and with all imports that takes a third of a second
+    pytest_collection_finish()  # of what making them has imported
     return folder
