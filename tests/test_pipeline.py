@@ -190,6 +190,12 @@ def test_both_student_steps_keep_what_student_and_teacher_say_of_validation(outp
     assert np.corrcoef(odds, table["teacher"])[0, 1] > 0.999  # 04b's are calibrated
 
 
+def test_04b_asks_the_llm_as_03_did(outputs):
+    files = ("03_mistral/validation.parquet", "04b_student_from_mistral/soft_labels/validation.parquet")
+    said = [pd.read_parquet(outputs / file) for file in files]
+    pd.testing.assert_frame_equal(*said, atol=1e-4)
+
+
 def test_no_checkpoint_half_file_or_pickle_is_left(outputs):
     paths = list(outputs.rglob("*"))
     assert not [path for path in paths if path.name.endswith((".partial", "_chunks")) or "checkpoint" in path.name]
