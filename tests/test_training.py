@@ -328,7 +328,7 @@ def test_each_log_and_each_evaluation_is_one_line_without_a_dictionary(tiny, tmp
     assert "{" not in "".join(lines) and "min left" in lines[0] and "validation accuracy" in lines[2]
 
 
-def test_an_epoch_whose_evaluation_was_interrupted_is_evaluated_all_the_same(tiny, tmp_path, args):
+def test_an_epoch_whose_evaluation_was_interrupted_is_evaluated_all_the_same(tiny, tmp_path, args, often):
     stopped = make_trainer(tiny, tmp_path, args)
 
     def interrupted(_):
