@@ -45,11 +45,14 @@ SCRIPTS = {
 }
 # Each argument is a command, or a thing to load. The libraries wait between their tries; this process does not.
 PROCESS = """
-import runpy, shlex, sys, time
+import gc, runpy, shlex, sys, time
 time.sleep = lambda seconds: None
 from common import files, models
 
 def script(command):
+    from common import training
+    gc.collect()
+    gc.freeze()  # as in conftest.py
     sys.argv = shlex.split(command)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
