@@ -127,17 +127,6 @@ def test_the_benchmark_has_time_left(run):
     assert scripts(calls) == ["05"] and done.returncode == 3
 
 
-def test_the_study_trains_students_of_three_seeds_after_their_teachers(run, tmp_path):
-    done, calls = run("study")
-    assert done.returncode == 0, done.stderr
-    made = [call for call in calls if call.startswith(("02", "03", "experiments/distillation"))]
-    assert {made[0][:2], made[1][:2]} == {"02", "03"} and "--runs teacher tuned_teacher" in made[2]
-    asked = [(call.split("--seeds ")[1][0], "tuned_both_16000" in call) for call in made[3:]]
-    assert sorted(asked) == [(seed, llm) for seed in "123" for llm in (False, True)]
-    assert calls[-1].startswith(f"experiments/tables.py {tmp_path / 'out/unlabelled'}")  # what comes back
-    assert run("study", FAILS="experiments/distillation")[0].returncode == 1
-
-
 @pytest.mark.parametrize("what", ["imdb", "study"])
 @pytest.mark.parametrize("tiny", [(), ("--tiny",)])
 def test_every_flag_is_one_of_the_scripts(what, tiny, run, script):
@@ -163,15 +152,6 @@ def test_a_mistake_is_told_in_a_sentence_before_any_work(words, environment, tol
     done, calls = run(*words, **environment)
     assert done.returncode == 2 and scripts(calls) == []
     assert len(done.stderr.splitlines()) == 1 and told in done.stderr
-
-
-def test_true_size_runs_on_a_small_gpu_and_needs_the_packages_alone(run, tmp_path):
-    done, calls = run("true_size", GIB="15")
-    assert done.returncode == 0, done.stderr
-    assert calls[-1].startswith(f"experiments/true_size.py --output-dir {tmp_path / 'out'}")
-    artifacts.write_json(tmp_path / "work/tiny/parts/parts.json", {})
-    _, calls = run("true_size", "--tiny")
-    assert "--join" in calls[0] and calls[0].endswith("--packages-only") and calls[1].endswith("--tiny")
 
 
 @pytest.mark.slow

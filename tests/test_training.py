@@ -1,6 +1,4 @@
 import argparse
-import math
-import re
 import shutil
 import time
 
@@ -14,8 +12,9 @@ from common import callbacks, data, device, models, training
 CPU = device.Hardware("cpu", "fp32", "test")
 
 
-@pytest.fixture(autouse=True)
-def checkpoints_at_once(monkeypatch):
+@pytest.fixture
+def often(monkeypatch):
+    """Checkpoints within an epoch too, though it lasts no minute."""
     monkeypatch.setattr(callbacks.SaveOften, "seconds", 0)
 
 
@@ -190,7 +189,7 @@ def damaged(checkpoint, kind):
 
 
 FILES = "model.safetensors optimizer.pt trainer_state.json scheduler.pt rng_state.pth config.json sizes.json".split()
-KINDS = [f"{verb} {name}" for verb in ("cut", "empty", "delete") for name in FILES]
+KINDS = [*(f"cut {name}" for name in FILES), "empty model.safetensors", "delete optimizer.pt", "delete sizes.json"]
 
 
 def test_a_damaged_best_checkpoint_is_noticed_before_training_goes_on(tiny, tmp_path, args, capsys):
@@ -229,7 +228,7 @@ def test_an_fp16_checkpoint_continues_in_another_precision(tiny, tmp_path, args)
     assert continued.state.global_step == continued.state.max_steps
 
 
-def test_a_best_checkpoint_that_is_gone_at_the_end_is_no_success(tiny, tmp_path, args, stops):
+def test_a_best_checkpoint_that_is_gone_at_the_end_is_no_success(tiny, tmp_path, args, stops, often):
     interrupt(make_trainer(tiny, tmp_path, args), 1.5)
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
     continued = make_trainer(tiny, tmp_path, args)
@@ -263,12 +262,11 @@ def interrupt(trainer, epoch):
         training.train(trainer, CPU)
 
 
-@pytest.mark.parametrize("epoch", [1.0, 1.5, 2.25])
-def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args, epoch):
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args, often):
     args.epochs = 3
     whole = make_trainer(tiny, tmp_path / "whole", args)
     training.train(whole, CPU)
-    interrupt(make_trainer(tiny, tmp_path / "stopped", args), epoch)
+    interrupt(make_trainer(tiny, tmp_path / "stopped", args), 2.25)  # a step after its last checkpoint
     continued = make_trainer(tiny, tmp_path / "stopped", args)
     training.train(continued, CPU)
     accuracies = ([e["eval_accuracy"] for e in t.state.log_history if "eval_accuracy" in e] for t in (whole, continued))
@@ -289,20 +287,19 @@ def run_until_out_of_time(tiny, folder, args, monkeypatch, questions: int):
         return trainer, left.code
 
 
-@pytest.mark.parametrize("questions", [1, 3, 4])  # at every step; inside an epoch; at its end
 def test_a_training_that_time_stops_again_and_again_ends_with_the_weights_of_an_unstopped_one(
-    tiny, tmp_path, args, monkeypatch, questions, capsys
+    tiny, tmp_path, args, monkeypatch, capsys
 ):
     whole = make_trainer(tiny, tmp_path / "whole", args)
     training.train(whole, CPU)
     capsys.readouterr()
     steps, code = [0], 3
     while code == 3:
-        stopped, code = run_until_out_of_time(tiny, tmp_path / "stopped", args, monkeypatch, questions)
+        stopped, code = run_until_out_of_time(tiny, tmp_path / "stopped", args, monkeypatch, 2)
         assert stopped.state.global_step > steps[-1]  # each run makes a step at least
         steps.append(stopped.state.global_step)
         assert code is None or "out of time" in capsys.readouterr().out
-    assert code is None and steps[-1] == 8 and len(steps) == 1 + math.ceil(8 / questions)
+    assert code is None and steps == [0, 2, 4, 6, 8]  # inside an epoch and at its end
     evaluated = [
         [(e["epoch"], e["eval_accuracy"]) for e in t.state.log_history if "eval_loss" in e] for t in (whole, stopped)
     ]
@@ -327,17 +324,11 @@ def test_training_tells_how_long_the_rest_takes_and_whether_the_time_will_do(tin
 def test_each_log_and_each_evaluation_is_one_line_without_a_dictionary(tiny, tmp_path, args, capsys):
     training.train(make_trainer(tiny, tmp_path, args, logging_steps=2), CPU)
     lines = capsys.readouterr().out.splitlines()[1:]  # the first tells of the trial step
-    number = r"[\d.e+-]+"
-    log = rf"  step \d/8, epoch {number}, loss {number}, gradient {number}, lr {number}, "
-    log += rf"{number} reviews/s, \d+ min left"
-    evaluation = rf"  after epoch [12]: validation accuracy {number}, loss {number}"
-    kinds = "".join(
-        "L" if re.fullmatch(log, line) else "E" if re.fullmatch(evaluation, line) else "?" for line in lines
-    )
-    assert kinds == "LLELLE"
+    assert "".join("L" if "  step " in line else "E" if "  after epoch " in line else "?" for line in lines) == "LLELLE"
+    assert "{" not in "".join(lines) and "min left" in lines[0] and "validation accuracy" in lines[2]
 
 
-def test_an_epoch_whose_evaluation_was_interrupted_is_evaluated_all_the_same(tiny, tmp_path, args):
+def test_an_epoch_whose_evaluation_was_interrupted_is_evaluated_all_the_same(tiny, tmp_path, args, often):
     stopped = make_trainer(tiny, tmp_path, args)
 
     def interrupted(_):
@@ -366,15 +357,6 @@ def test_a_training_that_diverges_is_refused_before_anything_is_saved(tiny, tmp_
     torch.nn.init.constant_(trainer.model.classifier.bias, float("nan"))
     stops(lambda: training.train(trainer, CPU), "became NaN", "--learning-rate")
     assert trainer.state.global_step < trainer.state.max_steps  # and long before its end
-
-
-def test_a_model_that_calls_everything_one_class_is_refused(stops):
-    labels = np.arange(100) % 2
-    one_class = np.tile([1.0, 0.0], (100, 1))
-    stops(lambda: training.refuse_collapse(one_class, labels, "do this"), "every validation review negative", "do this")
-    chance = np.eye(2)[np.arange(100) // 2 % 2]
-    stops(lambda: training.refuse_collapse(chance, labels, "do this"), "no better than chance")
-    training.refuse_collapse(np.eye(2)[labels], labels, "")
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.95])

@@ -1,5 +1,4 @@
 import copy
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,7 +7,7 @@ import torch
 from conftest import ROOT
 from tokenizers import processors
 
-from common import classifiers, metrics, models, verbalizer
+from common import metrics, models, verbalizer
 from common.verbalizer import PROMPT
 from experiments import skewed
 
@@ -28,20 +27,14 @@ def test_a_prompt_reads_as_written(tokenizer):
 
 
 def test_only_the_review_is_cut_and_the_end_of_the_prompt_survives(tokenizer):
-    long = "The plot is dull. " * 6000  # 100,000 characters
+    long = "funny " + "The plot is dull. " * 6000 + "moving"  # 100,000 characters; head and tail stay
     short_ids, long_ids = verbalizer.encode_prompts(tokenizer, ["Fine.", long], PROMPT, 96)
     end = tokenizer(PROMPT.split("{review}")[1], add_special_tokens=False)["input_ids"]
     start = tokenizer(PROMPT.split("{review}")[0].rstrip(" "))["input_ids"]
     assert len(long_ids) == 96 > len(short_ids)
+    assert "funny" in tokenizer.decode(long_ids) and "moving" in tokenizer.decode(long_ids)
     for ids in (short_ids, long_ids):
         assert ids[-len(end) :].tolist() == end and ids[: len(start)].tolist() == start
-
-
-def test_head_and_tail_of_a_long_review_stay(tokenizer):
-    words = ["funny"] + ["the"] * 500 + ["dull"]
-    (ids,) = verbalizer.encode_prompts(tokenizer, [" ".join(words)], PROMPT, 96)
-    text = tokenizer.decode(ids)
-    assert "funny" in text and "dull" in text
 
 
 def test_a_special_token_typed_by_a_reviewer_is_plain_text(tokenizer):
@@ -65,10 +58,9 @@ def test_a_chat_prompt_keeps_the_tokens_that_it_spells(tokenizer):
     assert ids.tolist().count(tokenizer.bos_token_id) == 2 and ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
-@pytest.mark.parametrize("text", ["", "😀😀", "Привет, 世界", "\x00\x07"])
-def test_any_text_makes_a_prompt(tokenizer, text):
-    (ids,) = verbalizer.encode_prompts(tokenizer, [text], PROMPT, 200)
-    assert len(ids) > 10
+def test_any_text_makes_a_prompt(tokenizer):
+    texts = ["", "😀😀", "Привет, 世界", "\x00\x07"]
+    assert min(map(len, verbalizer.encode_prompts(tokenizer, texts, PROMPT, 200))) > 10
 
 
 def test_label_words_are_one_distinct_token_each_in_context(tokenizer):
@@ -91,14 +83,6 @@ def test_label_words_of_several_tokens_or_the_same_token_are_refused(tokenizer, 
 def test_a_prompt_without_a_review_slot_is_refused(tokenizer, stops):
     stops(lambda: verbalizer.encode_prompts(tokenizer, ["a"], "Is it good?", 200), "{review}")
     stops(lambda: verbalizer.encode_prompts(tokenizer, ["a"], PROMPT, 30), "30 tokens")
-
-
-def test_03_04b_and_05_build_the_prompt_by_the_same_function(script):
-    files = (script("03").__file__, script("04b").__file__, classifiers.__file__)  # 05 loads models by the last one
-    for file in files:
-        source = Path(file).read_text(encoding="utf-8")
-        assert "verbalizer.encode_prompts" in source and "[INST]" not in source
-    assert script("03").parse_args([]).prompt == PROMPT
 
 
 def test_log_probabilities_are_over_the_whole_vocabulary():
