@@ -6,7 +6,7 @@ Then it scores train, validation and the transfer set once. It saves raw logits,
 that 04a maps.
 
 Reads   the reviews
-Writes  outputs/02_roberta/  model/  soft_labels/ (a table and features by split)  metrics.json  run.json
+Writes  outputs/02_roberta/  model/  soft_labels/ (tables; features of train, transfer)  metrics.json  run.json
 Takes   on two T4s: planned 51 to 62 minutes (results/gpu/plan.csv), not measured yet
 
     python 02_finetune_roberta.py

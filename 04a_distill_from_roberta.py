@@ -120,7 +120,7 @@ def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, l
 
 
 def save_validation(args: argparse.Namespace, folder: Path, reviews: data.Reviews, logits: dict) -> None:
-    """Keep what student, control and teacher say of the validation reviews."""
+    """Save the validation log-odds of student, control and teacher."""
     from common import distill
 
     soft_labels = artifacts.require(args, TEACHER_STEP, "soft_labels")

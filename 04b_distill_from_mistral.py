@@ -7,8 +7,8 @@ The 4-bit LLM scores train, validation and the transfer set, with 03's adapter o
 one forward pass per batch and saves raw label log-probabilities. An interrupted run continues them. Calibration is
 applied when they are read. The student then trains on the labelled reviews and the transfer set, with 04a's trainer.
 
-With --teacher-scores FILE, no LLM is loaded and 03 is not needed: the file holds what any LLM said of the reviews, the
-unlabelled ones above all. Its columns are text or example_id, and log_odds, p_positive or a label. Labelled reviews
+With --teacher-scores FILE, no LLM is loaded and 03 is not needed: the file holds any LLM's answers for the reviews,
+the unlabelled ones above all. Its columns are text or example_id, and log_odds, p_positive or a label. Labelled reviews
 learn from their gold label, unless each of them has a score.
 
 Reads   the reviews, outputs/03_mistral/adapter/ or the file of scores
@@ -187,7 +187,7 @@ def calibrate(
     logits, figures = made[chosen].logits(validation), {}
     if few:
         figures["teacher"] = f"absent: {len(gold):,} of {len(labels):,} reviews have its score, too few of a class"
-        print(f"teacher on validation {figures['teacher']}; calibration {chosen}")
+        print(f"teacher on validation: {figures['teacher']}; calibration {chosen}")
     else:
         for name, one in made.items():
             figures[f"teacher_{name}"] = scores = metrics.describe(gold, verbalizer.teacher_logits(one.held_out))

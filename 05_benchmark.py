@@ -37,16 +37,16 @@ from common import (
     comparison,
     data,
     device,
+    kept_rows,
     memory,
     metrics,
     models,
     report,
-    rows,
     scoring,
     settings,
 )
 from common.classifiers import Classifier, Contender
-from common.rows import Measured
+from common.kept_rows import Measured
 
 STEP = "05_benchmark"
 KEPT = ("rows", "deploy", "environment.json")  # of an earlier run, each checked before it is used
@@ -285,8 +285,8 @@ def measure_all(
     """
     order = data.stratified_order(test["label"], args.seed)
     parts = {one.name: test.iloc[order[: one.samples or len(test)]] for one in contenders}
-    files = {one.name: rows.file_of(folder / "rows", one, parts[one.name], args) for one in contenders}
-    kept = {name: rows.read(file) for name, file in files.items()}
+    files = {one.name: kept_rows.file_of(folder / "rows", one, parts[one.name], args) for one in contenders}
+    kept = {name: kept_rows.read(file) for name, file in files.items()}
     new = [one for one in contenders if kept[one.name] is None and not one.absent]
     peaks = {hardware: device.matrix_peak(hardware) for hardware in {one.hardware for one in new}}
     planned = planned_minutes(new, parts, peaks, args)
@@ -313,7 +313,7 @@ def measure_all(
         else:
             done.append((contender, part, measured))
             if contender in new:
-                rows.keep(files[name], measured)
+                kept_rows.keep(files[name], measured)
         memory.free()
         # Not before a new row is kept: a model that fails would end every run at the same place.
         if contender in new and done and done[-1][0] is contender and contender is not new[-1] and device.out_of_time():

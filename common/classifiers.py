@@ -64,6 +64,7 @@ def find(
     """The models of the finished steps `runs` (run.json by step), in their order, then the students' forms.
 
     The forms are written into the folder `deployed`.
+
     `made_again` names the steps whose teacher is another one now, and what to run. They are compared with no teacher.
     """
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}

@@ -209,7 +209,7 @@ def cascades(
 
 
 def confident_errors(predictions: pd.DataFrame, texts: pd.Series) -> pd.DataFrame:
-    """Of each model the ERRORS wrong verdicts with the largest log-odds, with the text."""
+    """The ERRORS most confident wrong verdicts of each model, with their texts."""
     from scipy.special import expit
 
     parts = []

@@ -167,11 +167,11 @@ def export_onnx(model_folder: Path, target: Path) -> None:
         plain, int8 = (made / name for name in ONNX_FILES.values())
         plain.parent.mkdir(parents=True)
         _trace(model, tokenizer, plain)
-        optimizer.optimize_model(str(plain), "bert", **sizes, opt_level=0).save_model_to_file(str(fused))
-        for file in (plain, fused):
-            _refuse_difference(model, tokenizer, file)
-        logging.disable(logging.WARNING)  # it advises a pre-processing that changed no result
+        logging.disable(logging.WARNING)  # the libraries advise a pre-processing that changed no result
         try:
+            optimizer.optimize_model(str(plain), "bert", **sizes, opt_level=0).save_model_to_file(str(fused))
+            for file in (plain, fused):
+                _refuse_difference(model, tokenizer, file)
             quantize_dynamic(fused, int8, weight_type=QuantType.QInt8, **options)
         finally:
             logging.disable(logging.NOTSET)

@@ -229,8 +229,10 @@ def best_student(kinds: dict[str, pd.DataFrame]) -> list[str]:
     for other in ("teacher", "baseline", "control"):
         if difference := cell(best, f"diff_{other}"):
             low, high = (best[end] for end in INTERVALS[f"diff_{other}"])
-            whose = "its" if other == "teacher" else "the"
-            verdicts.append(f"Better than {whose} {other}: {metrics.verdict(low, high)} ({difference}).")
+            whose, verdict = "its" if other == "teacher" else "the", metrics.verdict(low, high)
+            if other == "baseline":  # McNemar's test has a say there too
+                verdict = cell(best, "better_than_baseline") or verdict
+            verdicts.append(f"Better than {whose} {other}: {verdict} ({difference}).")
     teachers = kinds["teacher"].loc[kinds["teacher"]["Type"] == "teacher, fine-tuned", "Model"]
     one, many = (cell(best, column) for column in ("Speedup (x)", "throughput_speedup"))
     ratio = "Its speed-up over a teacher was not measured."
@@ -317,14 +319,14 @@ def attack_table(attacks: pd.DataFrame | None) -> str:
     if attacks is None or not len(attacks):
         return ""
     body = []
-    for _, row in attacks.iterrows():
+    for _, row in attacks[attacks["attack"] != "any attack"].iterrows():
         share = f"{row['turned']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
         body.append(
             f"<td>{escape(str(row['Model']))}</td><td>{share}</td><td>{row['n']:,.0f}</td>"
             f'<td class="text">{escape(str(row["attack"]))}</td>'
         )
     table = html_table((f"<th>{head}</th>" for head in ("Model", "turned", "n", "added sentence")), body)
-    return f"<details><summary>Each added sentence by itself</summary>{table}</details>"
+    return f"<details><summary>Each added sentence; {{wanted}} is the other verdict</summary>{table}</details>"
 
 
 def definitions(table: pd.DataFrame) -> str:

@@ -146,7 +146,8 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     add("--seed", type=int, default=42, help="seed of splits, subsets, new heads and the order of training")
     if precision:
         add("--precision", choices=precisions, default="auto", help="arithmetic; auto: bf16, on T4s fp16, on CPUs fp32")
-    add("--max-hours", type=hours, default="unlimited", help="time limit in hours; the same command then continues")
+    limit = "time limit in hours; the same command then continues" if precision else "without effect: it takes minutes"
+    add("--max-hours", type=hours, default="unlimited", help=limit)
     add("--force", action=argparse.BooleanOptionalAction, default=False, help="make this step again beside its results")
     if "train" in reads:
         validation = "reviews that choose checkpoints; auto: a tenth of train, from 16 to 2,500"

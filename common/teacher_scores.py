@@ -1,4 +1,4 @@
-"""--teacher-scores: what any LLM said of the reviews, read from a file, matched with them, and as log-odds."""
+"""--teacher-scores: any LLM's answers for the reviews, read from a file, matched with them, and as log-odds."""
 
 import argparse
 import dataclasses
@@ -187,7 +187,7 @@ def _logit(p: pd.Series) -> np.ndarray:
 
 
 def _label_log_odds(share: pd.Series) -> np.ndarray:
-    """Of the share of a review's answers that say positive; each of them is right with LABEL_P."""
+    """A review's log-odds from the share of its answers that say positive; each is right with LABEL_P."""
     return _logit(LABEL_P * share + (1 - LABEL_P) * (1 - share))
 
 

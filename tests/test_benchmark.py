@@ -11,7 +11,7 @@ from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import classifiers, comparison, data, device, memory, metrics, models
-from common.rows import Measured
+from common.kept_rows import Measured
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
 RNG = np.random.default_rng(0)

@@ -23,7 +23,7 @@ def test_every_file_and_flag_that_it_names_is_there(script):
     for number in ("01", "02", "03", "04a", "04b", "05"):
         flags |= {f"--{flag.replace('_', '-')}" for flag in vars(script(number).parse_args([]))}
     flags |= set(re.findall(r"--[a-z-]+", (ROOT / "predict.py").read_text(encoding="utf-8")))
-    known = flags | {"--help", "--no-adapter", "--nnodes", "--plan", "--simulate"}
+    known = flags | {"--help", "--no-adapter", "--nnodes"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
