@@ -26,7 +26,6 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 import pandas as pd
 from conftest import TINY_SIZES, load_script, write_reviews
 
@@ -39,17 +38,17 @@ FORK = get_context("fork")  # a run starts with all imports done
 IMPORTS = "common.training common.distill common.baseline peft bitsandbytes onnxruntime matplotlib.pyplot sklearn.svm"
 
 
-def flip(content: bytes) -> bytes:
-    place = random.randrange(len(content))
-    return content[:place] + bytes([content[place] ^ (1 << random.randrange(8))]) + content[place + 1 :]
+KINDS = ("flipped", "cut", "emptied", "deleted")
 
 
-CUTS = {
-    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "emptied": lambda file: file.write_bytes(b""),
-    "deleted": lambda file: file.unlink(),
-}
-DAMAGES = {"flipped": lambda file: file.write_bytes(flip(file.read_bytes())), **CUTS}
+def damage(file: Path, kind: str, rng: random.Random) -> None:
+    """Flip one bit of a file, cut it in half, empty it or delete it."""
+    content = bytearray(file.read_bytes())
+    if kind == "flipped" and content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.unlink()  # it may be linked
+    if kind != "deleted":
+        file.write_bytes(content[: {"cut": len(content) // 2, "emptied": 0}.get(kind)])
 
 
 def commands(reviews: Path, bases: Path) -> dict[str, list[str]]:
@@ -74,21 +73,15 @@ def run(script: str, flags: list[str], log: Path, largest: int) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115 - until the process ends
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
-    code = load_script(script.partition("_")[0]).main(flags)
-    sys.stdout.flush()
-    raise SystemExit(code)
+    raise SystemExit(load_script(script.partition("_")[0]).main(flags))
 
 
 def difference(whole: Path, made: Path) -> str:
     """What differs between two folders of one step: a missing file, weights, predictions; empty if nothing does."""
-    if made.name == BENCHMARK:  # its clock never gives the same figure
-        tables = [pd.read_csv(folder / "benchmark.csv") for folder in (whole, made)]
-        tables = [table.loc[table["Type"] != "cascade", ["Model", "Accuracy", "n", "status"]] for table in tables]
-        predictions = [pd.read_parquet(folder / "predictions.parquet") for folder in (whole, made)]
-        same = tables[0].equals(tables[1]) and predictions[0].equals(predictions[1])
-        return "" if same else "another table"
+    if made.name == BENCHMARK:  # its clock never gives the same figures
+        pair = [pd.read_parquet(folder / "predictions.parquet") for folder in (whole, made)]
+        return "" if pair[0].equals(pair[1]) else "other predictions"
     names = [{name for name in artifacts._files(folder) if Path(name).suffix != ".md"} for folder in (whole, made)]
     exact = [name for name in names[0] & names[1] if name.endswith((".safetensors", ".npy", ".parquet"))]
     changed = [name for name in exact if (whole / name).read_bytes() != (made / name).read_bytes()]
@@ -99,36 +92,38 @@ class Drill:
     """Finished steps to compare with, a folder to break, and what came of it."""
 
     def __init__(self, folder: Path, seed: int):
-        bases = FORK.Process(target=make.make, args=(folder / "bases", TINY_SIZES, 0.01))
+        bases, reviews = FORK.Process(target=make.make, args=(folder / "bases", TINY_SIZES, 0.01)), folder / "reviews"
         bases.start()
-        reviews = write_reviews(folder / "reviews", train=240, test=40, transfer=1300)
         self.rng, self.commands = random.Random(seed), commands(reviews, folder / "bases")
-        random.seed(seed)
-        self.whole, self.broken, self.log = folder / "whole", folder / "broken", folder / "log"
-        self.counts, self.faults, self.seconds = {}, [], {}
-        for step, script in artifacts.SCRIPTS.items():
+        self.whole, self.broken, self.counts, self.faults, self.seconds = folder / "whole", folder / "whole", {}, [], {}
+        write_reviews(reviews, train=240, test=40, transfer=1300)
+        for script in artifacts.SCRIPTS.values():
             load_script(script.partition("_")[0])
         for module in IMPORTS.split():
             importlib.import_module(module)
         bases.join()
         for step in self.commands:
             began = time.monotonic()
-            code, told = self.end(self.start(step, folder=self.whole))
+            code, told = self.end(self.start(step))
             assert code == 0, told
             self.seconds[step] = time.monotonic() - began
-            print(f"{step}: {self.seconds[step]:.1f} s", flush=True)
+        self.broken = folder / "broken"
 
-    def start(self, step: str, *more: str, folder: Path | None = None, largest: int = -1, log: str = "") -> BaseProcess:
-        flags = [*self.commands[step], "--output-dir", str(folder or self.broken), *more]
-        log = self.log.with_suffix(log)
+    def start(self, step: str, *more: str, largest: int = -1) -> tuple[BaseProcess, Path]:
+        """A running script, and the file into which it prints."""
+        flags = [*self.commands[step], "--output-dir", str(self.broken), *more]
+        log = self.whole.with_name(f"log{time.monotonic_ns()}")
         process = FORK.Process(target=run, args=(artifacts.SCRIPTS[step], flags, log, largest))
         process.start()
-        return process
+        return process, log
 
-    def end(self, process: BaseProcess, log: str = "") -> tuple[int, str]:
-        """The exit code of a process, and what it printed."""
+    def end(self, started: tuple[BaseProcess, Path], after: float | None = None) -> tuple[int, str]:
+        """A script's exit code and what it printed; it is killed if it has not ended `after` so many seconds."""
+        process, log = started
+        process.join(after)
+        process.kill()
         process.join()
-        return process.exitcode, self.log.with_suffix(log).read_text()
+        return process.exitcode, log.read_text() if log.exists() else ""
 
     def count(self, part: str, case: str, fault: str = "", detected: bool = False, times: int = 1) -> None:
         self.counts.setdefault(part, Counter()).update(tried=times, survived=times * (not fault), detected=detected)
@@ -142,21 +137,20 @@ class Drill:
         shutil.rmtree(self.broken, ignore_errors=True)
         self.broken.mkdir()
         for other in self.commands:
-            if other != step:  # 05 makes itself again
-                make_there = shutil.copytree if BENCHMARK in (step, other) else lambda one, two: two.symlink_to(one)
-                make_there(self.whole / other, self.broken / other)
+            if other != step:
+                shutil.copytree(self.whole / other, self.broken / other, copy_function=os.link)
         if finished:
             shutil.copytree(self.whole / step, self.broken / step)
         return self.broken / step
 
     def damage_files(self, at_most: int | None) -> None:
         """Damage each file of each step; run the step again, and the scripts that read it."""
-        files = [(step, file) for step in self.commands for file in (self.whole / step).rglob("*") if file.is_file()]
-        cases = [(step, file.relative_to(self.whole / step), kind) for step, file in files for kind in DAMAGES]
-        obeyed = set()
-        for step, name, kind in sorted(self.rng.sample(cases, min(at_most or len(cases), len(cases)))):
-            damaged, fault, found = self.fresh(step, finished=True) / name, "", []
-            DAMAGES[kind](damaged)
+        files = [file.relative_to(self.whole) for file in sorted(self.whole.glob("*/**/*")) if file.is_file()]
+        cases, obeyed = [(file, kind) for file in files for kind in KINDS], set()
+        for file, kind in sorted(self.rng.sample(cases, min(at_most or len(cases), len(cases)))):
+            step, fault, found = file.parts[0], "", []
+            self.fresh(step, finished=True)
+            damage(self.broken / file, kind, self.rng)
             readers = [(step, "--report-only"), (step,)] if step == BENCHMARK else [(step,)]
             readers += [(READERS[step],)] if step in READERS else []
             # 05 takes seconds, and the function that notices a flipped bit notices the others too.
@@ -168,10 +162,11 @@ class Drill:
                     fault = f"{reader} left with {code}: {told}"
                 elif code == 0:
                     fault = fault or difference(self.whole / reader[0], self.broken / reader[0])
-            if found and "error: " in found[-1][1] and (step, name.parts[0]) not in obeyed:
-                obeyed.add((step, name.parts[0]))
+            part = file.parts[0 if step == BENCHMARK else 1]
+            if found and "error: " in found[-1][1] and (step, part) not in obeyed:
+                obeyed.add((step, part))
                 fault = fault or self.obey(*found[-1])
-            self.count("damaged files", f"{step}/{name} {kind}", fault, bool(found))
+            self.count("damaged files", f"{file} {kind}", fault, bool(found))
 
     def obey(self, reader: tuple[str, ...], told: str) -> str:
         """Do what an error says, then run its script again; what went wrong."""
@@ -184,9 +179,9 @@ class Drill:
     def same_command_ends_well(self, part: str, case: str, step: str, *more: str, detected=False, times=1) -> None:
         """Run the same command to its end, and compare what it has made."""
         code, told = self.end(self.start(step, *more))
-        fault = told if code else difference(self.whole / step, self.broken / step)
-        left = [path.name for path in self.broken.iterdir() if path.name.endswith((artifacts.NEW, artifacts.OLD))]
-        self.count(part, case, fault or " ".join(left), detected or "is damaged" in told, times)
+        left = [path.name for path in self.broken.iterdir() if path.suffix in (artifacts.NEW, artifacts.OLD)]
+        fault = told if code else difference(self.whole / step, self.broken / step) or " ".join(left)
+        self.count(part, case, fault, detected or "is damaged" in told, times)
 
     def kill(self, kills: int) -> None:
         """Kill steps at random moments, one to three times in a row; every second time under --force."""
@@ -195,10 +190,8 @@ class Drill:
             step, times = self.rng.choice(list(self.commands)), self.rng.randint(1, min(3, kills))
             folder, happened, gone = self.fresh(step, finished=bool(more)), [], False
             for _ in range(times):
-                process, moment = self.start(step, *more), self.rng.uniform(0, self.seconds[step])
-                process.join(moment)
-                process.kill()
-                process.join()
+                moment = self.rng.uniform(0, self.seconds[step])
+                self.end(self.start(step, *more), after=moment)
                 gone |= bool(more) and not (artifacts._settled(folder) / "run.json").exists()
                 happened += [f"{moment:.1f} s", *self.damage_work(artifacts._work(folder))]
             kills -= times
@@ -210,11 +203,12 @@ class Drill:
 
     def damage_work(self, work: Path) -> list[str]:
         """Damage a checkpoint or a chunk of an unfinished step, half of the times; returns what was done."""
-        files = sorted(file for file in work.rglob("*") if re.search("/checkpoint-|_chunks/", str(file)))
-        if not any(map(Path.is_file, files)) or self.rng.random() < 0.5:
+        files = filter(Path.is_file, sorted(work.rglob("*")))
+        files = [file for file in files if re.search("/checkpoint-|_chunks/", str(file))]
+        if not files or self.rng.random() < 0.5:
             return []
-        file, kind = self.rng.choice(list(filter(Path.is_file, files))), self.rng.choice(list(CUTS))
-        CUTS[kind](file)
+        file, kind = self.rng.choice(files), self.rng.choice(KINDS[1:])
+        damage(file, kind, self.rng)
         return [f"{file.name} {kind}"]
 
     def fill_disks(self, times: int) -> None:
@@ -222,8 +216,8 @@ class Drill:
         for number in range(times):
             step = list(self.commands)[number % len(self.commands)]
             self.fresh(step)
-            sizes = sorted(file.stat().st_size for file in (self.whole / step).rglob("*") if file.is_file())
-            largest = self.rng.choice([size for size in sizes if size > 200]) - 100
+            sizes = {file.stat().st_size for file in (self.whole / step).rglob("*") if file.is_file()}
+            largest = self.rng.choice(sorted(size for size in sizes if size > 200)) - 100
             code, told = self.end(self.start(step, largest=largest))
             full = "disk is full" in told
             if code not in (0, 2) or "Traceback" in told or full != (code == 2):
@@ -234,8 +228,8 @@ class Drill:
         """Two copies of each script at once: one works, and the other one says so."""
         for step in self.commands:
             self.fresh(step)
-            pair = [(self.start(step, log=log), log) for log in (".1", ".2")]
-            (first, told), (second, more) = sorted(self.end(*one) for one in pair)
+            pair = [self.start(step), self.start(step)]
+            (first, told), (second, more) = sorted(map(self.end, pair))
             refused = "another process is at work" in more
             fault = "" if (first, second) in ((0, 0), (0, 2)) and refused == (second == 2) else told + more
             self.count("two copies", step, fault or difference(self.whole / step, self.broken / step), refused)
@@ -253,12 +247,14 @@ class Drill:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="seed of moments, files and bits")
-    parser.add_argument("--kills", type=int, default=50, help="number of kills")
-    parser.add_argument("--damages", type=int, default=None, help="number of damaged files; default: all, four times")
-    parser.add_argument("--disks", type=int, default=12, help="number of full disks")
+    add = parser.add_argument
+    add("--seed", type=int, default=random.randrange(10**6), help="seed of moments, files and bits")
+    add("--kills", type=int, default=50, help="number of kills")
+    add("--damages", type=int, help="number of damaged files; default: all, four times")
+    add("--disks", type=int, default=12, help="number of full disks")
     args = parser.parse_args()
-    print(f"--seed {args.seed}")
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    print(f"--seed {args.seed}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         drill = Drill(Path(folder), args.seed)

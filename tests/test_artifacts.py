@@ -1,12 +1,14 @@
 import argparse
 import errno
 import json
+import random
 import subprocess
 import sys
 from contextlib import suppress
 
 import pytest
 from conftest import ROOT
+from drill import KINDS, damage
 
 from common import artifacts, settings
 
@@ -56,27 +58,8 @@ def test_other_settings_or_inputs_are_named_and_nothing_is_deleted(args, stops, 
         (folder / "half").touch()
         args.precision = "bf16"
         assert artifacts.begin(args, "02_roberta", INPUTS) == folder and (folder / "half").exists()
-
-
-def test_a_folder_of_an_unknown_run_is_never_adopted(args, stops):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    (folder / "model").mkdir()
-    (folder / "started.json").unlink()
-    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "unknown run", "--force")
-
-
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-DAMAGES = {
-    "flipped": flip_a_bit,
-    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "emptied": lambda file: file.write_bytes(b""),
-    "deleted": lambda file: file.unlink(),
-}
+        (folder / "started.json").unlink()
+        stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "unknown run", "--force")
 
 
 @pytest.fixture
@@ -89,9 +72,9 @@ def finished(args):
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_of_a_finished_step_is_told_with_its_remedy_by_every_reader(args, stops, finished, damage):
-    DAMAGES[damage](finished / "model" / "weights")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_of_a_finished_step_is_told_with_its_remedy_by_every_reader(args, stops, finished, kind):
+    damage(finished / "model" / "weights", kind, random.Random(1))
     words = ("weights is missing or damaged", "--force")
     stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), *words)
     stops(lambda: artifacts.require(args, "02_roberta", "model"), *words)
@@ -113,9 +96,12 @@ def test_a_bit_anywhere_in_run_json_is_noticed(args, stops, finished):
 
 def test_a_finished_step_of_before_is_checked_by_its_sizes(args, stops, finished):
     run = json.loads((finished / "run.json").read_text())
-    run = {name: value for name, value in run.items() if name != "sha256"} | {"files": {"model/weights": 5}}
+    run = {name: value for name, value in run.items() if name != "sha256"} | {
+        "files": {"model/weights": 5, "r.html": 9}
+    }
     artifacts.write_json(finished / "run.json", run)
     assert artifacts.require(args, "02_roberta", "model")
+    artifacts.verify(finished)  # a report may be drawn again, or edited
     (finished / "model" / "weights").write_text("123")
     stops(lambda: artifacts.require(args, "02_roberta", "model"), "weights is missing or damaged")
 
@@ -179,7 +165,7 @@ def test_a_successor_takes_over_undamaged_parts_and_no_write_reaches_the_old_one
         (finished / "model" / name).write_text(name)
     (finished / "run.json").unlink()
     artifacts.finish(args, finished, {})
-    flip_a_bit(finished / "model" / "flipped")
+    damage(finished / "model" / "flipped", "flipped", random.Random(1))
     args.force = True
     new = artifacts.begin(args, "02_roberta", INPUTS, keep=("model", "never_made"))
     assert names(new) == ["model", "started.json"] and names(new / "model") == ["sound", "weights"]
