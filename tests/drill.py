@@ -135,12 +135,8 @@ class Drill:
     def fresh(self, step: str, finished: bool = False) -> Path:
         """A folder with all other steps finished, and `step` too if `finished`; returns the step's folder."""
         shutil.rmtree(self.broken, ignore_errors=True)
-        self.broken.mkdir()
-        for other in self.commands:
-            if other != step:
-                shutil.copytree(self.whole / other, self.broken / other, copy_function=os.link)
-        if finished:
-            shutil.copytree(self.whole / step, self.broken / step)
+        for other in self.commands if finished else self.commands.keys() - {step}:  # no script changes a file in place
+            shutil.copytree(self.whole / other, self.broken / other, copy_function=os.link)
         return self.broken / step
 
     def damage_files(self, at_most: int | None) -> None:
@@ -151,11 +147,10 @@ class Drill:
             step, fault, found = file.parts[0], "", []
             self.fresh(step, finished=True)
             damage(self.broken / file, kind, self.rng)
-            readers = [(step, "--report-only"), (step,)] if step == BENCHMARK else [(step,)]
-            readers += [(READERS[step],)] if step in READERS else []
-            # 05 takes seconds, and the function that notices a flipped bit notices the others too.
-            readers += [(BENCHMARK,)] if step != BENCHMARK and kind == "flipped" else []
-            for reader in readers:
+            readers = [(step,), (READERS.get(step, step),), (BENCHMARK, "--report-only"), (BENCHMARK,)]
+            if step != BENCHMARK:  # 05 takes seconds, and the function that notices a flipped bit notices the others
+                readers = readers[:2] + readers[3:] * (kind == "flipped")
+            for reader in dict.fromkeys(readers):
                 code, told = self.end(self.start(*reader))
                 found += [(reader, told)] if code == 2 or "is damaged" in told else []
                 if code not in (0, 2) or "Traceback" in told or (code == 2 and "error: " not in told):
@@ -176,11 +171,11 @@ class Drill:
         ends = [self.end(self.start(*command)) for command in (remedy, reader)]
         return "" if ends[0][0] == ends[1][0] == 0 else f"the remedy {remedy} of {reader} does not help: {told}{ends}"
 
-    def same_command_ends_well(self, part: str, case: str, step: str, *more: str, detected=False, times=1) -> None:
+    def ends_well(self, part: str, case: str, step: str, *more: str, fault="", detected=False, times=1) -> None:
         """Run the same command to its end, and compare what it has made."""
         code, told = self.end(self.start(step, *more))
         left = [path.name for path in self.broken.iterdir() if path.suffix in (artifacts.NEW, artifacts.OLD)]
-        fault = told if code else difference(self.whole / step, self.broken / step) or " ".join(left)
+        fault = fault or (told if code else difference(self.whole / step, self.broken / step) or " ".join(left))
         self.count(part, case, fault, detected or "is damaged" in told, times)
 
     def kill(self, kills: int) -> None:
@@ -188,17 +183,16 @@ class Drill:
         more = ()
         while kills > 0:
             step, times = self.rng.choice(list(self.commands)), self.rng.randint(1, min(3, kills))
-            folder, happened, gone = self.fresh(step, finished=bool(more)), [], False
+            folder, happened, fault = self.fresh(step, finished=bool(more)), [], ""
             for _ in range(times):
                 moment = self.rng.uniform(0, self.seconds[step])
                 self.end(self.start(step, *more), after=moment)
-                gone |= bool(more) and not (artifacts._settled(folder) / "run.json").exists()
+                if more and not (artifacts._settled(folder) / "run.json").exists():
+                    fault = "the finished step is gone"
                 happened += [f"{moment:.1f} s", *self.damage_work(artifacts._work(folder))]
             kills -= times
             case = f"{step} {' '.join(more)} of {self.seconds[step]:.0f} s: {', '.join(happened)}"
-            if gone:
-                self.faults.append(f"FAULT {case}: the finished step is gone")
-            self.same_command_ends_well("kills", case, step, *more, times=times)
+            self.ends_well("kills", case, step, *more, fault=fault, times=times)
             more = () if more else ("--force",)
 
     def damage_work(self, work: Path) -> list[str]:
@@ -220,9 +214,8 @@ class Drill:
             largest = self.rng.choice(sorted(size for size in sizes if size > 200)) - 100
             code, told = self.end(self.start(step, largest=largest))
             full = "disk is full" in told
-            if code not in (0, 2) or "Traceback" in told or full != (code == 2):
-                self.count("full disks", f"{step}, {largest} bytes", told)
-            self.same_command_ends_well("full disks", f"{step}, files up to {largest} bytes", step, detected=full)
+            fault = told if code not in (0, 2) or "Traceback" in told or full != (code == 2) else ""
+            self.ends_well("full disks", f"{step}, files up to {largest} bytes", step, fault=fault, detected=full)
 
     def run_twice(self) -> None:
         """Two copies of each script at once: one works, and the other one says so."""
