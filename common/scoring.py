@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from common import data, device, models
-from common.artifacts import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
 from common.device import Hardware
 from common.settings import stop
+from common.storage import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
 from common.verbalizer import label_log_probabilities
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from drill import KINDS, damage
 
-from common import artifacts, settings
+from common import artifacts, settings, storage
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ INPUTS = {"dataset/train": "aa"}
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_write_replaces_the_old_file_or_folder_whole_or_not_at_all(tmp_path, kind):
     for content in ("old", "half", "new"):
-        with suppress(RuntimeError), artifacts.whole(tmp_path / "model") as temporary:
+        with suppress(RuntimeError), storage.whole(tmp_path / "model") as temporary:
             if kind == "folder":
                 temporary.mkdir()
             (temporary / "weights" if kind == "folder" else temporary).write_text(content)
@@ -99,7 +99,7 @@ def test_a_finished_step_of_before_is_checked_by_its_sizes(args, stops, finished
     run = {name: value for name, value in run.items() if name != "sha256"} | {
         "files": {"model/weights": 5, "r.html": 9}
     }
-    artifacts.write_json(finished / "run.json", run)
+    storage.write_json(finished / "run.json", run)
     assert artifacts.require(args, "02_roberta", "model")
     artifacts.verify(finished)  # a report may be drawn again, or edited
     (finished / "model" / "weights").write_text("123")
@@ -130,7 +130,7 @@ def test_force_leaves_the_finished_step_in_place_until_its_successor_is_finished
     assert (finished / "run.json").read_bytes() == before
     artifacts.finish(args, new, {})
     assert names(tmp_path) == ["02_roberta"] and (finished / "model" / "weights").read_text() == "new"
-    run = artifacts.read_json(finished / "run.json")
+    run = storage.read_json(finished / "run.json")
     assert (run["step"], run["settings"]["epochs"]) == ("02_roberta", 5)
 
 
@@ -157,7 +157,7 @@ def test_force_begins_an_unfinished_step_anew_and_spares_what_the_step_keeps(arg
     args.force, args.epochs = True, 5
     assert artifacts.begin(args, "02_roberta", INPUTS, keep=("kept",)) == folder
     assert names(folder) == ["kept", "started.json"]
-    assert artifacts.read_json(folder / "started.json")["settings"]["epochs"] == 5
+    assert storage.read_json(folder / "started.json")["settings"]["epochs"] == 5
 
 
 def test_a_successor_takes_over_undamaged_parts_and_no_write_reaches_the_old_ones(args, finished, capsys):
@@ -170,7 +170,7 @@ def test_a_successor_takes_over_undamaged_parts_and_no_write_reaches_the_old_one
     new = artifacts.begin(args, "02_roberta", INPUTS, keep=("model", "never_made"))
     assert names(new) == ["model", "started.json"] and names(new / "model") == ["sound", "weights"]
     assert "flipped is damaged" in capsys.readouterr().out
-    with artifacts.whole(new / "model" / "sound") as temporary:
+    with storage.whole(new / "model" / "sound") as temporary:
         temporary.write_text("other")
     (new / "model" / "weights").unlink()
     assert (finished / "model" / "sound").read_text() == "sound" and (finished / "model" / "weights").exists()
@@ -208,7 +208,7 @@ def test_a_step_that_checks_its_own_parts_is_opened_again_beside_its_finished_on
     assert new != finished and (new / "model" / "weights").read_text() == "12345"
     args.epochs = 6
     assert artifacts.begin(args, "02_roberta", INPUTS, keep=("model",), again=True) == new
-    assert artifacts.read_json(new / "started.json")["settings"]["epochs"] == 6
+    assert storage.read_json(new / "started.json")["settings"]["epochs"] == 6
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(a
     args.validation_samples = 20
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     artifacts.finish(args, folder, {"labels": ["negative", "positive"]})
-    run = artifacts.read_json(folder / "run.json")
+    run = storage.read_json(folder / "run.json")
     artifacts.refuse_conflict(args, run, INPUTS)
     swapped = run | {"facts": {"labels": ["positive", "negative"]}}
     stops(lambda: artifacts.refuse_conflict(args, swapped, INPUTS), "numbered the labels", "run it again")
@@ -256,7 +256,7 @@ def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(a
 )
 def test_a_full_or_read_only_disk_is_one_sentence_and_what_was_written_is_deleted(tmp_path, stops, problem, words):
     def fill():
-        with artifacts.whole(tmp_path / "table.csv") as temporary:
+        with storage.whole(tmp_path / "table.csv") as temporary:
             temporary.write_text("half")
             raise problem
 

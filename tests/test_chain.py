@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from conftest import write_reviews
 
-from common import artifacts, settings
+from common import artifacts, settings, storage
 
 QUICK = {"learning_rate": 1e-3, "batch_size": 8, "epochs": 4, "max_length": 32}
 QUICK |= {"02_roberta.max_length": 40, "02_roberta.student_layers": 2}
@@ -47,5 +47,5 @@ def test_the_printed_commands_alone_lead_to_the_benchmark(tiny, script, tmp_path
     assert done == list(artifacts.SCRIPTS.values())
     table = pd.read_csv(tmp_path / "my outputs" / "05_benchmark" / "benchmark.csv")
     assert (table["status"] == "ok").all() and {"control, no teacher", "student, black-box"} <= set(table["Type"])
-    train = artifacts.read_json(tmp_path / "my outputs" / "02_roberta" / "run.json")["settings"]
+    train = storage.read_json(tmp_path / "my outputs" / "02_roberta" / "run.json")["settings"]
     assert train["validation_samples"] == 16 and train["negative_labels"] == ["1", "2"]
