@@ -115,19 +115,25 @@ def folds_of(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def tune_naive_bayes(counts: Counts, labels: np.ndarray) -> dict:
-    """The n-grams, min_df and alpha with the best accuracy over the folds; of equals the smoothest."""
+    """The n-grams, min_df and alpha with the best accuracy over the folds, of equals the smoothest; a temperature.
+
+    Reviews that add up to 1 have log-odds near 0, whatever their label. The temperature makes them probabilities.
+    """
     from sklearn.naive_bayes import MultinomialNB
 
     tried = []
     for candidate in counts.candidates():
         _, _, x, _ = counts.features(**candidate, **TFIDF)
-        right = dict.fromkeys(ALPHAS, 0)
+        held_out = np.empty((len(ALPHAS), len(labels), 2))
         for fit, score in folds_of(labels):
             x_fit, x_score = x[fit], x[score]
-            for alpha in ALPHAS:
-                predicted = MultinomialNB(alpha=alpha).fit(x_fit, labels[fit]).predict(x_score)
-                right[alpha] += np.sum(predicted == labels[score])
-        tried += [(hits / len(labels), candidate | {"alpha": alpha}) for alpha, hits in right.items()]
+            for place, alpha in enumerate(ALPHAS):
+                model = MultinomialNB(alpha=alpha).fit(x_fit, labels[fit])
+                held_out[place, score] = model.predict_joint_log_proba(x_score)
+        for alpha, logits in zip(ALPHAS, held_out):
+            temperature = {"temperature": round(metrics.fit_temperature(labels, logits, most=1000), 6)}
+            accuracy = metrics.accuracy(labels, logits.argmax(axis=1))
+            tried.append((accuracy, candidate | {"alpha": alpha} | temperature))
     return best(tried)
 
 
@@ -186,7 +192,8 @@ def refit(name: str, chosen: dict, counts: Counts, labels: np.ndarray) -> "Basel
     vectorizer = make_vectorizer(counts.terms[columns], idf, **options, **units(counts.analyzer))
     if name == "naive_bayes":
         model = MultinomialNB(alpha=chosen["alpha"]).fit(x, labels)
-        return Baseline(vectorizer, model.feature_log_prob_.T, model.class_log_prior_)
+        weights, bias = model.feature_log_prob_.T, model.class_log_prior_
+        return Baseline(vectorizer, weights / chosen["temperature"], bias / chosen["temperature"])
     r = log_count_ratio(binary, labels)
     w, b = fit_nb_svm(x.multiply(r).tocsr(), labels, chosen["c"])
     w = r * interpolate(w, chosen["beta"])

@@ -7,12 +7,18 @@ The 4-bit LLM scores train, validation and the transfer set, with 03's adapter o
 one forward pass per batch and saves raw label log-probabilities. An interrupted run continues them. Calibration is
 applied when they are read. The student then trains on the labelled reviews and the transfer set, with 04a's trainer.
 
-Reads   the reviews, outputs/03_mistral/adapter/
-Writes  outputs/04b_student_from_mistral/  soft_labels/ (by split)  model/  validation.parquet  metrics.json  run.json
+With --teacher-scores FILE, no LLM is loaded and 03 is not needed: the file holds what any LLM said of the reviews, the
+unlabelled ones above all. Its columns are text or example_id, and log_odds, p_positive or a label. Labelled reviews
+learn from their gold label, unless each of them has a score.
+
+Reads   the reviews, outputs/03_mistral/adapter/ or the file of scores
+Writes  outputs/04b_student_from_mistral/  soft_labels/ or teacher_scores/ (by split)  model/  validation.parquet
+        metrics.json  run.json
 Takes   on two T4s: planned 151 to 199 minutes (results/gpu/plan.csv), not measured yet
 
     python 04b_distill_from_mistral.py
     python 04b_distill_from_mistral.py --no-adapter --mistral-model path/to/any-causal-lm --max-transfer-samples 5000
+    python 04b_distill_from_mistral.py --teacher-scores scores.csv --max-transfer-samples all
 """
 
 import argparse
@@ -21,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from common import artifacts, checks, data, device, export, memory, metrics, models, scoring, settings, verbalizer
+from common.teacher_scores import Teacher, read_teacher, save_scores
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 CANNOT_TEACH = "this LLM cannot teach: take another, or train it on more reviews with 03_finetune_mistral.py"
@@ -47,7 +54,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label-words", nargs=2, metavar="WORD", help="words for negative and positive")
     add("--prompt-length", type=settings.positive_int, help="tokens of the prompt with its review")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
+    scores = (
+        "file of another LLM's answers, in any format of reviews: text or example_id, and log_odds, p_positive or a "
+    )
+    add("--teacher-scores", metavar="FILE", help=scores + "label; needs neither 03 nor an LLM")
+    add("--teacher-name", metavar="NAME", help="that LLM's name in tables and cards; default: the file's")
     args = settings.parse(parser, STEP, argv)
+    if args.teacher_scores and (typed := [flag for flag in FLAGS.values() if getattr(args, flag) is not None]):
+        parser.error(f"--teacher-scores asks no LLM: drop --{typed[0].replace('_', '-')}")
+    if args.teacher_name and not args.teacher_scores:
+        parser.error("--teacher-name names the LLM of --teacher-scores: pass both")
     if args.alpha == 0:
         parser.error("--alpha 0 uses no teacher, which only 04a's control does: raise it")
     return args
@@ -112,6 +128,18 @@ def save_soft_labels(
         scoring.in_chunks(folder, split, getattr(reviews, split), scoring.LOG_PROBABILITIES, score, chunk=250)
 
 
+def ask_llm(args: argparse.Namespace, reviews: data.Reviews, llm: dict, hardware, folder: Path) -> Teacher:
+    """The LLM as a teacher, with the log-odds of all splits that it scores."""
+    adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
+    save_soft_labels(args, reviews, llm, adapter, hardware, folder)
+    memory.free()  # the LLM's memory, for the student
+    log_p = read_scores(args, reviews, folder)
+    mass = check_scores(llm, log_p["validation"], reviews.validation["label"].to_numpy())
+    log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
+    role = "which scored two label words after each review"
+    return Teacher(llm["base"], role, log_odds, {"llm": llm}, CANNOT_TEACH, {"label_mass": mass})
+
+
 def read_scores(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -> dict[str, np.ndarray]:
     """The LLM's (n, 2) label log-probabilities by split, in the order of the reviews."""
     from common import distill
@@ -124,7 +152,7 @@ def read_scores(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -
     return log_p
 
 
-def check_llm(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
+def check_scores(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
     """The label mass on validation; stops if the LLM is not the one that 03 trained."""
     mass = verbalizer.label_mass(log_p)
     print(f"label mass p(positive) + p(negative): {mass:.3f}")
@@ -140,27 +168,36 @@ def check_llm(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibrate(
-    asked: str, log_odds: dict[str, np.ndarray], labels: np.ndarray
-) -> tuple[str, verbalizer.Calibration, dict[str, dict[str, float]]]:
-    """The calibration in use with its name, and by name the teacher's held-out figures on validation with each.
+    asked: str, teacher: Teacher, labels: np.ndarray
+) -> tuple[str, verbalizer.Calibration, dict[str, dict[str, float] | str]]:
+    """The calibration in use with its name, and the teacher's held-out figures on validation with each.
 
-    Stops if the teacher cannot teach: its student would be random.
+    Stops if the teacher cannot teach: its student would be random. If a file scores too few validation reviews, auto
+    means none, and the figures are absent.
     """
     from common import distill, training
 
-    validation, transfer = log_odds["validation"], log_odds.get("transfer", np.empty(0))
-    made = verbalizer.calibrations(validation, labels, transfer, asked)
-    chosen = verbalizer.best_calibration(made, validation, labels, transfer) if asked == "auto" else asked
-    figures = {name: metrics.describe(labels, verbalizer.teacher_logits(one.held_out)) for name, one in made.items()}
-    for name, scores in figures.items():
-        used = f" (in use: minus {made[name].bias:.3f}, divided by {made[name].temperature:.3f})"
-        print(
-            f"teacher on validation, calibration {name}: accuracy {metrics.in_words(scores)}, "
-            f"NLL {scores['nll']:.3f}, ECE {scores['ece']:.3f}{used if name == chosen else ''}"
-        )
-    logits = made[chosen].logits(validation)
-    distill.refuse_bad_teacher(logits, labels, "validation")
-    training.refuse_collapse(logits, labels, CANNOT_TEACH)
+    validation, transfer = teacher.log_odds["validation"], teacher.log_odds.get("transfer", np.empty(0))
+    scored = ~np.isnan(validation)
+    validation, gold = validation[scored], labels[scored]
+    few = not scored.all() and np.bincount(gold, minlength=2).min() < verbalizer.MIN_OF_A_CLASS
+    asked = "none" if few and asked == "auto" else asked
+    made = verbalizer.calibrations(validation, gold, transfer, asked)
+    chosen = verbalizer.best_calibration(made, validation, gold, transfer) if asked == "auto" else asked
+    logits, figures = made[chosen].logits(validation), {}
+    if few:
+        figures["teacher"] = f"absent: {len(gold):,} of {len(labels):,} reviews have its score, too few of a class"
+        print(f"teacher on validation {figures['teacher']}; calibration {chosen}")
+    else:
+        for name, one in made.items():
+            figures[f"teacher_{name}"] = scores = metrics.describe(gold, verbalizer.teacher_logits(one.held_out))
+            used = f" (in use: minus {one.bias:.3f}, divided by {one.temperature:.3f})" if name == chosen else ""
+            print(
+                f"teacher on validation, calibration {name}: accuracy {metrics.in_words(scores)}, "
+                f"NLL {scores['nll']:.3f}, ECE {scores['ece']:.3f}{used}"
+            )
+        distill.refuse_bad_teacher(logits, gold, "validation")
+        training.refuse_collapse(logits, gold, teacher.remedy)
     distill.refuse_one_class(made[chosen].logits(transfer), labels)
     return chosen, made[chosen], figures
 
@@ -172,15 +209,15 @@ def soft_labels(reviews: data.Reviews, log_odds: dict[str, np.ndarray], calibrat
     return {"teacher_logits": calibration.logits(odds)}
 
 
-def check_inputs(args: argparse.Namespace, llm: dict, reviews: data.Reviews, hardware) -> dict[str, str]:
-    """The fingerprints of everything that the step reads; stops if a model, a length or 03's split does not fit."""
-    inputs = dict(reviews.fingerprints)
+def check_teacher(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
+    """The fingerprint of 03 if its adapter is read; stops if the LLM, its prompt or 03's split does not fit."""
+    inputs = {}
     if llm["adapter"]:
         artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
+        artifacts.require(args, TEACHER_STEP, "adapter")
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
     checks.check_llm(llm["base"], llm["max_length"], reviews.train["text"], "--prompt-length")
     check_prompt(llm["base"], llm)
-    checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
     return inputs
 
 
@@ -199,33 +236,33 @@ def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: dat
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    llm = find_llm(args)
+    llm = None if args.teacher_scores else find_llm(args)
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
-    inputs = check_inputs(args, llm, reviews, hardware)
-    adapter = artifacts.require(args, TEACHER_STEP, "adapter") if llm["adapter"] else None
-    folder = artifacts.begin(args, STEP, inputs, keep=("soft_labels",))
+    if llm:
+        inputs = check_teacher(args, llm, reviews)
+    else:
+        reviews, teacher, inputs = read_teacher(args, reviews)
+    checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
+    folder = artifacts.begin(args, STEP, reviews.fingerprints | inputs, keep=("soft_labels",))
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
-    save_soft_labels(args, reviews, llm, adapter, hardware, folder / "soft_labels")
-    memory.free()  # the LLM's memory, for the student
-    labels, log_p = reviews.validation["label"].to_numpy(), read_scores(args, reviews, folder / "soft_labels")
-    label_mass = check_llm(llm, log_p["validation"], labels)
-    log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
-    chosen, calibration, figures = calibrate(args.calibration, log_odds, labels)
-    logits = train_student(args, hardware, folder, reviews, soft_labels(reviews, log_odds, calibration))
+    if llm:
+        teacher = ask_llm(args, reviews, llm, hardware, folder / "soft_labels")
+    else:
+        save_scores(folder / "teacher_scores", reviews, teacher.log_odds)
+    labels = reviews.validation["label"].to_numpy()
+    chosen, calibration, figures = calibrate(args.calibration, teacher, labels)
+    logits = train_student(args, hardware, folder, reviews, soft_labels(reviews, teacher.log_odds, calibration))
 
-    facts = {"labels": data.LABELS, "student": args.student_model, "teacher": llm["base"], "llm": llm}
+    facts = {"labels": data.LABELS, "student": args.student_model, "teacher": teacher.name, **teacher.facts}
     facts |= {"max_length": args.max_length, "calibration": chosen}
     facts |= {"bias": calibration.bias, "calibration_temperature": calibration.temperature}
-    measured = {"student": metrics.describe(labels, logits), "calibration": chosen, "label_mass": label_mass}
-    measured |= {f"teacher_{name}": scores for name, scores in figures.items()}
-    role = f"A student of {settings.short(llm['base'])}, which scored two label words after each review."
-    export.describe_model(
-        args, folder / "model", role, args.student_model, reviews, logits, **export.student_rows(args, reviews)
-    )
-    teacher = calibration.logits(log_odds["validation"])
-    scoring.save_validation(folder, reviews.validation, student=logits, teacher=teacher)
+    measured = {"student": metrics.describe(labels, logits), "calibration": chosen} | teacher.measured | figures
+    role, rows = f"A student of {settings.short(teacher.name)}, {teacher.role}.", export.student_rows(args, reviews)
+    export.describe_model(args, folder / "model", role, args.student_model, reviews, logits, **rows)
+    of_validation = calibration.logits(teacher.log_odds["validation"])  # NaN where a file has no score
+    scoring.save_validation(folder, reviews.validation, student=logits, teacher=of_validation)
     artifacts.finish(args, folder, facts, {"validation": measured})
     print(f"student: validation accuracy {metrics.in_words(measured['student'])}")
     print(f"next: {settings.next_command('05_benchmark.py')}")

@@ -80,11 +80,14 @@ def find(
         found.append(_encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher))
         teachers["04a_student_from_roberta"] = found[-1]
     from_llm, stale = facts.get("04b_student_from_mistral"), "04b_student_from_mistral" in made_again
+    # A file says what some LLM answered. That LLM has no row, and 03's is not the student's teacher.
+    scores = from_llm.get("scores") if from_llm else None
+    from_llm = None if scores else from_llm
     if "03_mistral" in runs:
         tuned = from_llm is not None and from_llm["llm"]["adapter"] and not stale
         calibration = from_llm if tuned else UNCALIBRATED
         found.append(_llm(LLM, root / "03_mistral" / "adapter", hardware, facts["03_mistral"], calibration, args))
-        teachers["04b_student_from_mistral"] = found[-1]
+        teachers["04b_student_from_mistral"] = None if scores else found[-1]
     if from_llm and not from_llm["llm"]["adapter"]:
         found.append(_llm(ZERO_SHOT, None, hardware, from_llm["llm"], from_llm, args))
         teachers["04b_student_from_mistral"] = found[-1]
@@ -96,6 +99,8 @@ def find(
                 one = _encoder(name, kind, root / step / part, hardware, facts[step])
                 one.step, one.teacher = step, None if step in made_again else teachers.get(step)
                 one.note = f"its teacher's step was made again: {made_again[step]}" if step in made_again else None
+                if facts[step].get("scores"):
+                    one.note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
                 found.append(one)
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
     names = [contender.name for contender in found] + 2 * ["example_id", "label"]

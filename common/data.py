@@ -149,12 +149,12 @@ def read_in_chunks(file: Path, size: int, column: str | None = None) -> Iterator
     """Tables of at most `size` reviews, with `row` (the number in the file, from 0) and the cleaned `text`."""
     first = 0
     for table in files.tables(file, size):
-        texts = _clean_texts(table[columns.find_text(table, column, str(file))], str(file))
+        texts = clean_texts(table[columns.find_text(table, column, str(file))], str(file))
         yield pd.DataFrame({"row": range(first, first + len(texts)), "text": texts})
         first += len(texts)
 
 
-def _clean_texts(column: pd.Series, owner: str) -> list[str]:
+def clean_texts(column: pd.Series, owner: str) -> list[str]:
     """The text of each row, with single spaces and without line breaks of HTML; "" where there is none."""
     missing = column.isna()
     if column[~missing].map(lambda text: isinstance(text, bytes | list | dict | np.ndarray)).any():
@@ -166,7 +166,7 @@ def _clean_texts(column: pd.Series, owner: str) -> list[str]:
 
 def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
     """A table with example_id, text (no <br />, single spaces) and label; stops if only some reviews have labels."""
-    texts = _clean_texts(table["text"], f"the {split} reviews")
+    texts = clean_texts(table["text"], f"the {split} reviews")
     ids = [f"{split}/{row:05d}" for row in table.index]
     cleaned = pd.DataFrame({"example_id": ids, "text": texts, "label": table["label"].to_numpy()})
     cleaned = cleaned.astype({"text": "str", "label": "int64"})

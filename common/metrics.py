@@ -39,14 +39,14 @@ def expected_calibration_error(labels: np.ndarray, logits: np.ndarray, bins: int
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+def fit_temperature(labels: np.ndarray, logits: np.ndarray, most: float = 20) -> float:
     """The T > 0 with the least NLL of logits / T (temperature scaling, Guo et al. 2017, section 4.2).
 
-    It is kept within 1/20 and 20: reviews that are all called right would ask for T = 0.
+    It is kept within 1/most and most: reviews that are all called right would ask for T = 0.
     """
     from scipy.optimize import minimize_scalar
 
-    found = minimize_scalar(lambda log_t: nll(labels, logits / np.exp(log_t)), bounds=(-np.log(20), np.log(20)))
+    found = minimize_scalar(lambda log_t: nll(labels, logits / np.exp(log_t)), bounds=(-np.log(most), np.log(most)))
     return float(np.exp(found.x))
 
 

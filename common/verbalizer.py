@@ -125,7 +125,8 @@ def calibrations(
     else:
         reasons["batch"] = f"{len(unlabelled)} unlabelled reviews are too few for a mean"
     try:
-        made["fitted"] = Calibration(*fitted_calibration(log_odds, labels), out_of_fold(log_odds, labels))
+        held_out = out_of_fold(log_odds, labels)  # it counts the reviews before it fits anything
+        made["fitted"] = Calibration(*fitted_calibration(log_odds, labels), held_out)
     except CannotFit as reason:
         reasons["fitted"] = str(reason)
     if asked in reasons:

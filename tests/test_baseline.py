@@ -80,14 +80,17 @@ def test_where_no_ngram_is_in_two_reviews_those_of_one_review_count(script, anal
 def test_naive_bayes_is_scikit_learns_on_tf_idf_and_survives_its_folder(script, tmp_path, analyzer):
     texts, labels = texts_of("English")
     first = script("01")
-    counts, chosen = first.count_once(texts, analyzer), {"ngram_range": (1, 2), "min_df": 2, "alpha": 0.1}
+    counts = first.count_once(texts, analyzer)
+    chosen = {"ngram_range": (1, 2), "min_df": 2, "alpha": 0.1, "temperature": 0.5}
     model = first.refit("naive_bayes", chosen, counts, labels)
     how = baseline.units(analyzer) | {"ngram_range": (1, 2), "min_df": 2, "norm": "l1"}
     theirs = make_pipeline(TfidfVectorizer(**how), MultinomialNB(alpha=0.1)).fit(texts, labels)
     model.save(tmp_path / "naive_bayes")
     for one in (model, baseline.load_baseline(tmp_path / "naive_bayes")):
-        odds = one.logits(texts)
+        odds = 0.5 * one.logits(texts)
         np.testing.assert_allclose(np.exp(odds[:, 1]) / np.exp(odds).sum(1), theirs.predict_proba(texts)[:, 1], 1e-4)
+    found = first.tune_naive_bayes(counts, labels)
+    assert 0 < found["temperature"] < 1  # reviews that add up to 1 are unsure of themselves
     svm = first.refit("nb_svm", chosen | {"c": 3.0, "beta": 0.75}, counts, labels)
     svm.save(tmp_path / "nb_svm")
     np.testing.assert_allclose(baseline.load_baseline(tmp_path / "nb_svm").logits(texts), svm.logits(texts), rtol=1e-4)

@@ -391,6 +391,40 @@ def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(here, tiny, tmp_
     assert table.loc["teacher, 4-bit zero-shot", "calibration"] == run["facts"]["calibration"]
 
 
+def test_a_file_of_scores_teaches_without_an_llm_and_the_benchmark_says_whose_they_are(
+    here, flags, script, stops, tmp_path
+):
+    module = script("04b")
+    reviews = module.data.load_reviews(module.parse_args(flags["04b"]), reads=("train", "transfer"))
+    texts = pd.concat([reviews.validation["text"], reviews.transfer["text"]])
+    scores = pd.DataFrame({"text": texts, "p_positive": texts.str.startswith("funny") * 0.7 + 0.1})
+    scores.to_csv(file := tmp_path / "answers.csv", index=False)
+    folder = tmp_path / "04b_student_from_mistral"
+    (folder / "soft_labels").mkdir(parents=True)
+    (folder / "soft_labels" / "transfer.parquet").write_bytes(b"of an LLM")
+    asked = ["--teacher-scores", file, "--teacher-name", "some/llm"]
+    here("04b", "--force", *asked)
+
+    run, figures = (read(folder, f"{name}.json") for name in ("run", "metrics"))
+    assert "03_mistral" not in run["inputs"] and run["settings"]["soft_labels"] == "transfer"
+    assert run["facts"]["scores"]["scored"] == {"train": 0, "validation": 40, "transfer": 50}
+    assert figures["validation"]["teacher_none"]["accuracy"] == 1
+    assert (folder / "soft_labels" / "transfer.parquet").read_bytes() == b"of an LLM"
+    kept = pd.read_parquet(folder / "teacher_scores" / "transfer.parquet")
+    assert kept["example_id"].tolist() == reviews.transfer["example_id"].tolist()
+    np.testing.assert_allclose(np.exp(kept["log_p_positive"]), scores["p_positive"][40:], rtol=1e-5)
+    card = (folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert "A student of llm" in card and "answers.csv" in card
+
+    assert here("05", "--forms", "none") == 0
+    table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
+    assert table["Model"].tolist() == ["distilbert from llm"] and table["diff_teacher"].isna().all()
+    assert "answers.csv" in table["note"].item()
+    stops(lambda: here("04b", *asked[:2]), "other settings (teacher_name was some/llm")
+    scores.assign(p_positive=scores["p_positive"] + 0.01).to_csv(file, index=False)
+    stops(lambda: here("04b", *asked), "other settings (teacher-scores/log_odds was", "--force")
+
+
 @pytest.fixture
 def trained_by(here, flags, script, monkeypatch):
     """What 04a or 04b hands to train_student, call by call. The calls return the validation logits named here."""
@@ -546,9 +580,9 @@ def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stop
     facts = read(outputs / "03_mistral", "run.json")["facts"]
     log_p = module.read_scores(args, reviews, outputs / "04b_student_from_mistral" / "soft_labels")["validation"]
     labels = reviews.validation["label"].to_numpy()
-    assert 0 < module.check_llm(facts, log_p, labels) <= 1
+    assert 0 < module.check_scores(facts, log_p, labels) <= 1
     facts["validation_accuracy"] = 0.6
-    stops(lambda: module.check_llm(facts, log_p, labels), "0.600 in 03", "still the base")
+    stops(lambda: module.check_scores(facts, log_p, labels), "0.600 in 03", "still the base")
 
 
 def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
@@ -560,3 +594,9 @@ def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
     args = module.parse_args(["--output-dir", "nowhere", "--forms", "none"])
     names = [contender.name for contender in module.classifiers.find(args, None, runs, {}, Path("deploy"))]
     assert len(names) == len(set(names)) == 4
+    # The same runs, but 04b read a file of scores: 03's LLM is no teacher of its student.
+    facts = {name: value for name, value in facts.items() if name != "llm"} | {"scores": {"file": "x/llm.csv"}}
+    runs["04b_student_from_mistral"] = {"facts": facts | {"teacher": "llm"}}
+    *_, llm, from_encoder, from_file = module.classifiers.find(args, None, runs, {}, Path("deploy"))
+    assert llm.facts["calibration"] == "none (no 04b)" and from_encoder.teacher and from_encoder.note is None
+    assert (from_file.name, from_file.teacher) == ("1 from llm", None) and "llm.csv" in from_file.note
