@@ -83,7 +83,8 @@ def save_soft_labels(
         table = getattr(reviews, split)
         split_origin = origin | {"feature_layers": saved, "texts": data.fingerprint(table)}
         scoring.delete_unless_made_from(soft_labels, split, split_origin)
-        scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=saved))
+        arrays = ("features",) if saved else ()
+        scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=saved), arrays=arrays)
         if split == "validation":  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
             _, logits = scoring.read_scores(soft_labels, split, scoring.LOGITS)
             training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, checks, data, device, export, metrics, models, scoring, settings
+from common import artifacts, checks, data, device, export, metrics, models, scoring, settings, storage
 
 STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
@@ -64,7 +64,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
             distill.refuse_one_class(logits[-1], reviews.train["label"].to_numpy())
         if args.feature_weight > 0:
             file = artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}_features.npy")
-            features.append((artifacts.read_array(file, len(file_ids)), rows))
+            features.append((storage.read_array(file, len(file_ids)), rows))
     teacher = {"teacher_logits": np.concatenate(logits)}
     if features:
         saved = [facts["feature_layers"].index(layer) for layer in student_to_teacher_layers(args, facts)]

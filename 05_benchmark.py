@@ -44,6 +44,7 @@ from common import (
     report,
     scoring,
     settings,
+    storage,
 )
 from common.classifiers import Classifier, Contender
 from common.kept_rows import Measured
@@ -401,7 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     done, without, facts = measure_all(contenders, reviews.test, args, work)
 
     if facts["measured_models"] or not (work / "environment.json").exists():
-        artifacts.write_json(work / "environment.json", device.environment(hardware) | facts)
+        storage.write_json(work / "environment.json", device.environment(hardware) | facts)
     comparison.write_tables(args, work, reviews.test, done, without)
     table = show(work)
     failed = table[table["status"].str.startswith("failed")]

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, classifiers, data, device, files, models, settings
+from common import artifacts, classifiers, data, device, files, models, settings, storage
 
 CHUNK = 4000  # reviews in memory at once
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     student = load("student", args.model_folder, hardware)
     teacher = load("teacher", args.escalate, hardware) if args.escalate else None
     started, done, counts = time.monotonic(), 0, pd.Series(dtype=int)
-    with artifacts.whole(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with storage.whole(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         for number, table in enumerate(itertools.chain([first], chunks)):
             labelled = label(table, student, teacher, args.unsure)
             labelled.to_csv(file, header=number == 0, index=False)

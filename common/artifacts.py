@@ -1,4 +1,4 @@
-"""Every path under outputs/: atomic writes; how a step is opened, replaced, finished, required and verified.
+"""Every path under outputs/: how a step is begun, continued, replaced, finished, required and verified.
 
 A step's folder gets started.json first and run.json last. run.json holds the digest of every file, and of itself.
 Nothing is written into a finished step: its successor grows in STEP.new/ beside it. When that is finished, two renames
@@ -6,9 +6,7 @@ put it in its place. Until then the old one serves.
 """
 
 import argparse
-import errno
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -17,16 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
 
 from common import device, memory
 from common.data import LABELS
 from common.settings import NOT_COMPARED, default_of, stop
+from common.storage import delete, explained, intact_json, read_json, whole, write_json
 
 SCRIPTS = {
     "01_baseline": "01_baseline.py",
@@ -39,7 +34,7 @@ SCRIPTS = {
 OTHER = "the command that makes it"  # a step of experiments/
 PACKAGES = "torch transformers tokenizers datasets accelerate peft bitsandbytes scikit-learn pandas numpy".split()
 PACKAGES += ["onnx", "onnxruntime"]
-REWRITE = "run the script that wrote it with --force"
+AGAIN = "pass --force to make it again"
 NEW, OLD = ".new", ".old"  # a finished step's successor; the step itself while the two are swapped
 RECORDS = ("started.json", "run.json")
 # No script reads these: a model's card, 05's report. Their owner may edit them, so they have no digest.
@@ -48,119 +43,25 @@ _process_started = time.time()
 _locks: dict[Path, object] = {}  # held by this process
 
 
-# --- files, written whole or not at all ---
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn the errors of a full disk and of a folder that cannot be written into one sentence about `path`."""
-    try:
-        yield
-    except Exception as problem:
-        # EFBIG is a limit on the size of files. numpy, torch and what is written in Rust give no number.
-        number, told = getattr(problem, "errno", None), str(problem)
-        words = ("No space left", "File too large", " requested and ", "unexpected pos", "StreamWriter failed")
-        if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(word in told for word in words):
-            stop(f"the disk is full ({path}): make room, then the same command continues")
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            stop(f"{problem.filename or path} cannot be written ({problem.strerror}): write to another folder")
-        raise
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder; it is renamed to `path` when all of it is on disk."""
-    temporary = path.with_name(path.name + ".partial")
-    with explained(path):
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        except Exception:
-            _delete(temporary)  # on a full disk it may be as large as all that is missing
-            raise
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV or parquet (by the suffix of `path`), whole or not at all."""
-    write = table.to_csv if path.suffix == ".csv" else table.to_parquet
-    with whole(path) as temporary:
-        write(temporary, index=False)
-
-
-def read_json(path: Path, remedy: str = REWRITE) -> dict:
-    """Read a JSON file of a step; stop with the `remedy` if it is missing or damaged."""
-    content = intact_json(path)
-    if content is None:
-        stop(f"{path} is missing or damaged: {remedy}")
-    return content
-
-
-def intact_json(path: Path) -> dict | None:
-    """A JSON file's content; None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def intact_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a .npz file; None if it is missing or damaged. Each array has a checksum."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        return None
-    except Exception as problem:  # zipfile, zlib and numpy have a dozen kinds
-        print(f"{path} is damaged ({problem}): it is made again")
-        return None
-
-
-def read_array(path: Path, rows: int) -> np.ndarray:
-    """Memory-map a .npy file of an earlier step; stop unless it has as many rows as its table."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as problem:
-        stop(f"{path} is damaged ({problem}): {REWRITE}")
-    if len(array) != rows:
-        stop(f"{path} has {len(array)} rows and its table has {rows}: {REWRITE}")
-    return array
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a parquet table of an earlier step; stop if it is damaged."""
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as problem:  # pyarrow's errors are ValueErrors
-        stop(f"{path} is damaged ({problem}): {REWRITE}")
-
-
-# --- a step is opened, and finished ---
+# --- a step is begun, continued, replaced and finished ---
 
 
 def begin(
     args: argparse.Namespace, step: str, inputs: dict[str, str], keep: tuple[str, ...] = (), again: bool = False
 ) -> Path:
-    """Open the folder in which a step is made: a new one, or an interrupted one with the same settings and inputs.
+    """Open the folder in which a step is made: STEP/, or STEP.new/ beside a finished one; returns that folder.
 
-    Exits with code 0 if the step is finished with them, and with code 2 if it was made with others. --force makes a
-    finished step once more, in STEP.new/, and begins an unfinished one anew. `inputs` maps each dataset split and
-    earlier step that is read to its fingerprint. `keep` names parts that are taken over, because the step itself checks
-    what they were made from. A step that checks all its parts so passes `again`: it is opened whatever its settings
-    were. Rank 0 opens the folder, and every process must see it.
+    | found                     | without --force                     | with --force                            |
+    | ---                       | ---                                 | ---                                     |
+    | nothing                   | begins                              | begins                                  |
+    | unfinished, same command  | continues                           | continues, if begun with --force        |
+    | unfinished, other command | exits with code 2                   | begins anew, but for the parts in `keep`|
+    | finished, same settings   | exits with code 0, 2 if damaged     | begins STEP.new/, takes over `keep`     |
+    | finished, other settings  | exits with code 2                   | begins STEP.new/, takes over `keep`     |
+
+    `inputs` maps each dataset split and earlier step that is read to its fingerprint. The step itself checks what the
+    parts in `keep` were made from. A step that checks all its parts so passes `again`: it never exits here, and its
+    unfinished work is continued whatever the settings were. Rank 0 opens the folder, and every process must see it.
     """
     folder = Path(args.output_dir, step)
     if not device.begun_by_parent():
@@ -173,19 +74,21 @@ def begin(
 
 def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep: tuple[str, ...], again: bool) -> None:
     current = json.loads(json.dumps({"step": folder.name, "settings": vars(args), "inputs": inputs}))
-    if not (args.force or again or folder.with_name(folder.name + OLD).exists()):
+    redo = args.force or again
+    swapping = _beside(folder, OLD).exists() or (_beside(folder, NEW) / "run.json").exists()
+    if not redo and not swapping:
         _exit_if_finished(folder, current)  # without the lock: any number of processes may find this
     lock(folder)
     _swap(folder)  # what a kill has left of it
-    if not (args.force or again):
+    if not redo:
         _exit_if_finished(folder, current)  # by a process that held the lock until now
     work = _work(folder)
     begun = intact_json(work / "started.json")
-    if begun and (_same_command(begun, current) if args.force else again or not _changed(begun, current)):
+    # The same command: with --force, precision counts too, because another one is a remedy for a loss of NaN.
+    if begun and not _changed(begun, current, but={"max_hours"} if args.force else NOT_COMPARED):
         print(f"{work}/ was interrupted; continuing.")
-        current["wall_time_s"] = _seconds_spent(work, begun)
-        current["settings"]["force"] |= begun["settings"].get("force", False)  # for the next --force
-    elif args.force:
+        return
+    if args.force:
         _clear(work, keep)
     elif not again:
         _refuse_other(work, "begun", begun or current, current)
@@ -195,6 +98,64 @@ def _begin(args: argparse.Namespace, folder: Path, inputs: dict[str, str], keep:
         print(f"{folder}/ stays until {work}/ is finished")
         _take_over(folder, work, keep)
     write_json(work / "started.json", current)
+
+
+def _exit_if_finished(folder: Path, current: dict) -> None:
+    """Exit if the step is finished: with code 0 with these settings and inputs, with code 2 with others."""
+    if (folder / "run.json").exists():
+        _refuse_other(folder, "finished", _read_run(folder, AGAIN), current)
+        verify(folder, AGAIN)
+        print(f"{folder}/ is finished with these settings; --force redoes it.")
+        raise SystemExit(0)
+
+
+def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> None:
+    changed = "; ".join(_changed(recorded, current))
+    if changed:
+        stop(f"{folder}/ was {state} with other settings ({changed}): pass --force or another --output-dir")
+
+
+def _changed(recorded: dict, current: dict, but: set[str] = NOT_COMPARED) -> list[str]:
+    old, new = (run.get("settings", {}) | run.get("inputs", {}) for run in (recorded, current))
+    names = sorted((old | new).keys() - but)
+    # A flag that is newer than the run had its default there.
+    pairs = [(name, old.get(name, default_of(name, "absent")), new.get(name, "absent")) for name in names]
+    return [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
+
+
+def _clear(work: Path, keep: tuple[str, ...]) -> None:
+    """Delete an unfinished step but `keep`. Without started.json, which goes first, only --force opens it."""
+    if work.exists():
+        print(f"--force: deleting {work}/, which was not finished{', but for '.join(['', *keep])}")
+        (work / "started.json").unlink(missing_ok=True)
+        for path in work.iterdir():
+            if path.name not in keep:
+                delete(path)
+
+
+def _take_over(folder: Path, work: Path, keep: tuple[str, ...]) -> None:
+    """Link the undamaged files of a finished step's parts into its successor, unless it has these parts.
+
+    Every write replaces a file, so no write into the successor reaches the old one.
+    """
+    entries = (intact_json(folder / "run.json") or {}).get("files", {})
+    for part in (part for part in keep if not (work / part).exists()):
+        names = [name for name in _files(folder) if name.partition("/")[0] == part]
+        sound = [name for name in names if name.endswith(FOR_PEOPLE) or _is_sound(folder / name, entries.get(name))]
+        for name in sorted({*names} - {*sound}):
+            print(f"{folder / name} is damaged: it is made again")
+        if sound:
+            with whole(work / part) as temporary:
+                for name in sound:
+                    _link(folder / name, temporary / Path(name).relative_to(part))
+
+
+def _link(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:  # a disk without hard links
+        shutil.copyfile(file, target)
 
 
 def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | None = None) -> None:
@@ -209,21 +170,50 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
     if figures is not None:
         write_json(folder / "metrics.json", figures)
     for leftover in [*folder.glob("*checkpoints"), *folder.rglob("*.partial")]:  # of a kill
-        _delete(leftover)  # some lie in others
-    begun = read_json(folder / "started.json")
-    run = begun | {
+        delete(leftover)  # some lie in others
+    files = [name for name in _files(folder) if not name.endswith(FOR_PEOPLE)]
+    run = read_json(folder / "started.json") | {
         "settings": dict(sorted(vars(args).items())),
         "facts": facts,
         "seed": args.seed,
         **made_with(),
-        "wall_time_s": round(begun.get("wall_time_s", 0) + time.time() - _process_started, 1),
+        "wall_time_s": round(time.time() - _process_started, 1),
         "peak_memory_mb": round(peak_mb),
-        "files": {name: _entry(folder / name) for name in _files(folder) if not name.endswith(FOR_PEOPLE)},
+        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files},
     }
     write_json(folder / "run.json", run | {"sha256": _digest_of(run)})
     folder = folder.with_name(folder.name.removesuffix(NEW))
     _swap(folder)
     print(f"{folder}/ is finished in {run['wall_time_s']:.0f} s, peak memory {run['peak_memory_mb']:,} MB.")
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.name + suffix)
+
+
+def _work(folder: Path) -> Path:
+    """Where a step is made: in its folder until it is finished, then in its successor's."""
+    return _beside(folder, NEW) if (folder / "run.json").exists() else folder
+
+
+def _swap(folder: Path) -> None:
+    """Put a finished successor, if there is one, in the place of `folder`; only the holder of the lock may do it.
+
+    A kill between the renames leaves both steps finished, and `_settled` does the second one.
+    """
+    if (_beside(folder, NEW) / "run.json").exists() and folder.exists():
+        shutil.rmtree(_beside(folder, OLD), ignore_errors=True)
+        os.replace(folder, _beside(folder, OLD))
+    if (_settled(folder) / "run.json").exists():
+        shutil.rmtree(_beside(folder, OLD), ignore_errors=True)
+
+
+def _settled(folder: Path) -> Path:
+    """`folder`, after the second rename of a swap that a kill has cut in two."""
+    if not folder.exists() and (_beside(folder, NEW) / "run.json").exists():
+        with explained(folder), suppress(FileNotFoundError):  # another process was faster
+            os.replace(_beside(folder, NEW), folder)
+    return folder
 
 
 def lock(folder: Path) -> None:
@@ -243,120 +233,7 @@ def lock(folder: Path) -> None:
     _locks[path] = handle
 
 
-def _exit_if_finished(folder: Path, current: dict) -> None:
-    """Exit with code 0 if the step is finished with these settings and inputs, with code 2 if with others.
-
-    Returns if it is not finished, or if --force has begun a successor with these.
-    """
-    if not (folder / "run.json").exists():
-        return
-    run = _read_run(folder, "pass --force to make it again")
-    begun = intact_json(folder.with_name(folder.name + NEW) / "started.json")
-    if _changed(run, current) and begun and not _changed(begun, current):
-        return
-    _refuse_other(folder, "finished", run, current)
-    verify(folder, "pass --force to make it again")
-    print(f"{folder}/ is finished with these settings; --force redoes it.")
-    raise SystemExit(0)
-
-
-def _changed(recorded: dict, current: dict) -> list[str]:
-    old, new = (run.get("settings", {}) | run.get("inputs", {}) for run in (recorded, current))
-    names = sorted((old | new).keys() - NOT_COMPARED)
-    # A flag that is newer than the run had its default there.
-    pairs = [(name, old.get(name, default_of(name, "absent")), new.get(name, "absent")) for name in names]
-    return [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
-
-
-def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> None:
-    changed = _changed(recorded, current)
-    if changed:
-        stop(f"{folder}/ was {state} with other settings ({'; '.join(changed)}): pass --force or another --output-dir")
-
-
-def _same_command(begun: dict, current: dict) -> bool:
-    """Whether the same command has begun a step, --force and precision included; --max-hours may differ."""
-    limit = {"max_hours": None}
-    return all(begun[part] | limit == current[part] | limit for part in ("settings", "inputs"))
-
-
-def _seconds_spent(work: Path, begun: dict) -> float:
-    """What earlier runs of an unfinished step took: each until its last write, because a kill leaves no clock."""
-    last = max(path.stat().st_mtime for path in work.rglob("*"))
-    return round(begun.get("wall_time_s", 0) + last - (work / "started.json").stat().st_mtime, 1)
-
-
-# --- a finished step is replaced ---
-
-
-def _work(folder: Path) -> Path:
-    """Where a step is made: in its folder until it is finished, then in its successor's."""
-    return folder.with_name(folder.name + NEW) if (folder / "run.json").exists() else folder
-
-
-def _swap(folder: Path) -> None:
-    """Put a finished successor, if there is one, in the place of `folder`; only the holder of the lock may do it.
-
-    A kill between the renames leaves both steps finished, and `_settled` does the second one.
-    """
-    old = folder.with_name(folder.name + OLD)
-    if (folder.with_name(folder.name + NEW) / "run.json").exists() and folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        with explained(folder):
-            os.replace(folder, old)
-    if (_settled(folder) / "run.json").exists():
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _settled(folder: Path) -> Path:
-    """`folder`, after the second rename of a swap that a kill has cut in two."""
-    new = folder.with_name(folder.name + NEW)
-    if not folder.exists() and (new / "run.json").exists():
-        with explained(folder), suppress(FileNotFoundError):  # another process was faster
-            os.replace(new, folder)
-    return folder
-
-
-def _take_over(folder: Path, work: Path, keep: tuple[str, ...]) -> None:
-    """Link the undamaged files of a finished step's parts into its successor, unless it has these parts.
-
-    Every write replaces a file, so no write into the successor reaches the old one.
-    """
-    files = (intact_json(folder / "run.json") or {}).get("files", {})
-    for part in (part for part in keep if not (work / part).exists()):
-        names = [name for name in _files(folder) if Path(name).parts[0] == part]
-        sound = [name for name in names if name.endswith(FOR_PEOPLE) or _is_sound(folder / name, files.get(name))]
-        for name in sorted({*names} - {*sound}):
-            print(f"{folder / name} is damaged: it is made again")
-        if sound:
-            with whole(work / part) as temporary:
-                for name in sound:
-                    _link(folder / name, temporary / Path(name).relative_to(part))
-
-
-def _link(file: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, target)
-    except OSError:  # a disk without hard links
-        shutil.copyfile(file, target)
-
-
-def _clear(work: Path, keep: tuple[str, ...]) -> None:
-    """Delete an unfinished step but `keep`. Without started.json, which goes first, only --force opens it."""
-    if work.exists():
-        print(f"--force: deleting {work}/, which was not finished{', but for '.join(['', *keep])}")
-        (work / "started.json").unlink(missing_ok=True)
-        for path in work.iterdir():
-            if path.name not in keep:
-                _delete(path)
-
-
-def _delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-# --- a finished step is read, and verified ---
+# --- a finished step is required, verified and identified ---
 
 
 def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
@@ -369,7 +246,7 @@ def require(args: argparse.Namespace, step: str, *parts: str) -> Path:
     if not (folder / "run.json").exists():
         stop(f"{shown} is missing: run {script} first")
     if not path.exists():
-        stop(f"{shown} is missing though its step is finished: run {script} --force to make it again")
+        stop(f"{shown} is missing though its step is finished: {_make_again(step)}")
     if parts:
         verify(path)
     return path
@@ -383,28 +260,23 @@ def verify(path: Path, remedy: str = "") -> None:
     folder = next((parent for parent in [path, *path.parents][:3] if (parent / "run.json").exists()), None)
     if folder is None:
         return
-    remedy = remedy or f"run {SCRIPTS.get(folder.name, OTHER)} --force to make it again"
+    remedy = remedy or _make_again(folder.name)
     for name, entry in _read_run(folder, remedy).get("files", {}).items():
-        if (folder / name).is_relative_to(path) and not _is_sound(folder / name, entry):
+        read = (folder / name).is_relative_to(path) and not name.endswith(FOR_PEOPLE)  # steps of before record these
+        if read and not _is_sound(folder / name, entry):
             stop(f"{folder / name} is missing or damaged though its step is finished: {remedy}")
 
 
 def read_run(args: argparse.Namespace, step: str) -> dict:
     """The run.json of a finished step."""
-    remedy = f"run {SCRIPTS.get(step, OTHER)} again with --force"
-    path = require(args, step) / "run.json"
-    run = _read_run(path.parent, remedy)
-    if not {"step", "settings", "inputs", "facts"} <= run.keys() or "labels" not in run["facts"]:
-        stop(f"{path} is damaged: {remedy}")
-    return run
+    return _read_run(require(args, step), _make_again(step))
 
 
 def fingerprint(args: argparse.Namespace, step: str) -> str:
     """The identity of a finished step: a digest of inputs, facts and files. Made again to the bit, it is the same."""
-    file = require(args, step) / "run.json"
-    run = _read_run(file.parent, REWRITE)
+    run = read_run(args, step)
     if "sha256" not in run:  # a step of before
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(Path(args.output_dir, step, "run.json").read_bytes()).hexdigest()[:16]
     return _digest_of({name: run[name] for name in ("inputs", "facts", "files")})[:16]
 
 
@@ -452,6 +324,10 @@ def digest(folder: Path, but: str = "") -> str:
     return total.hexdigest()[:16]
 
 
+def _make_again(step: str) -> str:
+    return f"run {SCRIPTS.get(step, OTHER)} --force to make it again"
+
+
 def _is_interrupted(folder: Path) -> bool:
     return (folder / "started.json").exists() and not (folder / "run.json").exists()
 
@@ -460,10 +336,6 @@ def _files(folder: Path) -> list[str]:
     """The names of a step's files, in order, without its two records."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [name for name in (path.relative_to(folder).as_posix() for path in files) if name not in RECORDS]
-
-
-def _entry(file: Path) -> dict:
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _is_sound(file: Path, entry: dict | int | None) -> bool:
@@ -476,12 +348,6 @@ def _is_sound(file: Path, entry: dict | int | None) -> bool:
 
 
 def _sha256(file: Path) -> str:
-    about = file.stat()
-    return _sha256_of(file, about.st_ino, about.st_size, about.st_mtime_ns)
-
-
-@functools.cache  # 05 reads a model's digest for its verification and for its row's name: 3 s for RoBERTa-large
-def _sha256_of(file: Path, *_version: int) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -493,10 +359,11 @@ def _digest_of(run: dict) -> str:
 
 
 def _read_run(folder: Path, remedy: str) -> dict:
-    """A step's run.json; stops if it is damaged. That of a step of before has no digest."""
+    """A step's run.json; stops if it is damaged. That of a step of before has sizes, and no digest."""
     run = read_json(folder / "run.json", remedy)
-    before = "sha256" not in run and all(isinstance(size, int) for size in run.get("files", {}).values())
-    if not before and run.get("sha256") != _digest_of(run):
+    sizes = run.get("files", {}).values()
+    before = {"step", "settings", "inputs", "facts"} <= run.keys() and all(isinstance(size, int) for size in sizes)
+    if run.get("sha256") != _digest_of(run) and ("sha256" in run or not before):
         stop(f"{folder / 'run.json'} is damaged: {remedy}")
     return run
 

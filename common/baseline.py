@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from common.artifacts import read_json, whole, write_json
 from common.settings import stop
+from common.storage import read_json, whole, write_json
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerState
 
 from common import device
-from common.artifacts import write_json
 from common.settings import stop
+from common.storage import write_json
 
 DIVERGED = "the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32"
 SIZES = "sizes.json"  # of a checkpoint's files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, export, models, scoring, verbalizer
+from common import artifacts, data, device, export, models, scoring, storage, verbalizer
 from common.device import Hardware
 from common.settings import short
 
@@ -111,7 +111,7 @@ def find(
     students = [one for one in found if one.kind in STUDENTS.values()] if args.forms != "none" else []
     if args.forms == "best" and len(students) > 1:
         files = [artifacts.require(args, one.step, "metrics.json") for one in students]
-        figures = [artifacts.read_json(file)["validation"]["student"] for file in files]
+        figures = [storage.read_json(file)["validation"]["student"] for file in files]
         students = [students[int(np.argmax([scores["accuracy"] for scores in figures]))]]
     return found + [form for student in students for form in forms(args, student, deployed)]
 
@@ -209,7 +209,7 @@ def deploy(model_folder: Path, target: Path) -> None:
     except (OSError, ValueError):  # absent, or damaged
         pass
     export.export_onnx(model_folder, target)
-    artifacts.write_json(record, written | {"digest": artifacts.digest(target, but=record.name)})
+    storage.write_json(record, written | {"digest": artifacts.digest(target, but=record.name)})
 
 
 def load_onnx(folder: Path, precision: str, max_length: int) -> Classifier:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, metrics, settings
+from common import metrics, settings, storage
 from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
 from common.data import LABELS
 from common.report import COLUMNS, FIELDS, INTERVALS
@@ -58,7 +58,7 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
         "errors.csv": confident_errors(predictions, test["text"]),
     }
     for name, content in files.items():
-        artifacts.write_table(folder / name, content)
+        storage.write_table(folder / name, content)
 
 
 def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.DataFrame) -> pd.DataFrame:
@@ -175,9 +175,9 @@ def cascades(
         ):
             continue
         second = results[teacher.name]
-        temperature = artifacts.read_json(contender.files / "config.json").get("calibration_temperature", 1.0)
+        temperature = storage.read_json(contender.files / "config.json").get("calibration_temperature", 1.0)
         try:
-            validation = artifacts.read_table(file)
+            validation = storage.read_table(file)
         except settings.Stop:  # which has said that the file is damaged: this student has no cascade
             continue
         test = predictions[["label"]].assign(student=predictions[name], teacher=predictions[teacher.name]).dropna()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import artifacts, data, device, metrics, models, settings
+from common import artifacts, data, device, metrics, models, settings, storage
 
 if TYPE_CHECKING:
     import torch
@@ -122,9 +122,9 @@ def describe_model(
     )
 
     def write() -> None:
-        config = artifacts.read_json(folder / "config.json")
-        artifacts.write_json(folder / "config.json", config | {"calibration_temperature": round(temperature, 4)})
-        with artifacts.whole(folder / "README.md") as temporary:
+        config = storage.read_json(folder / "config.json")
+        storage.write_json(folder / "config.json", config | {"calibration_temperature": round(temperature, 4)})
+        with storage.whole(folder / "README.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     device.first_alone(write)
@@ -178,7 +178,7 @@ def export_onnx(model_folder: Path, target: Path) -> None:
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(model_folder / name, made)
         (made / "README.md").write_text(ONNX_CARD, encoding="utf-8")
-        with artifacts.whole(target) as temporary:
+        with storage.whole(target) as temporary:
             shutil.copytree(made, temporary)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, data, device
+from common import artifacts, data, device, storage
 from common.classifiers import Contender
 
 FORMAT = 2  # of a kept row; raise it when 05 measures something else
@@ -50,11 +50,11 @@ def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argpar
 def keep(file: Path, measured: Measured) -> None:
     """Write what one model gave, so that no later run measures it again."""
     about = {"row": measured.row, "sweep": measured.sweep, "injection": measured.injection}
-    with artifacts.whole(file) as temporary, open(temporary, "wb") as handle:
+    with storage.whole(file) as temporary, open(temporary, "wb") as handle:
         np.savez(handle, logits=measured.logits, latency=measured.latency, about=json.dumps(about))
 
 
 def read(file: Path) -> Measured | None:
     """What an earlier run kept; None if there is nothing, or a damaged file."""
-    kept = artifacts.intact_arrays(file)
+    kept = storage.intact_arrays(file)
     return kept and Measured(logits=kept["logits"], latency=kept["latency"], **json.loads(str(kept["about"])))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common.artifacts import whole
+from common.storage import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from common import artifacts, metrics, pictures
-from common.artifacts import whole
+from common import metrics, pictures, storage
 from common.pictures import draw_accuracy_latency
 from common.settings import stop
+from common.storage import whole
 
 COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
 INTERVALS = {"Accuracy": ("ci_low", "ci_high"), "injection_turned": ("injection_low", "injection_high")} | {
@@ -377,7 +377,7 @@ def write_report(folder: Path) -> None:
     """Write benchmark.md, accuracy_latency.png and report.html from the other files of 05 in `folder`."""
     table, files = read(folder), {}
     for name in ("latency.parquet", "predictions.parquet", "sweep.csv", "cascade.csv", "injection.csv"):
-        file, load = folder / name, read_table if name.endswith("csv") else artifacts.read_table
+        file, load = folder / name, read_table if name.endswith("csv") else storage.read_table
         there = file.exists() and file.stat().st_size > 2  # pandas reads no CSV without columns
         files[file.stem] = load(file) if there else None
     environment = {}

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from common import data, device, models
-from common.artifacts import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
 from common.device import Hardware
 from common.settings import stop
+from common.storage import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
 from common.verbalizer import label_log_probabilities
 
 if TYPE_CHECKING:
@@ -96,17 +96,17 @@ def in_order(parts: "tuple[torch.Tensor, ...]", order: list[np.ndarray]) -> np.n
 
 
 def in_chunks(
-    folder: Path, split: str, reviews: pd.DataFrame, columns: tuple[str, str], score: Callable, chunk: int = 1000
+    folder: Path, split: str, reviews: pd.DataFrame, columns: tuple[str, str], score: Callable, chunk=1000, arrays=()
 ) -> None:
-    """Score a split in chunks on disk and join them: `scores` into `split`.parquet, others into `split`_KEY.npy.
+    """Score a split in chunks on disk and join them: `scores` into `split`.parquet, `arrays` into `split`_KEY.npy.
 
-    `score` maps texts to named arrays with a row for each text. The processes take turns with the chunks, and rank 0
-    joins them. A restart keeps complete chunks of any process: `delete_unless_made_from` has deleted those of another
-    model, prompt, truncation or texts. The table is written last and means that the split is finished. Host memory
-    holds one chunk, whatever the number of reviews.
+    `score` maps texts to `scores` and the named `arrays`, with a row for each text. The processes take turns with the
+    chunks, and rank 0 joins them. A restart keeps complete chunks of any process: `delete_unless_made_from` has deleted
+    those of another model, prompt, truncation or texts. The table is written last and means that the split is finished.
+    Host memory holds one chunk, whatever the number of reviews.
     """
     n, chunks = len(reviews), folder / f"{split}_chunks"
-    if n == 0 or device.share(is_scored(folder, split, n)):
+    if n == 0 or device.share(is_scored(folder, split, n, arrays)):
         # Chunks remain after a kill between the table and their deletion.
         device.first_alone(lambda: shutil.rmtree(chunks, ignore_errors=True))
         return
@@ -117,9 +117,9 @@ def in_chunks(
         texts = reviews["text"].iloc[begin : begin + chunk].tolist()
         file = chunks / f"{begin:07d}.npz"
         if texts and intact_arrays(file) is None:
-            arrays = score(texts)
+            scored_texts = score(texts)
             with whole(file) as temporary, open(temporary, "wb") as handle:
-                np.savez(handle, **arrays)
+                np.savez(handle, **scored_texts)
             scored += len(texts)
             rate = scored / (time.time() - started) * device.world_size()
             done = min(n, chunk * len(list(chunks.glob("*.npz"))))
@@ -129,15 +129,14 @@ def in_chunks(
         if turn + turn_size < n and device.out_of_time() and any(device.gather(scored)):
             device.stop_for_time()
     device.gather(None)  # waits for the last chunks
-    device.first_alone(lambda: _join(folder, split, chunks, reviews["example_id"], columns))
+    device.first_alone(lambda: _join(folder, split, chunks, reviews["example_id"], columns, arrays))
 
 
-def _join(folder: Path, split: str, chunks: Path, example_ids: pd.Series, columns: tuple[str, str]) -> None:
-    """Join the chunks into a table, and into one .npy file per further array; then delete them."""
+def _join(folder: Path, split: str, chunks: Path, example_ids: pd.Series, columns, arrays) -> None:
+    """Join the chunks into a table, and into one .npy file for each of `arrays`; then delete them."""
     files = sorted(chunks.glob("*.npz"))
-    with np.load(files[0], allow_pickle=False) as first:
-        others = {key: first[key] for key in first.files if key != "scores"}
-    for key, sample in others.items():
+    for key in arrays:
+        sample = next(_arrays(files, key))
         header = {"descr": sample.dtype.str, "fortran_order": False, "shape": (len(example_ids), *sample.shape[1:])}
         with whole(folder / f"{split}_{key}.npy") as temporary, open(temporary, "wb") as handle:
             # Written chunk by chunk, because the pages of a memory map would count as this process's memory.
@@ -156,14 +155,15 @@ def _arrays(files: list[Path], key: str) -> Iterator[np.ndarray]:
             yield arrays[key]
 
 
-def is_scored(folder: Path, split: str, n: int) -> bool:
-    """Whether a split's table and arrays are complete; a damaged table is deleted with a notice."""
+def is_scored(folder: Path, split: str, n: int, arrays=()) -> bool:
+    """Whether a split's table and its `arrays` are complete; the table of a damaged array is deleted with a notice."""
     table = folder / f"{split}.parquet"
     if not table.exists():
         return False
     try:
         lengths = {len(pd.read_parquet(table))}
-        lengths |= {len(np.load(file, mmap_mode="r", allow_pickle=False)) for file in folder.glob(f"{split}_*.npy")}
+        files = [folder / f"{split}_{key}.npy" for key in arrays]
+        lengths |= {len(np.load(file, mmap_mode="r", allow_pickle=False)) for file in files}
     except (OSError, ValueError, EOFError):
         lengths = set()
     if lengths != {n} and device.rank() == 0:

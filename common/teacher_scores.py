@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from common import artifacts, columns, data, device, files, metrics, scoring, verbalizer
+from common import columns, data, device, files, metrics, scoring, storage, verbalizer
 from common.settings import stop
 
 # The columns of a file, from the most informative one on. Names are compared as columns.plain_name does.
@@ -98,7 +98,7 @@ def save_scores(folder: Path, reviews: data.Reviews, log_odds: dict[str, np.ndar
         logs = metrics.log_softmax(verbalizer.teacher_logits(odds)).astype(np.float32)
         table = getattr(reviews, split)[["example_id"]].assign(**dict(zip(scoring.LOG_PROBABILITIES, logs.T))).dropna()
         if len(table):
-            device.first_alone(partial(artifacts.write_table, folder / f"{split}.parquet", table))
+            device.first_alone(partial(storage.write_table, folder / f"{split}.parquet", table))
 
 
 def _stem(file: Path) -> str:

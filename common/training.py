@@ -14,11 +14,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
 from common import device, memory, metrics, models
-from common.artifacts import explained, intact_json, whole
 from common.callbacks import DIVERGED, SIZES, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
+from common.storage import explained, intact_json, whole
 
 # For `training_arguments` when there are no validation reviews: the last weights are kept.
 WITHOUT_VALIDATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}

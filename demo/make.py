@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.artifacts import lock, whole
+from common.artifacts import lock
+from common.storage import whole
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 if TYPE_CHECKING:

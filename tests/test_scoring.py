@@ -121,8 +121,11 @@ def score(texts: list[str]) -> dict[str, np.ndarray]:
     return {"scores": np.stack([numbers, -numbers], 1), "features": numbers[:, None, None].astype(np.float16)}
 
 
+FEATURES = ("features",)
+
+
 def test_chunks_join_in_order_into_a_table_and_an_array(tmp_path):
-    scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10)
+    scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10, arrays=FEATURES)
     example_ids, scores = scoring.read_scores(tmp_path, "train", scoring.LOGITS)
     assert example_ids.tolist() == reviews_of(25)["example_id"].tolist()
     assert scores[:, 0].tolist() == list(range(25))
@@ -148,12 +151,12 @@ def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
 
 
 def test_a_scoring_that_is_out_of_time_stops_after_a_chunk_and_continues_to_the_same_scores(tmp_path, monkeypatch):
-    scoring.in_chunks(tmp_path, "train", reviews_of(45), scoring.LOGITS, score, chunk=10)
+    scoring.in_chunks(tmp_path, "train", reviews_of(45), scoring.LOGITS, score, 10, FEATURES)
     monkeypatch.setattr(device, "out_of_time", lambda: True)
     codes = []
     while not (tmp_path / "stopped" / "train.parquet").exists():
         try:
-            scoring.in_chunks(tmp_path / "stopped", "train", reviews_of(45), scoring.LOGITS, score, chunk=10)
+            scoring.in_chunks(tmp_path / "stopped", "train", reviews_of(45), scoring.LOGITS, score, 10, FEATURES)
         except SystemExit as left:
             codes.append(left.code)
     assert codes == [3] * 4  # the fifth run makes the last chunk, and the split is finished
@@ -168,6 +171,14 @@ def test_a_damaged_chunk_is_scored_again(tmp_path, capsys, content):
     scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10)
     assert "is damaged" in capsys.readouterr().out
     assert scoring.read_scores(tmp_path, "train", scoring.LOGITS)[1][:, 0].tolist() == list(range(25))
+
+
+def test_a_finished_split_is_not_scored_again_unless_it_lacks_an_array(tmp_path):
+    for again in (score, None):
+        scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, again, arrays=FEATURES)
+    (tmp_path / "train_features.npy").unlink()  # which --force does not take over if it is damaged
+    scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, score, arrays=FEATURES)
+    assert (tmp_path / "train_features.npy").exists()
 
 
 def test_soft_labels_of_another_origin_are_deleted_and_those_of_the_same_stay(tmp_path, stops):
@@ -193,7 +204,7 @@ from common import scoring
 reviews = pd.DataFrame({{"example_id": np.arange(20_000).astype(str), "text": "a film"}}).iloc[: int(sys.argv[1])]
 def score(texts):
     return {{"scores": np.zeros((len(texts), 2), np.float32), "features": np.ones((len(texts), 6, 2, 256), np.float16)}}
-scoring.in_chunks(Path(sys.argv[2]), "transfer", reviews, scoring.LOGITS, score)
+scoring.in_chunks(Path(sys.argv[2]), "transfer", reviews, scoring.LOGITS, score, arrays=("features",))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
