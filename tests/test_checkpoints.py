@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from common import checks, data, device, memory, models, scoring, training, verbalizer
+from common import checks, data, device, llms, memory, models, scoring, training, verbalizer
 
 CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["The plot is dull.", "The plot is not dull at all. " * 3, "A moving film", "ok"]
@@ -106,8 +106,8 @@ def test_an_architecture_that_is_no_encoder_is_refused_before_any_work(checkpoin
 def test_an_llm_of_any_architecture_runs_in_4_bits(checkpoint, kind):
     name = checkpoint(kind, AutoModelForCausalLM)
     tokenizer = checks.check_llm(name, 64, TEXTS)
-    model = models.load_llm(name, CPU)
-    found = models.quantisation(model)
+    model = llms.load_llm(name, CPU)
+    found = llms.quantisation(model)
     assert (found["type"], found["compute"]) == ("nf4", "float32") and found["share"] > 0.5
     ids = verbalizer.encode_prompts(tokenizer, TEXTS, "Is it good? {review} Sentiment:", 60)
     together = scoring.score_llm(model, ids, [5, 6], tokenizer.pad_token_id, CPU, 512)
@@ -126,8 +126,8 @@ def test_an_llm_that_4_bits_or_a_prompt_do_not_fit_is_refused_before_any_work(ch
 
 
 def test_a_model_whose_scores_depend_on_later_tokens_is_no_llm(tiny, stops, monkeypatch):
-    monkeypatch.setattr(models, "last_logits", lambda model, rows, mask: rows[:, -1:] * torch.rand(50))
-    stops(lambda: models.load_llm(str(tiny / "mistral"), CPU), "no causal LM")
+    monkeypatch.setattr(llms, "last_logits", lambda model, rows, mask: rows[:, -1:] * torch.rand(50))
+    stops(lambda: llms.load_llm(str(tiny / "mistral"), CPU), "no causal LM")
 
 
 def test_weights_of_other_shapes_or_cut_short_are_refused_by_their_header(checkpoint, stops):
@@ -148,7 +148,7 @@ def test_a_base_saved_in_4_bits_keeps_its_type_and_computes_in_the_hardwares_dty
     models.load_tokenizer(name).save_pretrained(tmp_path / "saved")
     saved.save_pretrained(tmp_path / "saved")
     checks.check_llm(str(tmp_path / "saved"), 64, TEXTS)
-    found = models.quantisation(models.load_llm(str(tmp_path / "saved"), CPU))
+    found = llms.quantisation(llms.load_llm(str(tmp_path / "saved"), CPU))
     assert (found["type"], found["compute"]) == ("fp4", "float32")
 
 

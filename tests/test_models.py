@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checks, data, device, models, patches
+from common import checks, data, device, llms, models, patches
 
 CPU = device.Hardware("cpu", "fp32", "test")
 
@@ -48,7 +48,7 @@ def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(ti
     from transformers import AutoModelForCausalLM
 
     unquantised = AutoModelForCausalLM.from_pretrained(tiny / "mistral", dtype=torch.float32)
-    parameters, weight_bytes = models.count(models.load_llm(str(tiny / "mistral"), CPU))
+    parameters, weight_bytes = models.count(llms.load_llm(str(tiny / "mistral"), CPU))
     assert parameters == unquantised.num_parameters()
     linear = sum(m.weight.numel() for n, m in unquantised.named_modules() if n.endswith("_proj"))
     others = parameters - linear
@@ -97,7 +97,7 @@ def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at
     import peft
     from transformers import AutoModelForCausalLM
 
-    loaded, base = {}, models.load_llm(str(tiny / "mistral"), CPU)
+    loaded, base = {}, llms.load_llm(str(tiny / "mistral"), CPU)
 
     def pretrained(name, **how):
         loaded.update(device_map=how["device_map"], loads_in_turn=os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"))
@@ -110,11 +110,11 @@ def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at
     monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained)
-    monkeypatch.setattr(models, "refuse_reading_ahead", lambda *_: None)
+    monkeypatch.setattr(llms, "refuse_reading_ahead", lambda *_: None)
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", adapter)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).touch()
-    models.load_llm(str(tiny / "mistral"), device.Hardware("cuda", "fp16", "pretended", 2), tmp_path)
+    llms.load_llm(str(tiny / "mistral"), device.Hardware("cuda", "fp16", "pretended", 2), tmp_path)
     assert loaded == {"device_map": {"": "cuda:1"}, "torch_device": "cuda:1", "loads_in_turn": "1"}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import data, device, models, scoring, verbalizer
+from common import data, device, llms, models, scoring, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 CPU = device.Hardware("cpu", "fp32", "test")
@@ -48,7 +48,7 @@ def test_a_batch_of_encoder_reviews_equals_each_alone_in_order(tiny, role):
 
 
 def test_a_batch_of_prompts_equals_each_unpadded_prompt_alone_in_order(tiny):
-    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), models.load_llm(str(tiny / "mistral"), CPU)
+    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), llms.load_llm(str(tiny / "mistral"), CPU)
     ids = verbalizer.encode_prompts(tokenizer, TEXTS, PROMPT, 128)
     labels = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS)
     together = scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, CPU, 512)
@@ -60,7 +60,7 @@ def test_a_batch_of_prompts_equals_each_unpadded_prompt_alone_in_order(tiny):
 
 
 def test_in_bf16_log_odds_are_not_rounded_to_the_steps_of_large_logits(tiny):
-    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), models.load_llm(str(tiny / "mistral"), CPU)
+    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), llms.load_llm(str(tiny / "mistral"), CPU)
     bf16, head = device.Hardware("cpu", "bf16", "test"), model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach() * 40)
     ids = verbalizer.encode_prompts(tokenizer, [f"It is {n} of 10." for n in range(40)], PROMPT, 128)
@@ -81,13 +81,13 @@ def test_in_bf16_log_odds_are_not_rounded_to_the_steps_of_large_logits(tiny):
 
 def test_the_head_reads_one_block_of_memory(tiny):
     """Of a slice PyTorch copies the head's weights once a prompt, when they are frozen."""
-    model = models.load_llm(str(tiny / "mistral"), CPU).requires_grad_(False)
+    model = llms.load_llm(str(tiny / "mistral"), CPU).requires_grad_(False)
     contiguous = []
     model.get_output_embeddings().register_forward_hook(
         lambda _, given, logits: contiguous.append(given[0].is_contiguous())
     )
     input_ids = torch.arange(20).reshape(2, 10)
-    logits = models.last_logits(model, input_ids, torch.ones_like(input_ids))
+    logits = llms.last_logits(model, input_ids, torch.ones_like(input_ids))
     assert contiguous == [True]
     torch.testing.assert_close(logits, model(input_ids=input_ids).logits[:, -1])
 
