@@ -50,7 +50,7 @@ def check_llm(
     config, tokenizer = _config_and_tokenizer(name, max_length, texts, flag)
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         stop(f"{name} is a masked language model ({config.model_type}): pass a causal LM like Mistral or Llama")
-    rows = models.text_config(config).vocab_size
+    rows = config.get_text_config().vocab_size
     # A special token is plain text in a review, so its id never comes up.
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     beyond = [word for word, token_id in tokenizer.get_vocab().items() if token_id >= rows and token_id not in special]
@@ -61,7 +61,7 @@ def check_llm(
         llms.refuse_few_in_4_bits(model, name)
         _refuse_other_weights(name, model)
     elif not dict(own).get("load_in_4bit", dict(own).get("_load_in_4bit")):
-        stop(f"{name} was saved in {dict(own).get('quant_method')}, not in 4 bits by bitsandbytes: pass another")
+        stop(f"{name} was saved quantised ({dict(own).get('quant_method')}), not in bitsandbytes' 4 bits: pass another")
     return tokenizer
 
 
@@ -82,7 +82,7 @@ def check_length(max_length: int, name: str, flag: str = "--max-length") -> None
     """Stop when the length in `flag` is more than the model's positions or too short for a review."""
     from transformers import AutoModel
 
-    config = models.text_config(models.load_config(name))
+    config = models.load_config(name).get_text_config()
     tables = models.position_embeddings(_on_meta(name, config, AutoModel))
     stated = getattr(config, "max_position_embeddings", None) or 0  # XLNet says -1
     longest = min([rows - first for first, rows in tables] + ([stated] if stated > 0 else []), default=math.inf)
@@ -130,7 +130,8 @@ def _refuse_other_weights(name: str, model: "PreTrainedModel") -> None:
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    own = {key.split(".", 1)[-1]: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    own |= {key.removeprefix(f"{model.base_model_prefix}."): shape for key, shape in own.items()}  # GPT-2's, saved bare
     parts, shapes, absent = ["model.safetensors"], {}, {"_raise_exceptions_for_missing_entries": False}
     with models.explained(name):
         if index := cached_file(name, "model.safetensors.index.json", **absent):
@@ -141,7 +142,7 @@ def _refuse_other_weights(name: str, model: "PreTrainedModel") -> None:
             with safe_open(cached_file(name, part), framework="numpy") as tensors:
                 shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     for key, shape in shapes.items():
-        if own.get(key.split(".", 1)[-1], shape) != shape:
+        if own.get(key, shape) != shape:
             stop(f"{name} stores {key} as {shape}, which contradicts its config.json: pass a whole checkpoint")
 
 
@@ -150,7 +151,7 @@ def _try_encoder(name: str, tokenizer: "PreTrainedTokenizerFast", max_length: in
     import torch
 
     model = models.load_classifier(name, tokenizer).eval()
-    kind, sizes = model.config.model_type, models.text_config(model.config)
+    kind, sizes = model.config.model_type, model.config.get_text_config()
     full = device.cpu("fp32")
     precision = hardware if hardware.device == "cpu" else full
     short, longer, longest = data.encode(tokenizer, ["dull", models.PROBE, "dull " * max_length], max_length)
@@ -163,6 +164,7 @@ def _try_encoder(name: str, tokenizer: "PreTrainedTokenizerFast", max_length: in
     with torch.inference_mode():
         alone, padded = run([short], output_hidden_states=True), run([short, longer]).logits[:1]
         run([longest])
+    models.refuse_infinite(alone.logits, name, full)
     if not torch.allclose(alone.logits, padded, rtol=1e-3, atol=1e-4):
         stop(f"{name} ({kind}) gives a review other logits when padding follows it: pass an encoder like RoBERTa")
     states = [tuple(state.shape) for state in alone.hidden_states or ()]

@@ -83,14 +83,14 @@ def refuse_few_in_4_bits(model: "PreTrainedModel", name: str) -> None:
     share = quantisation(model)["share"]
     if share < 0.5:
         reason = f"bitsandbytes quantises {share:.0%} of the blocks' weights of a {model.config.model_type}"
-        stop(f"{name} cannot be run in 4 bits ({reason}, as the others are no nn.Linear): pass another causal LM")
+        stop(f"{name} cannot be run in 4 bits ({reason}; others are no nn.Linear, or saved whole): pass another LLM")
 
 
 def refuse_reading_ahead(model: "PreTrainedModel | PeftModel", name: str, hardware: Hardware) -> None:
     """Stop unless the model runs in this precision, and its logits depend on no later token (as those of BERT do)."""
     import torch
 
-    rows = torch.arange(12, device=model.device).repeat(2, 1) % models.text_config(model.config).vocab_size
+    rows = torch.arange(12, device=model.device).repeat(2, 1) % model.config.get_text_config().vocab_size
     rows[1, 6:] = rows[1, 6:].flip(0)
     mask = torch.ones_like(rows)
     mask[:, 6:] = 0

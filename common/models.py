@@ -38,7 +38,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
-    rows = getattr(text_config(load_config(name)), "vocab_size", 0)
+    rows = getattr(load_config(name).get_text_config(), "vocab_size", 0)
     with explained(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
@@ -78,21 +78,16 @@ def load_config(name: str) -> "PretrainedConfig":
 
     with explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **HABITS)
-        for part in (config, text_config(config)):
-            for habit, value in HABITS.items():
-                if hasattr(part, habit):
-                    setattr(part, habit, value)
-            # A pad id may be null, -1, or one too high. RoBERTa counts positions from it, so it has its class's again.
-            rows, pad = getattr(part, "vocab_size", 0), getattr(part, "pad_token_id", None)
-            if rows and (pad is None or not 0 <= pad < rows):
-                pad = getattr(type(part)(), "pad_token_id", None)
-                part.pad_token_id = pad if pad is not None and 0 <= pad < rows else None
+    for part in (config, config.get_text_config()):
+        for habit, value in HABITS.items():
+            if hasattr(part, habit):
+                setattr(part, habit, value)
+        # A pad id may be null, -1, or one too high. RoBERTa counts positions from it, so it has its class's again.
+        rows, pad = getattr(part, "vocab_size", 0), getattr(part, "pad_token_id", None)
+        if rows and (pad is None or not 0 <= pad < rows):
+            pad = getattr(type(part)(), "pad_token_id", None)
+            part.pad_token_id = pad if pad is not None and 0 <= pad < rows else None
     return config
-
-
-def text_config(config: "PretrainedConfig") -> "PretrainedConfig":
-    """The part of a config that holds the sizes: a multimodal model's are nested."""
-    return config.get_text_config()
 
 
 def load_classifier(name: str, tokenizer: "PreTrainedTokenizerFast | None" = None) -> "PreTrainedModel":
@@ -151,7 +146,7 @@ def _fit_to_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerF
         model.resize_token_embeddings(needed, mean_resizing=False)
     # RoBERTa counts positions from its pad id. A decoder that classifies looks for the last token before the padding.
     if not any(first for first, _ in position_embeddings(model)):
-        for part in (model.config, text_config(model.config)):
+        for part in (model.config, model.config.get_text_config()):
             part.pad_token_id = tokenizer.pad_token_id
 
 
@@ -230,7 +225,7 @@ def forward_flops(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
     from transformers.pytorch_utils import Conv1D
 
     model = getattr(model, "get_base_model", lambda: model)()
-    config = text_config(model.config)
+    config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)  # Mamba has none
     size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     groups = getattr(config, "num_hidden_groups", None)  # ALBERT runs one group of weights for many layers

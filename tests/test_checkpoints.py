@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from transformers import (
     AutoConfig,
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    LlamaForCausalLM,
     pipeline,
 )
 
@@ -31,11 +33,12 @@ ROBERTA = {"max_position_embeddings": 66}  # positions begin after the padding i
 BART = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 MORE = {
     "albert": {"embedding_size": 16}, "electra": {"embedding_size": 16}, "deberta-v2": {"pooler_hidden_size": 32},
-    "mpnet": ROBERTA, "data2vec-text": ROBERTA, "longformer": ROBERTA | {"attention_window": [8, 8]},
-    "modernbert": {"layer_types": ["full_attention", "sliding_attention"]}, "gpt2": {"n_positions": 64},
+    "roberta": ROBERTA, "mpnet": ROBERTA, "data2vec-text": ROBERTA,
+    "longformer": ROBERTA | {"attention_window": [8, 8]}, "gpt2": {"n_positions": 64},
+    "modernbert": {"layer_types": ["full_attention", "sliding_attention"]},
     "gemma2": {"layer_types": ["full_attention", "sliding_attention"]},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "xlnet": {"d_head": 8, "d_inner": 64},
-    "bart": BART, "t5": {"d_ff": 64, "d_kv": 8},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bart": BART,
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, "t5": {"d_ff": 64, "d_kv": 8},
 }  # fmt: skip
 DECODERS = ("gpt2", "llama", "gemma2", "opt", "bloom", "falcon", "mixtral", "xlnet")
 
@@ -43,7 +46,7 @@ DECODERS = ("gpt2", "llama", "gemma2", "opt", "bloom", "falcon", "mixtral", "xln
 def role_of(kind: str) -> str:
     if kind in DECODERS:
         return "mistral"
-    return "roberta" if kind in ("mpnet", "data2vec-text", "longformer", "bart", "t5") else "distilbert"
+    return "roberta" if kind in ("roberta", "mpnet", "data2vec-text", "longformer", "bart", "t5") else "distilbert"
 
 
 @pytest.fixture
@@ -130,15 +133,6 @@ def test_a_model_whose_scores_depend_on_later_tokens_is_no_llm(tiny, stops, monk
     stops(lambda: llms.load_llm(str(tiny / "mistral"), CPU), "no causal LM")
 
 
-def test_weights_of_other_shapes_or_cut_short_are_refused_by_their_header(checkpoint, stops):
-    name = checkpoint("llama", AutoModelForCausalLM)
-    change(name, intermediate_size=80)
-    stops(lambda: checks.check_llm(name, 64, TEXTS), "contradicts its config.json")
-    file = Path(name, "model.safetensors")
-    file.write_bytes(file.read_bytes()[:-100])
-    stops(lambda: checks.check_llm(name, 64, TEXTS), "cannot be loaded")
-
-
 def test_a_base_saved_in_4_bits_keeps_its_type_and_computes_in_the_hardwares_dtype(checkpoint, tmp_path):
     name = checkpoint("llama", AutoModelForCausalLM)
     how = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.bfloat16}
@@ -189,23 +183,6 @@ def test_a_checkpoint_gives_its_weights_and_not_its_habits(checkpoint, tmp_path,
     assert sum(row["score"] for row in scores) == pytest.approx(1)
 
 
-def test_a_head_whose_labels_are_the_other_way_round_is_turned(checkpoint, capsys):
-    name = checkpoint("bert", AutoModelForSequenceClassification)
-    before = models.load_classifier(name).classifier
-    change(name, id2label={0: "POSITIVE", 1: "NEGATIVE"})
-    after = models.load_classifier(name).classifier
-    assert torch.equal(after.weight, before.weight.flip(0)) and torch.equal(after.bias, before.bias.flip(0))
-    assert "its head is turned" in capsys.readouterr().out
-
-
-def test_weights_that_are_missing_or_quantised_are_refused(checkpoint, stops):
-    name = checkpoint("bert")
-    change(name, num_hidden_layers=3)
-    stops(lambda: models.load_classifier(name), "lacks 16 weights", "bert")
-    change(name, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    stops(lambda: check(name), "quantised")
-
-
 def test_ids_beyond_the_embeddings_get_new_rows_in_an_encoder_and_are_refused_in_an_llm(checkpoint, stops, capsys):
     name, llm = checkpoint("bert"), checkpoint("llama", AutoModelForCausalLM)
     for folder in (name, llm):
@@ -226,6 +203,8 @@ def test_a_pad_id_beyond_the_embeddings_is_replaced(checkpoint, pad):
     tokenizer.save_pretrained(name)
     assert checks.check_llm(name, 64, TEXTS).pad_token == "</s>"
     assert models.load_classifier(name, check(name)).config.pad_token_id == tokenizer.eos_token_id
+    roberta = checkpoint("roberta", pad_token_id=pad)  # counts positions from it
+    assert models.load_classifier(roberta, check(roberta)).config.pad_token_id == 1
 
 
 def test_a_cased_vocabulary_is_not_lower_cased_by_its_tokenizers_class(checkpoint, tmp_path, capsys):
@@ -242,14 +221,6 @@ def test_a_cased_vocabulary_is_not_lower_cased_by_its_tokenizers_class(checkpoin
     assert AutoTokenizer.from_pretrained(str(tmp_path)).tokenize("FILM") == ["FILM"]  # as `pipeline` reads it
 
 
-def test_a_damaged_tokenizer_and_a_config_that_contradicts_itself_are_one_sentence(checkpoint, stops):
-    name = checkpoint("bert")
-    change(name, hidden_size=33)
-    stops(lambda: check(name), "bert")
-    Path(name, "tokenizer.json").write_text('{"model": {}}')
-    stops(lambda: models.load_tokenizer(name), "cannot be loaded")
-
-
 def test_a_vocabulary_that_does_not_know_the_reviews_is_named_before_training(checkpoint, stops, capsys):
     name = checkpoint("bert")
     stops(lambda: check(name, texts=["映画はとても面白かった"]), "does not know", "language")
@@ -264,3 +235,57 @@ def test_a_precision_without_kernels_is_one_sentence_and_another_fault_keeps_its
     stops(lambda: memory.fits(lambda: fails("\"erfinv\" not implemented for 'Half'")), "--precision fp32")
     with pytest.raises(RuntimeError, match="a fault"):
         memory.fits(lambda: fails("a fault"))
+
+
+def test_a_head_whose_labels_are_the_other_way_round_is_turned(checkpoint, capsys):
+    name = checkpoint("bert", AutoModelForSequenceClassification)
+    before = models.load_classifier(name).classifier
+    change(name, id2label={0: "POSITIVE", 1: "NEGATIVE"})
+    after = models.load_classifier(name).classifier
+    assert torch.equal(after.weight, before.weight.flip(0)) and torch.equal(after.bias, before.bias.flip(0))
+    assert "its head is turned" in capsys.readouterr().out
+
+
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGES = {
+    "lacks 16 weights": lambda folder: change(folder, num_hidden_layers=3),
+    "quantised": lambda folder: change(folder, quantization_config={"quant_method": "bitsandbytes"}),
+    "multiple of the number": lambda folder: change(folder, hidden_size=33),
+    "model_type": lambda folder: (folder / "config.json").write_text("{}"),
+    "cannot be loaded": lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'),
+    "no tokenizer files": lambda folder: [file.unlink() for file in folder.glob("token*")],
+    "incomplete metadata": lambda folder: shorten(folder / "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_a_damaged_checkpoint_is_one_sentence(checkpoint, stops, words):
+    name = checkpoint("bert")
+    DAMAGES[words](Path(name))
+    stops(lambda: check(name), words, name)
+
+
+def test_an_llms_weights_are_compared_with_its_config_by_their_headers(checkpoint, stops):
+    name = checkpoint("llama", AutoModelForCausalLM)
+    tensors = safetensors.numpy.load_file(Path(name, "model.safetensors"))
+    more = tensors | {"value_head.weight": np.ones((1, 32), np.float32)}
+    safetensors.numpy.save_file(more, Path(name, "model.safetensors"), {"format": "pt"})
+    checks.check_llm(name, 64, TEXTS)
+    change(name, intermediate_size=80)
+    stops(lambda: checks.check_llm(name, 64, TEXTS), "contradicts its config.json")
+    shorten(Path(name, "model.safetensors"))
+    stops(lambda: checks.check_llm(name, 64, TEXTS), "cannot be loaded")
+
+
+def test_infinite_logits_are_named_and_a_bug_of_our_own_keeps_its_traceback(checkpoint, stops, monkeypatch):
+    name = checkpoint("llama", AutoModelForCausalLM)
+    tensors = safetensors.numpy.load_file(Path(name, "model.safetensors"))
+    tensors["model.norm.weight"][:] = np.inf
+    safetensors.numpy.save_file(tensors, Path(name, "model.safetensors"), {"format": "pt"})
+    stops(lambda: llms.load_llm(name, CPU), "not finite in fp32")
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    with pytest.raises(AttributeError):
+        llms.load_llm(name, CPU)
