@@ -232,10 +232,8 @@ def forward_flops(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
     runs = 1 if groups is None else config.num_hidden_layers / (groups * config.inner_group_num)
     per_token = 0
     for name, module in model.base_model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            per_token += 2 * module.in_features * module.out_features * (runs if "layer_groups" in name else 1)
-        elif isinstance(module, Conv1D):  # GPT-2's linear layer
-            per_token += 2 * module.weight.numel()
+        if isinstance(module, (torch.nn.Linear, Conv1D)):  # the latter is GPT-2's linear layer
+            per_token += 2 * numel(module.weight) * (runs if "layer_groups" in name else 1)
     return int(per_token), 4 * config.num_hidden_layers * heads * size
 
 
@@ -258,19 +256,16 @@ def refused(name: str, hardware: Hardware) -> Iterator[None]:
         yield
     except Exception as problem:
         *_, (frame, _) = traceback.walk_tb(problem.__traceback__)
-        ours = frame.f_globals["__name__"].startswith("common.")
-        if ours or isinstance(problem, MemoryError) or memory.OUT_OF_MEMORY.search(str(problem)):
+        if memory.is_lacking(problem) or frame.f_globals["__name__"].startswith("common."):
             raise
         remedy = "pass --precision fp32" if hardware.precision != "fp32" else "pass another model"
         stop(f"{name} cannot run here in {hardware.precision} ({hub.reason(problem)}): {remedy}")
 
 
-def refuse_infinite(outputs: "torch.Tensor", name: str, hardware: Hardware) -> None:
-    """Stop when a model's outputs are infinite or no numbers."""
-    if not outputs.isfinite().all():
-        stop(
-            f"{name} gives logits that are not finite in {hardware.precision}: pass --precision fp32, or another model"
-        )
+def refuse_infinite(logits: "torch.Tensor", name: str, hardware: Hardware) -> None:
+    """Stop when any of a model's logits is infinite or no number."""
+    if not logits.isfinite().all():
+        stop(f"{name} gives infinite logits in {hardware.precision}: pass --precision fp32, or another model")
 
 
 @cache
@@ -293,7 +288,8 @@ def explained(name: str) -> Iterator[None]:
     # Only libraries run here, and they raise of everything: tokenizers a bare Exception for a damaged file, torch an
     # AssertionError for a pad id beyond the embeddings, huggingface_hub its own for a config that contradicts itself.
     except Exception as problem:
-        remedy = "check the name and its files, or pass a local folder instead"
+        small = memory.is_lacking(problem)
+        remedy = "pass a smaller model" if small else "check the name and its files, or pass a local folder instead"
         stop(f"{name} cannot be loaded ({hub.reason(problem)}): {remedy}")
 
 
