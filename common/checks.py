@@ -1,8 +1,10 @@
 """What is tried of a named model before any work.
 
-Of both kinds: the config is no encoder-decoder's, the tokenizer obeys its tokenizer.json and knows the reviews'
-letters, and the length fits the positions. Of an encoder, the weights are loaded and run. Of an LLM, which is larger,
-the shapes are compared with the headers of its files, and its share in 4 bits is computed; `load_llm` tries the rest.
+- Both kinds: the config is no encoder-decoder's. The tokenizer obeys its tokenizer.json and knows the reviews' letters.
+  The length fits the positions.
+- An encoder: its weights are loaded and run, with padding and at full length, and each has a gradient.
+- An LLM, whose weights are larger: the ids fit the embeddings. Half of the blocks can be in 4 bits. The shapes in the
+  headers of its files are the config's. `load_llm` tries the rest.
 """
 
 import json

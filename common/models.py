@@ -285,8 +285,8 @@ def explained(name: str) -> Iterator[None]:
     try:
         with nullcontext() if is_folder else hub.explained(name, "pass a local folder"):
             yield
-    # Only libraries run here, and they raise of everything: tokenizers a bare Exception for a damaged file, torch an
-    # AssertionError for a pad id beyond the embeddings, huggingface_hub its own for a config that contradicts itself.
+    # Only libraries run here, and they raise anything. tokenizers raises a bare Exception for a damaged file, and torch
+    # an AssertionError for a pad id beyond the embeddings. huggingface_hub has its own for a contradictory config.
     except Exception as problem:
         small = memory.is_lacking(problem)
         remedy = "pass a smaller model" if small else "check the name and its files, or pass a local folder instead"
