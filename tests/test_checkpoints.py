@@ -249,7 +249,7 @@ def shorten(file: Path) -> None:
         ("lacks 16 weights", lambda folder: change(folder, num_hidden_layers=3)),
         ("quantised", lambda folder: change(folder, quantization_config={"quant_method": "bitsandbytes"})),
         ("multiple of the number", lambda folder: change(folder, hidden_size=33)),
-        ("cannot be loaded", lambda folder: (folder / "config.json").write_text("{}")),
+        ("cannot be loaded", lambda folder: change(folder, model_type="unheard of")),
         ("cannot be loaded", lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}')),
         ("no tokenizer files", lambda folder: [file.unlink() for file in folder.glob("token*")]),
         ("cannot be loaded", lambda folder: shorten(folder / "model.safetensors")),
