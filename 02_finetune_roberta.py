@@ -70,7 +70,7 @@ def save_soft_labels(
     from common import distill, training
 
     model = models.prepare_for_scoring(models.load_classifier(str(folder / "model")), hardware)
-    sizes = models.text_config(model.config)
+    sizes = model.config.get_text_config()
     layers = distill.mapped_layers(args.student_layers, sizes.num_hidden_layers)
     origin = {"weights": models.weights_digest(folder / "model"), "max_length": args.max_length}
     soft_labels = folder / "soft_labels"

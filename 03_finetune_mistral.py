@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, checks, data, device, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, checks, data, device, llms, memory, metrics, scoring, settings, verbalizer
 
 STEP = "03_mistral"
 COLLAPSED = "pass --force with a smaller --learning-rate or more --epochs"
@@ -81,7 +81,7 @@ def finetune(
         for part in (reviews.train, reviews.validation)
     )
     device.seed_everything(args.seed)
-    model = with_lora(args, models.load_llm(args.mistral_model, hardware))
+    model = with_lora(args, llms.load_llm(args.mistral_model, hardware))
     model.print_trainable_parameters()
     checkpoints = folder / "checkpoints"
     trainer = training.LabelWordTrainer(
@@ -103,7 +103,7 @@ def score_validation(
     """The adapter's figures on validation. It is reloaded onto a new 4-bit base, as in 04b and 05."""
     from common import training
 
-    model = models.load_llm(args.mistral_model, hardware, folder / "adapter")
+    model = llms.load_llm(args.mistral_model, hardware, folder / "adapter")
 
     def score(texts: list[str]) -> dict[str, np.ndarray]:
         ids = verbalizer.encode_prompts(tokenizer, texts, args.prompt, args.max_length)

@@ -76,7 +76,7 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
     """The teacher's layer for each student layer; stops if 02 did not save them all."""
     from common import distill
 
-    depth = models.text_config(models.load_config(args.student_model)).num_hidden_layers
+    depth = models.load_config(args.student_model).get_text_config().num_hidden_layers
     layers = distill.mapped_layers(depth, facts["teacher_layers"])
     if not set(layers) <= set(facts["feature_layers"]):
         settings.stop(

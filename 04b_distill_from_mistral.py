@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, checks, data, device, export, memory, metrics, models, scoring, settings, verbalizer
+from common import artifacts, checks, data, device, export, llms, memory, metrics, models, scoring, settings, verbalizer
 from common.teacher_scores import Teacher, read_teacher, save_scores
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
@@ -118,7 +118,7 @@ def save_soft_labels(
     base = llm["base"]
     tokenizer, label_ids = check_prompt(base, llm)
     print(f"label words {llm['label_words']} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
-    model = models.load_llm(base, hardware, adapter)
+    model = llms.load_llm(base, hardware, adapter)
 
     def score(texts: list[str]) -> dict[str, np.ndarray]:
         ids = verbalizer.encode_prompts(tokenizer, texts, llm["prompt"], llm["max_length"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, export, models, scoring, storage, verbalizer
+from common import artifacts, data, device, export, llms, models, scoring, storage, verbalizer
 from common.device import Hardware
 from common.settings import short
 
@@ -179,7 +179,7 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
     `calibration` is 04b's: its name, its bias and its calibration_temperature.
     """
     base, prompt, max_length = llm["base"], llm["prompt"], llm["max_length"]
-    tokenizer, model = models.load_tokenizer(base), models.load_llm(base, hardware, adapter)
+    tokenizer, model = models.load_tokenizer(base), llms.load_llm(base, hardware, adapter)
     label_ids = verbalizer.label_token_ids(tokenizer, prompt, llm["label_words"])
 
     def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
@@ -187,7 +187,7 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
         log_odds = verbalizer.log_odds(log_p)
         return verbalizer.teacher_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
 
-    kind = models.quantisation(model)["type"]
+    kind = llms.quantisation(model)["type"]
     facts = {"precision": f"{kind}, {hardware.precision}", "device": hardware.device, "max_length": max_length}
     facts["calibration"] = calibration["calibration"]
     encode = partial(verbalizer.encode_prompts, tokenizer, prompt=prompt, max_length=max_length)

@@ -68,7 +68,7 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.projections = model, nn.ModuleList()
         if teacher_width is not None:
-            sizes = models.text_config(model.config)
+            sizes = model.config.get_text_config()
             width, layers = sizes.hidden_size, sizes.num_hidden_layers
             self.projections.extend(nn.Linear(width, teacher_width, bias=False) for _ in range(layers))
 

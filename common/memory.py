@@ -66,16 +66,20 @@ def host_peak_mb() -> float:
     return used / 1e6 if sys.platform == "darwin" else used * 1024 / 1e6
 
 
+def is_lacking(problem: BaseException) -> bool:
+    """Whether an exception says that memory is too small. torch raises a RuntimeError for the host's as for a GPU's."""
+    return isinstance(problem, MemoryError) or bool(OUT_OF_MEMORY.search(str(problem)))
+
+
 def fits(step: Callable[[], None]) -> bool:
     """Whether `step` runs without an out-of-memory error."""
     try:
         step()
         return True
     except (RuntimeError, MemoryError) as problem:
-        # torch.OutOfMemoryError is a RuntimeError, and the CPU's allocator raises a plain one.
         if NO_KERNEL.search(str(problem)):
             stop(f"the model has no arithmetic in this precision here ({problem}): pass --precision fp32")
-        if not isinstance(problem, MemoryError) and not OUT_OF_MEMORY.search(str(problem)):
+        if not is_lacking(problem):
             raise
     free()  # after the except clause: its exception holds the failed step's tensors
     return False

@@ -1,8 +1,8 @@
-"""Models and tokenizers: load an encoder, a 4-bit causal LM or an adapter; count parameters."""
+"""Encoders and tokenizers: load them whatever their habits; count parameters, bytes and operations."""
 
 import hashlib
-import math
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -38,29 +38,31 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
-    rows = getattr(text_config(load_config(name)), "vocab_size", 0)
+    rows = getattr(load_config(name).get_text_config(), "vocab_size", 0)
     with explained(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        raw = Tokenizer.from_file(file) if file else None
     if not tokenizer.is_fast:
         stop(f"{name} has no fast tokenizer (tokenizer.json): convert it with the tokenizers library")
     # Without tokenizer files transformers gives a BERT-like folder an empty vocabulary. Every word would be [UNK].
     if 2 * len(tokenizer) < rows:
         stop(f"{name} has no tokenizer files ({len(tokenizer)} tokens): copy tokenizer.json and the like into it")
-    if file is not None:
-        # From transformers 5 on, a tokenizer's class rebuilds its rules. It may lower-case a cased vocabulary.
-        with explained(name):
-            raw = Tokenizer.from_file(file)
+
+    def obeys(tokenizer: "PreTrainedTokenizerFast") -> bool:
+        return (
+            tokenizer(PROBE, add_special_tokens=False)["input_ids"] == raw.encode(PROBE, add_special_tokens=False).ids
+        )
+
+    if raw is not None:
         raw.no_truncation()
         raw.no_padding()
-        expected = raw.encode(PROBE, add_special_tokens=False).ids
-        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != expected:
-            made = type(tokenizer).__name__
-            with explained(name):
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-            if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != expected:
-                stop(f"{name}: tokenizer_config.json contradicts tokenizer.json: make one of them right")
-            say(f"{name}: the class {made} reads text otherwise than its tokenizer.json, which is used")
+        # From transformers 5 on, a tokenizer's class rebuilds its rules. It may lower-case a cased vocabulary.
+        if not obeys(tokenizer):
+            say(f"{name}: {type(tokenizer).__name__} reads text otherwise than its tokenizer.json, which is used")
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+        if not obeys(tokenizer):
+            stop(f"{name}: tokenizer_config.json contradicts tokenizer.json: make one of them right")
     known = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.sep_token)
     known = [token for token in known if token and tokenizer.convert_tokens_to_ids(token) < (rows or len(tokenizer))]
     if not known:
@@ -76,19 +78,16 @@ def load_config(name: str) -> "PretrainedConfig":
 
     with explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **HABITS)
-    for part in (config, text_config(config)):
+    for part in (config, config.get_text_config()):
         for habit, value in HABITS.items():
             if hasattr(part, habit):
                 setattr(part, habit, value)
-        pad = getattr(part, "pad_token_id", None) or 0
-        if not 0 <= pad < getattr(part, "vocab_size", math.inf):  # some of Llama's are -1, or one too high
-            part.pad_token_id = None
+        # A pad id may be null, -1, or one too high. RoBERTa counts positions from it, so it has its class's again.
+        rows, pad = getattr(part, "vocab_size", 0), getattr(part, "pad_token_id", None)
+        if rows and (pad is None or not 0 <= pad < rows):
+            pad = getattr(type(part)(), "pad_token_id", None)
+            part.pad_token_id = pad if pad is not None and 0 <= pad < rows else None
     return config
-
-
-def text_config(config: "PretrainedConfig") -> "PretrainedConfig":
-    """The part of a config that holds the sizes: a multimodal model's are nested."""
-    return config.get_text_config()
 
 
 def load_classifier(name: str, tokenizer: "PreTrainedTokenizerFast | None" = None) -> "PreTrainedModel":
@@ -104,12 +103,11 @@ def load_classifier(name: str, tokenizer: "PreTrainedTokenizerFast | None" = Non
     classes, first = config.num_labels, str(config.id2label.get(0, "")).lower()
     config.id2label, config.label2id = dict(enumerate(LABELS)), dict(zip(LABELS, (0, 1)))
     config.problem_type = "single_label_classification"
-    model = _pretrained(name, AutoModelForSequenceClassification, config, dtype=torch.float32)
-    head = {key: tensor for key, tensor in model.named_parameters() if not key.startswith(model.base_model_prefix)}
+    model = pretrained(name, AutoModelForSequenceClassification, config, dtype=torch.float32)
     if first.startswith("pos") and classes == 2:
         say(f"{name} calls class 0 {first}: its head is turned, and 0 is negative")
-        for tensor in head.values():
-            if tensor.shape[0] == 2:
+        for key, tensor in model.named_parameters():
+            if not key.startswith(model.base_model_prefix) and tensor.shape[0] == 2:
                 tensor.data = tensor.data.flip(0)
     if tokenizer is not None:
         _fit_to_tokenizer(model, tokenizer, name)
@@ -117,7 +115,7 @@ def load_classifier(name: str, tokenizer: "PreTrainedTokenizerFast | None" = Non
     return model
 
 
-def _pretrained(name: str, kind: type, config: "PretrainedConfig", **how: object) -> "PreTrainedModel":
+def pretrained(name: str, kind: type, config: "PretrainedConfig", **how: object) -> "PreTrainedModel":
     """The weights of `name` in a model of the auto class `kind`; stops if some are absent or have other shapes.
 
     A classifier's head may be absent, or be for another number of classes: then it is new.
@@ -142,19 +140,14 @@ def _pretrained(name: str, kind: type, config: "PretrainedConfig", **how: object
 
 def _fit_to_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", name: str) -> None:
     """Grow the embeddings to the highest id, and let the config name the pad token where that only ends a text."""
-    rows, needed = model.get_input_embeddings().weight.shape[0], highest_id(tokenizer) + 1
+    rows, needed = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         say(f"{name} has embeddings for {rows:,} ids and its tokenizer {needed:,}: the new ones start at random")
         model.resize_token_embeddings(needed, mean_resizing=False)
     # RoBERTa counts positions from its pad id. A decoder that classifies looks for the last token before the padding.
-    if first_position(model) == 0:
-        for part in (model.config, text_config(model.config)):
+    if not any(first for first, _ in position_embeddings(model)):
+        for part in (model.config, model.config.get_text_config()):
             part.pad_token_id = tokenizer.pad_token_id
-
-
-def highest_id(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """The highest id that the tokenizer can make."""
-    return max(tokenizer.get_vocab().values())
 
 
 def position_embeddings(model: "PreTrainedModel") -> list[tuple[int, int]]:
@@ -162,16 +155,10 @@ def position_embeddings(model: "PreTrainedModel") -> list[tuple[int, int]]:
     import torch
 
     named = re.compile(r"(^|\.)(embed_positions|positions?_embed(ding)?s?|wpe)$")
-    tables = [module for name, module in model.named_modules() if named.search(name)]
-    tables = [table for table in tables if isinstance(table, torch.nn.Embedding)]
+    found = [module for name, module in model.named_modules() if named.search(name)]
+    tables = [(module, module.padding_idx) for module in found if isinstance(module, torch.nn.Embedding)]
     # RoBERTa's positions begin after the padding id, and those of OPT after two unused rows.
-    firsts = [getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1 for table in tables]
-    return [(first, table.num_embeddings) for first, table in zip(firsts, tables)]
-
-
-def first_position(model: "PreTrainedModel") -> int:
-    """The row of the first token's position."""
-    return max((first for first, _ in position_embeddings(model)), default=0)
+    return [(getattr(table, "offset", 0) if pad is None else pad + 1, table.num_embeddings) for table, pad in tables]
 
 
 def prepare_for_scoring(model: "PreTrainedModel", hardware: Hardware) -> "PreTrainedModel":
@@ -188,125 +175,6 @@ def prepare_for_scoring(model: "PreTrainedModel", hardware: Hardware) -> "PreTra
     return model.to(hardware.device).eval()
 
 
-def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "PreTrainedModel | PeftModel":
-    """A causal LM in 4 bits (nf4, double quantisation; QLoRA, Dettmers et al. 2023), with or without a LoRA adapter.
-
-    A checkpoint that was saved in 4 bits keeps its own type. An adapter runs on the 4-bit base that it was trained on.
-    On the unquantised base its scores would differ.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = load_config(name)
-    how = {"dtype": hardware.dtype}  # Mistral's stored dtype is bf16, which a T4 only emulates
-    if getattr(config, "quantization_config", None) is None:
-        how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=hardware.dtype,  # the library's default, float32, is 20x slower on a T4
-        )
-    # The device has a number: "auto" would split the model, and safetensors takes a bare "cuda" for the first GPU.
-    device = f"cuda:{torch.cuda.current_device()}" if hardware.device == "cuda" else "cpu"
-    patches.load_weights_in_turn()
-    model = _pretrained(name, AutoModelForCausalLM, config, device_map={"": device}, **how)
-    for module in _in_4_bits(model):  # a stored compute dtype may be one that this GPU lacks
-        module.compute_dtype, module.compute_type_is_set = hardware.dtype, True
-        module.weight.quant_state.dtype = hardware.dtype
-    refuse_few_in_4_bits(model, name)
-    patches.keep_4bit_differentiable(model)
-    patches.load_adapters_beside_other_processes()
-    if adapter is not None:
-        model = _with_adapter(model, name, adapter, device, hardware.dtype)
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
-        patches.avoid_gqa_kernel()
-    refuse_reading_ahead(model.eval(), name, hardware)
-    return model
-
-
-def _in_4_bits(model: "PreTrainedModel | PeftModel") -> list["torch.nn.Module"]:
-    import bitsandbytes
-
-    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-
-
-def quantisation(model: "PreTrainedModel | PeftModel") -> dict[str, object]:
-    """`type` (nf4 or fp4), `compute` (a dtype's name) and `share` of the blocks' weights in 4 bits, off the modules.
-
-    Of a model on the meta device, `share` is what bitsandbytes would quantise; `type` and `compute` are None.
-    """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    four, found, others = _in_4_bits(model), 0, 0
-    base = getattr(model, "get_base_model", lambda: model)().base_model
-    for name, module in base.named_modules():
-        if module in four:
-            found += module.in_features * module.out_features
-        elif type(module) in (torch.nn.Linear, Conv1D) and module.weight.is_meta:
-            found += module.weight.numel()
-        elif not isinstance(module, torch.nn.Embedding) and ".lora_" not in name:
-            others += sum(tensor.numel() for tensor in module.parameters(recurse=False) if tensor.dim() > 1)
-    types = {module.weight.quant_type for module in four}
-    computes = {str(module.compute_dtype).removeprefix("torch.") for module in four}
-    words = {"type": "+".join(sorted(types)) or None, "compute": "+".join(sorted(computes)) or None}
-    return words | {"share": round(found / max(found + others, 1), 4)}
-
-
-def refuse_few_in_4_bits(model: "PreTrainedModel", name: str) -> None:
-    """Stop when less than half of the blocks' weights are, or on the meta device would be, in 4 bits."""
-    share = quantisation(model)["share"]
-    if share < 0.5:
-        reason = f"bitsandbytes quantises {share:.0%} of the blocks' weights of a {model.config.model_type}"
-        stop(f"{name} cannot be run in 4 bits ({reason}, as the others are no nn.Linear): pass another causal LM")
-
-
-def refuse_reading_ahead(model: "PreTrainedModel | PeftModel", name: str, hardware: Hardware) -> None:
-    """Stop unless the model runs in this precision, and its logits depend on no later token (as those of BERT do)."""
-    import torch
-
-    rows = torch.arange(12, device=model.device).repeat(2, 1) % text_config(model.config).vocab_size
-    rows[1, 6:] = rows[1, 6:].flip(0)
-    mask = torch.ones_like(rows)
-    mask[:, 6:] = 0
-    with torch.inference_mode(), hardware.autocast(), refused(name, hardware):
-        logits = last_logits(model, rows, mask).float()
-    if not (logits[0] - logits[1]).abs().mean() < 0.1 * logits[0].std():
-        stop(f"{name} is no causal LM (its scores depend on later tokens): pass one like Mistral or Llama")
-
-
-@contextmanager
-def refused(name: str, hardware: Hardware) -> Iterator[None]:
-    """Turn a model's failure to run at all into one sentence; a lack of memory passes through."""
-    try:
-        yield
-    except Exception as problem:
-        if memory.OUT_OF_MEMORY.search(str(problem)):
-            raise
-        remedy = "pass --precision fp32" if hardware.precision != "fp32" else "pass another model"
-        stop(f"{name} cannot run here in {hardware.precision} ({hub.reason(problem)}): {remedy}")
-
-
-def _with_adapter(model: "PreTrainedModel", name: str, adapter: Path, device: str, dtype: "torch.dtype") -> "PeftModel":
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / file).is_file():
-            stop(f"{adapter}/ is not an adapter (it has no {file}): run 03_finetune_mistral.py --force")
-    try:
-        model = PeftModel.from_pretrained(model, str(adapter), torch_device=device)
-    # Causes: other modules, weights of other shapes, a file that lacks keys or is cut short.
-    except (ValueError, RuntimeError, KeyError, SafetensorError) as problem:
-        remedy = "pass the LLM that it was trained on, or run 03_finetune_mistral.py --force"
-        stop(f"{adapter}/ is no adapter of {name} ({hub.reason(problem)}): {remedy}")
-    # With float32 adapters autocast would cast them, and peft the activations, at every call. Results are the same.
-    for parameter_name, parameter in model.named_parameters():
-        if "lora_" in parameter_name:
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def pool(hidden: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
     """Pool (n, tokens, width) hidden states to (n, 2, width): the first token's, and the mean without padding.
 
@@ -319,55 +187,6 @@ def pool(hidden: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
     return torch.stack([hidden[:, 0], mean], dim=1)
 
 
-def last_logits(model: "PreTrainedModel", input_ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
-    """(n, vocabulary) next-token logits after each prompt; the head runs on the last real position alone.
-
-    The prompts are padded at the end. A causal LM's real tokens never see that padding, so attention needs no mask, and
-    its fast kernels run. Padding at the beginning would attend to nothing: the likely cause of a training that became
-    NaN after 30 steps, on an H100 in bf16 at 512 tokens.
-    """
-    import torch
-
-    rows, last = torch.arange(len(mask), device=mask.device), mask.sum(-1) - 1
-
-    def keep_last(_module, inputs):
-        return (inputs[0][rows, last].unsqueeze(1),)
-
-    unwrapped = getattr(model, "module", model)  # several processes train inside DistributedDataParallel
-    hook = unwrapped.get_output_embeddings().register_forward_pre_hook(keep_last)
-    try:
-        return model(input_ids=input_ids, use_cache=False).logits[:, -1]
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def exact_logits(model: "PreTrainedModel | PeftModel", token_ids: list[int]) -> Iterator[None]:
-    """Within this context the head computes the logits of these tokens in float32, and returns all logits as float32.
-
-    bf16 rounds logits from 8 to 16 to steps of 1/16, and logits from 16 to 32 to steps of 1/8. It gave 149 of 2,000
-    reviews log-odds of exactly 0, which predict no class.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    head = model.get_output_embeddings()
-
-    def replace(_module, inputs, logits):
-        bias = None if getattr(head, "bias", None) is None else head.bias[token_ids].float()
-        with torch.autocast(logits.device.type, enabled=False):
-            exact = F.linear(inputs[0].float(), head.weight[token_ids].float(), bias)
-        logits = logits.float()
-        logits[..., token_ids] = exact
-        return logits
-
-    hook = head.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def weights_digest(folder: Path) -> str:
     """SHA-256 over a folder's safetensors files, to identify the weights."""
     digest = hashlib.sha256()
@@ -377,20 +196,23 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def numel(tensor: "torch.Tensor") -> int:
+    """The parameters in a tensor; a 4-bit tensor holds two in a byte."""
+    state = getattr(tensor, "quant_state", None)
+    return tensor.numel() if state is None else state.shape.numel()
+
+
 def count(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
     """The number of parameters and the bytes of the weights in memory; a tied tensor counts once.
 
-    A 4-bit tensor holds two parameters per byte. Its quantisation constants count as bytes, not as parameters.
+    The constants of 4-bit quantisation count as bytes, not as parameters.
     """
-    parameters = weight_bytes = 0
-    for tensor in model.parameters():
-        state = getattr(tensor, "quant_state", None)
-        parameters += tensor.numel() if state is None else state.shape.numel()
-        constants = [] if state is None else [state.absmax, state.code]
-        if state is not None and state.nested:
+    tensors, constants = list(model.parameters()), []
+    for state in (tensor.quant_state for tensor in tensors if getattr(tensor, "quant_state", None) is not None):
+        constants += [state.absmax, state.code]
+        if state.nested:
             constants += [state.state2.absmax, state.state2.code, state.offset]
-        weight_bytes += tensor.nbytes + sum(constant.nbytes for constant in constants)
-    return parameters, weight_bytes
+    return sum(map(numel, tensors)), sum(tensor.nbytes for tensor in tensors + constants)
 
 
 def forward_flops(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
@@ -403,17 +225,15 @@ def forward_flops(model: "PreTrainedModel | PeftModel") -> tuple[int, int]:
     from transformers.pytorch_utils import Conv1D
 
     model = getattr(model, "get_base_model", lambda: model)()
-    config = text_config(model.config)
+    config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)  # Mamba has none
     size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     groups = getattr(config, "num_hidden_groups", None)  # ALBERT runs one group of weights for many layers
     runs = 1 if groups is None else config.num_hidden_layers / (groups * config.inner_group_num)
     per_token = 0
     for name, module in model.base_model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            per_token += 2 * module.in_features * module.out_features * (runs if "layer_groups" in name else 1)
-        elif isinstance(module, Conv1D):  # GPT-2's linear layer
-            per_token += 2 * module.weight.numel()
+        if isinstance(module, (torch.nn.Linear, Conv1D)):  # the latter is GPT-2's linear layer
+            per_token += 2 * numel(module.weight) * (runs if "layer_groups" in name else 1)
     return int(per_token), 4 * config.num_hidden_layers * heads * size
 
 
@@ -427,6 +247,25 @@ def planned_size(name: str) -> tuple[int, tuple[int, int]]:
         model = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
         model = model.from_config(config) if model is transformers.AutoModel else model(config)
     return sum(tensor.numel() for tensor in model.parameters()), forward_flops(model)
+
+
+@contextmanager
+def refused(name: str, hardware: Hardware) -> Iterator[None]:
+    """Turn a model's failure to run at all into one sentence; a lack of memory and our own faults pass through."""
+    try:
+        yield
+    except Exception as problem:
+        *_, (frame, _) = traceback.walk_tb(problem.__traceback__)
+        if memory.is_lacking(problem) or frame.f_globals["__name__"].startswith("common."):
+            raise
+        remedy = "pass --precision fp32" if hardware.precision != "fp32" else "pass another model"
+        stop(f"{name} cannot run here in {hardware.precision} ({hub.reason(problem)}): {remedy}")
+
+
+def refuse_infinite(logits: "torch.Tensor", name: str, hardware: Hardware) -> None:
+    """Stop when any of a model's logits is infinite or no number."""
+    if not logits.isfinite().all():
+        stop(f"{name} gives infinite logits in {hardware.precision}: pass --precision fp32, or another model")
 
 
 @cache
@@ -446,10 +285,11 @@ def explained(name: str) -> Iterator[None]:
     try:
         with nullcontext() if is_folder else hub.explained(name, "pass a local folder"):
             yield
-    # Only libraries run here, and they raise of everything: tokenizers a bare Exception for a damaged file, torch an
-    # AssertionError for a pad id beyond the embeddings, huggingface_hub its own for a config that contradicts itself.
+    # Only libraries run here, and they raise anything. tokenizers raises a bare Exception for a damaged file, and torch
+    # an AssertionError for a pad id beyond the embeddings. huggingface_hub has its own for a contradictory config.
     except Exception as problem:
-        remedy = "check the name and its files, or pass a local folder instead"
+        small = memory.is_lacking(problem)
+        remedy = "pass a smaller model" if small else "check the name and its files, or pass a local folder instead"
         stop(f"{name} cannot be loaded ({hub.reason(problem)}): {remedy}")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common import data, device, models
+from common import data, device, llms, models
 from common.device import Hardware
 from common.settings import stop
 from common.storage import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
@@ -62,9 +62,9 @@ def score_llm(
     """Raw log-probabilities of the label words, (n, 2) float32, in the order of `ids`."""
 
     def forward(input_ids, mask):
-        return [label_log_probabilities(models.last_logits(model, input_ids, mask), label_ids)]
+        return [label_log_probabilities(llms.last_logits(model, input_ids, mask), label_ids)]
 
-    with models.exact_logits(model, label_ids):
+    with llms.exact_logits(model, label_ids):
         return in_batches(forward, ids, pad_id, hardware, batch_tokens)[0]
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
-from common import device, memory, metrics, models
+from common import device, llms, memory, metrics
 from common.callbacks import DIVERGED, SIZES, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
 from common.data import LABELS
 from common.device import Hardware
@@ -83,7 +83,7 @@ class LabelWordTrainer(ReviewTrainer):
         self.label_ids = label_ids
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = models.last_logits(model, inputs["input_ids"], inputs["attention_mask"]).float()
+        logits = llms.last_logits(model, inputs["input_ids"], inputs["attention_mask"]).float()
         words = torch.tensor(self.label_ids, device=logits.device)[inputs["labels"]]
         loss = torch.nn.functional.cross_entropy(logits, words)
         return (loss, {"logits": logits[:, self.label_ids]}) if return_outputs else loss

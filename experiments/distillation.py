@@ -28,7 +28,20 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import artifacts, baseline, checks, data, device, memory, models, scoring, settings, storage, verbalizer
+from common import (
+    artifacts,
+    baseline,
+    checks,
+    data,
+    device,
+    llms,
+    memory,
+    models,
+    scoring,
+    settings,
+    storage,
+    verbalizer,
+)
 
 SAME = ("seed", "validation_samples", "max_train_samples")  # 01, 02 and 03 have learned from the same labels
 TRAINING = "student_model max_length learning_rate batch_size weight_decay warmup_fraction temperature".split()
@@ -213,7 +226,7 @@ def llm_log_odds(
     """
     args, llm = study.args, run["facts"]
     weights = artifacts.require(study.origin, "03_mistral", "adapter") if adapter else None
-    tokenizer, model = models.load_tokenizer(llm["base"]), models.load_llm(llm["base"], study.hardware, weights)
+    tokenizer, model = models.load_tokenizer(llm["base"]), llms.load_llm(llm["base"], study.hardware, weights)
     label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
 
     def score_texts(texts: list[str]) -> dict[str, np.ndarray]:

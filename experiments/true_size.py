@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import data, device, memory, models, scoring, storage
+from common import data, device, llms, memory, models, scoring, storage
 from experiments import plan
 from experiments.plan import ENCODER_LENGTHS, GPUS, LLM_LENGTHS, flop, script, shapes
 
@@ -136,8 +136,8 @@ def random_weights(
 
     with (
         patch.object(models, "load_config", lambda step: copy.deepcopy(configs[step])),
-        patch.object(models, "_pretrained", made),
-        patch.object(models, "refuse_reading_ahead", lambda *_: None),  # --simulate has no numbers
+        patch.object(models, "pretrained", made),
+        patch.object(llms, "refuse_reading_ahead", lambda *_: None),  # --simulate has no numbers
         patch.object(peft.PeftModel, "from_pretrained", adapter),
     ):
         yield
@@ -197,7 +197,7 @@ def make_trainer(
     if step == "02":
         trainer = training.ReviewTrainer(model=models.load_classifier(step), **shared)
     elif step == "03":
-        model = script(step).with_lora(args, models.load_llm(step, hardware))
+        model = script(step).with_lora(args, llms.load_llm(step, hardware))
         trainer = training.LabelWordTrainer(model=model, label_ids=LABEL_IDS, **shared)
     else:
         width = configs["02"].hidden_size if step == "04a" else None  # of the teacher's states
@@ -254,7 +254,7 @@ def make_score(
     if step == "03":
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             (folder / file).touch()  # `random_weights` reads neither
-        model = models.load_llm(step, hardware, folder)
+        model = llms.load_llm(step, hardware, folder)
         return lambda ids: scoring.score_llm(model, ids, LABEL_IDS, pad_id, hardware, args.batch_tokens)
     model = models.prepare_for_scoring(models.load_classifier(step), hardware)
     saved = getattr(args, "student_layers", None)

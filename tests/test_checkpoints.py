@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from transformers import (
     AutoConfig,
@@ -16,10 +17,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    LlamaForCausalLM,
     pipeline,
 )
 
-from common import checks, data, device, memory, models, scoring, training, verbalizer
+from common import checks, data, device, llms, memory, models, scoring, training, verbalizer
 
 CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["The plot is dull.", "The plot is not dull at all. " * 3, "A moving film", "ok"]
@@ -31,11 +33,12 @@ ROBERTA = {"max_position_embeddings": 66}  # positions begin after the padding i
 BART = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 MORE = {
     "albert": {"embedding_size": 16}, "electra": {"embedding_size": 16}, "deberta-v2": {"pooler_hidden_size": 32},
-    "mpnet": ROBERTA, "data2vec-text": ROBERTA, "longformer": ROBERTA | {"attention_window": [8, 8]},
-    "modernbert": {"layer_types": ["full_attention", "sliding_attention"]}, "gpt2": {"n_positions": 64},
+    "roberta": ROBERTA, "mpnet": ROBERTA, "data2vec-text": ROBERTA,
+    "longformer": ROBERTA | {"attention_window": [8, 8]}, "gpt2": {"n_positions": 64},
+    "modernbert": {"layer_types": ["full_attention", "sliding_attention"]},
     "gemma2": {"layer_types": ["full_attention", "sliding_attention"]},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "xlnet": {"d_head": 8, "d_inner": 64},
-    "bart": BART, "t5": {"d_ff": 64, "d_kv": 8},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bart": BART,
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, "t5": {"d_ff": 64, "d_kv": 8},
 }  # fmt: skip
 DECODERS = ("gpt2", "llama", "gemma2", "opt", "bloom", "falcon", "mixtral", "xlnet")
 
@@ -43,7 +46,7 @@ DECODERS = ("gpt2", "llama", "gemma2", "opt", "bloom", "falcon", "mixtral", "xln
 def role_of(kind: str) -> str:
     if kind in DECODERS:
         return "mistral"
-    return "roberta" if kind in ("mpnet", "data2vec-text", "longformer", "bart", "t5") else "distilbert"
+    return "roberta" if kind in ("roberta", "mpnet", "data2vec-text", "longformer", "bart", "t5") else "distilbert"
 
 
 @pytest.fixture
@@ -93,21 +96,12 @@ def test_an_encoder_of_any_architecture_scores_a_padded_batch_as_each_review_alo
     assert together["features"].shape == (len(TEXTS), 2, 2, 32)
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [("xlnet", "padding"), ("fnet", "padding"), ("bart", "encoder-decoder"), ("t5", "encoder-decoder"),
-     ("mamba", "SequenceClassification")],
-)  # fmt: skip
-def test_an_architecture_that_is_no_encoder_is_refused_before_any_work(checkpoint, stops, kind, reason):
-    stops(lambda: check(checkpoint(kind), 32), kind, reason)
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "opt", "bloom"])
 def test_an_llm_of_any_architecture_runs_in_4_bits(checkpoint, kind):
     name = checkpoint(kind, AutoModelForCausalLM)
     tokenizer = checks.check_llm(name, 64, TEXTS)
-    model = models.load_llm(name, CPU)
-    found = models.quantisation(model)
+    model = llms.load_llm(name, CPU)
+    found = llms.quantisation(model)
     assert (found["type"], found["compute"]) == ("nf4", "float32") and found["share"] > 0.5
     ids = verbalizer.encode_prompts(tokenizer, TEXTS, "Is it good? {review} Sentiment:", 60)
     together = scoring.score_llm(model, ids, [5, 6], tokenizer.pad_token_id, CPU, 512)
@@ -116,27 +110,20 @@ def test_an_llm_of_any_architecture_runs_in_4_bits(checkpoint, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
-    [("falcon", "0% of the blocks' weights"), ("mixtral", "of the blocks' weights"),
-     ("xlnet", "of the blocks' weights"), ("bert", "masked language model"), ("t5", "encoder-decoder")],
+    ("wanted", "kind", "reason"),
+    [(AutoModel, "xlnet", "padding"), (AutoModel, "fnet", "padding"), (AutoModel, "mamba", "SequenceClassification"),
+     (AutoModel, "bart", "encoder-decoder"), (AutoModelForCausalLM, "falcon", "0% of the blocks' weights"),
+     (AutoModelForCausalLM, "mixtral", "of the blocks' weights"), (AutoModelForCausalLM, "t5", "encoder-decoder"),
+     (AutoModelForCausalLM, "bert", "masked language model")],
 )  # fmt: skip
-def test_an_llm_that_4_bits_or_a_prompt_do_not_fit_is_refused_before_any_work(checkpoint, stops, kind, reason):
-    auto = AutoModelForCausalLM if kind in DECODERS else AutoModel
-    stops(lambda: checks.check_llm(checkpoint(kind, auto), 64, TEXTS), reason)
+def test_an_architecture_that_does_not_fit_is_refused_before_any_work(checkpoint, stops, wanted, kind, reason):
+    name = checkpoint(kind, wanted if kind in DECODERS else AutoModel)
+    stops(lambda: check(name, 32) if wanted is AutoModel else checks.check_llm(name, 32, TEXTS), reason, kind)
 
 
 def test_a_model_whose_scores_depend_on_later_tokens_is_no_llm(tiny, stops, monkeypatch):
-    monkeypatch.setattr(models, "last_logits", lambda model, rows, mask: rows[:, -1:] * torch.rand(50))
-    stops(lambda: models.load_llm(str(tiny / "mistral"), CPU), "no causal LM")
-
-
-def test_weights_of_other_shapes_or_cut_short_are_refused_by_their_header(checkpoint, stops):
-    name = checkpoint("llama", AutoModelForCausalLM)
-    change(name, intermediate_size=80)
-    stops(lambda: checks.check_llm(name, 64, TEXTS), "contradicts its config.json")
-    file = Path(name, "model.safetensors")
-    file.write_bytes(file.read_bytes()[:-100])
-    stops(lambda: checks.check_llm(name, 64, TEXTS), "cannot be loaded")
+    monkeypatch.setattr(llms, "last_logits", lambda model, rows, mask: rows[:, -1:] * torch.rand(50))
+    stops(lambda: llms.load_llm(str(tiny / "mistral"), CPU), "no causal LM")
 
 
 def test_a_base_saved_in_4_bits_keeps_its_type_and_computes_in_the_hardwares_dtype(checkpoint, tmp_path):
@@ -148,7 +135,7 @@ def test_a_base_saved_in_4_bits_keeps_its_type_and_computes_in_the_hardwares_dty
     models.load_tokenizer(name).save_pretrained(tmp_path / "saved")
     saved.save_pretrained(tmp_path / "saved")
     checks.check_llm(str(tmp_path / "saved"), 64, TEXTS)
-    found = models.quantisation(models.load_llm(str(tmp_path / "saved"), CPU))
+    found = llms.quantisation(llms.load_llm(str(tmp_path / "saved"), CPU))
     assert (found["type"], found["compute"]) == ("fp4", "float32")
 
 
@@ -189,23 +176,6 @@ def test_a_checkpoint_gives_its_weights_and_not_its_habits(checkpoint, tmp_path,
     assert sum(row["score"] for row in scores) == pytest.approx(1)
 
 
-def test_a_head_whose_labels_are_the_other_way_round_is_turned(checkpoint, capsys):
-    name = checkpoint("bert", AutoModelForSequenceClassification)
-    before = models.load_classifier(name).classifier
-    change(name, id2label={0: "POSITIVE", 1: "NEGATIVE"})
-    after = models.load_classifier(name).classifier
-    assert torch.equal(after.weight, before.weight.flip(0)) and torch.equal(after.bias, before.bias.flip(0))
-    assert "its head is turned" in capsys.readouterr().out
-
-
-def test_weights_that_are_missing_or_quantised_are_refused(checkpoint, stops):
-    name = checkpoint("bert")
-    change(name, num_hidden_layers=3)
-    stops(lambda: models.load_classifier(name), "lacks 16 weights", "bert")
-    change(name, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    stops(lambda: check(name), "quantised")
-
-
 def test_ids_beyond_the_embeddings_get_new_rows_in_an_encoder_and_are_refused_in_an_llm(checkpoint, stops, capsys):
     name, llm = checkpoint("bert"), checkpoint("llama", AutoModelForCausalLM)
     for folder in (name, llm):
@@ -226,6 +196,8 @@ def test_a_pad_id_beyond_the_embeddings_is_replaced(checkpoint, pad):
     tokenizer.save_pretrained(name)
     assert checks.check_llm(name, 64, TEXTS).pad_token == "</s>"
     assert models.load_classifier(name, check(name)).config.pad_token_id == tokenizer.eos_token_id
+    roberta = checkpoint("roberta", pad_token_id=pad)  # counts positions from it
+    assert models.load_classifier(roberta, check(roberta)).config.pad_token_id == 1
 
 
 def test_a_cased_vocabulary_is_not_lower_cased_by_its_tokenizers_class(checkpoint, tmp_path, capsys):
@@ -242,14 +214,6 @@ def test_a_cased_vocabulary_is_not_lower_cased_by_its_tokenizers_class(checkpoin
     assert AutoTokenizer.from_pretrained(str(tmp_path)).tokenize("FILM") == ["FILM"]  # as `pipeline` reads it
 
 
-def test_a_damaged_tokenizer_and_a_config_that_contradicts_itself_are_one_sentence(checkpoint, stops):
-    name = checkpoint("bert")
-    change(name, hidden_size=33)
-    stops(lambda: check(name), "bert")
-    Path(name, "tokenizer.json").write_text('{"model": {}}')
-    stops(lambda: models.load_tokenizer(name), "cannot be loaded")
-
-
 def test_a_vocabulary_that_does_not_know_the_reviews_is_named_before_training(checkpoint, stops, capsys):
     name = checkpoint("bert")
     stops(lambda: check(name, texts=["映画はとても面白かった"]), "does not know", "language")
@@ -264,3 +228,57 @@ def test_a_precision_without_kernels_is_one_sentence_and_another_fault_keeps_its
     stops(lambda: memory.fits(lambda: fails("\"erfinv\" not implemented for 'Half'")), "--precision fp32")
     with pytest.raises(RuntimeError, match="a fault"):
         memory.fits(lambda: fails("a fault"))
+
+
+def test_a_head_whose_labels_are_the_other_way_round_is_turned(checkpoint, capsys):
+    name = checkpoint("bert", AutoModelForSequenceClassification)
+    before = models.load_classifier(name).classifier
+    change(name, id2label={0: "POSITIVE", 1: "NEGATIVE"})
+    after = models.load_classifier(name).classifier
+    assert torch.equal(after.weight, before.weight.flip(0)) and torch.equal(after.bias, before.bias.flip(0))
+    assert "its head is turned" in capsys.readouterr().out
+
+
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("words", "damage"),
+    [
+        ("lacks 16 weights", lambda folder: change(folder, num_hidden_layers=3)),
+        ("quantised", lambda folder: change(folder, quantization_config={"quant_method": "bitsandbytes"})),
+        ("multiple of the number", lambda folder: change(folder, hidden_size=33)),
+        ("cannot be loaded", lambda folder: change(folder, model_type="unheard of")),
+        ("cannot be loaded", lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}')),
+        ("no tokenizer files", lambda folder: [file.unlink() for file in folder.glob("token*")]),
+        ("cannot be loaded", lambda folder: shorten(folder / "model.safetensors")),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_sentence(checkpoint, stops, words, damage):
+    name = checkpoint("bert")
+    damage(Path(name))
+    stops(lambda: check(name), words, name)
+
+
+def test_an_llms_weights_are_compared_with_its_config_by_their_headers(checkpoint, stops):
+    name = checkpoint("llama", AutoModelForCausalLM)
+    tensors = safetensors.numpy.load_file(Path(name, "model.safetensors"))
+    more = tensors | {"value_head.weight": np.ones((1, 32), np.float32)}
+    safetensors.numpy.save_file(more, Path(name, "model.safetensors"), {"format": "pt"})
+    checks.check_llm(name, 64, TEXTS)
+    change(name, intermediate_size=80)
+    stops(lambda: checks.check_llm(name, 64, TEXTS), "contradicts its config.json")
+    shorten(Path(name, "model.safetensors"))
+    stops(lambda: checks.check_llm(name, 64, TEXTS), "cannot be loaded")
+
+
+def test_infinite_logits_are_named_and_a_bug_of_our_own_keeps_its_traceback(checkpoint, stops, monkeypatch):
+    name = checkpoint("llama", AutoModelForCausalLM)
+    tensors = safetensors.numpy.load_file(Path(name, "model.safetensors"))
+    tensors["model.norm.weight"][:] = np.inf
+    safetensors.numpy.save_file(tensors, Path(name, "model.safetensors"), {"format": "pt"})
+    stops(lambda: llms.load_llm(name, CPU), "infinite logits in fp32")
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    with pytest.raises(AttributeError):
+        llms.load_llm(name, CPU)

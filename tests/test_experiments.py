@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import ROOT
 
-from common import artifacts, baseline, data, device, distill, models, scoring, storage, verbalizer
+from common import artifacts, baseline, data, device, distill, llms, models, scoring, storage, verbalizer
 from experiments import distillation, few_labels, tables
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
@@ -186,7 +186,7 @@ def llm_study(study, tiny):
 def llm_says(study, split: str, adapter: Path | None = None) -> np.ndarray:
     """The tiny LLM's log-odds of a split, by the product's functions."""
     name = artifacts.read_run(study.args, "03_mistral")["facts"]["base"]
-    tokenizer, llm = models.load_tokenizer(name), models.load_llm(name, CPU, adapter)
+    tokenizer, llm = models.load_tokenizer(name), llms.load_llm(name, CPU, adapter)
     texts = getattr(study.reviews, split)["text"].tolist()
     ids = verbalizer.encode_prompts(tokenizer, texts, verbalizer.PROMPT, 96)
     words = verbalizer.label_token_ids(tokenizer, verbalizer.PROMPT, verbalizer.LABEL_WORDS)
@@ -217,7 +217,7 @@ def test_the_llm_is_asked_and_calibrated_as_by_04b(llm_study, stops):
 def test_the_tuned_llm_is_asked_with_03s_adapter(llm_study, script, monkeypatch):
     base = artifacts.read_run(llm_study.args, "03_mistral")["facts"]["base"]
     flags = argparse.Namespace(gradient_checkpointing=False, lora_r=4, lora_alpha=8, lora_dropout=0.0)
-    model, adapter = models.load_llm(base, CPU), folder_of(llm_study, "adapter", "03_mistral")
+    model, adapter = llms.load_llm(base, CPU), folder_of(llm_study, "adapter", "03_mistral")
     model = script("03").with_lora(flags, model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero until it is trained

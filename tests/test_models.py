@@ -1,11 +1,10 @@
 import inspect
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from common import checks, data, device, models, patches
+from common import data, device, llms, models, patches
 
 CPU = device.Hardware("cpu", "fp32", "test")
 
@@ -33,11 +32,6 @@ def test_a_special_token_in_a_review_is_plain_text(tiny, role, typed):
     assert not set(ids[1:-1].tolist()) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 
-def test_a_base_checkpoint_becomes_a_two_class_model_with_label_names(tiny):
-    model = models.load_classifier(str(tiny / "distilbert"))
-    assert model.config.id2label == {0: "negative", 1: "positive"}
-
-
 def test_parameters_and_bytes_are_counted(tiny):
     model = models.load_classifier(str(tiny / "roberta"))
     parameters = sum(np.prod(tensor.shape) for tensor in model.state_dict().values() if tensor.is_floating_point())
@@ -48,7 +42,7 @@ def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(ti
     from transformers import AutoModelForCausalLM
 
     unquantised = AutoModelForCausalLM.from_pretrained(tiny / "mistral", dtype=torch.float32)
-    parameters, weight_bytes = models.count(models.load_llm(str(tiny / "mistral"), CPU))
+    parameters, weight_bytes = models.count(llms.load_llm(str(tiny / "mistral"), CPU))
     assert parameters == unquantised.num_parameters()
     linear = sum(m.weight.numel() for n, m in unquantised.named_modules() if n.endswith("_proj"))
     others = parameters - linear
@@ -56,39 +50,9 @@ def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(ti
     assert 4 * others + linear * 0.5 < weight_bytes < 4 * others + linear * (0.5 + 1 / 64) + 40_000
 
 
-@pytest.mark.parametrize("role", ["roberta", "distilbert"])
-def test_the_longest_allowed_input_runs_and_a_longer_one_is_refused(tiny, role, stops):
-    model, tokenizer = models.load_classifier(str(tiny / role)), models.load_tokenizer(str(tiny / role))
-    checks.check_length(512, str(tiny / role))
-    (ids,) = data.encode(tokenizer, ["dull " * 2000], 512)
-    model(input_ids=torch.tensor(ids[None].astype(np.int64)))
-    stops(lambda: checks.check_length(513, str(tiny / role)), "--max-length 513", "512 positions")
-
-
 def test_a_folder_that_is_no_model_and_a_missing_folder_are_told_apart(tmp_path, stops):
     stops(lambda: models.load_tokenizer(str(tmp_path)), "no config.json")
     stops(lambda: models.load_classifier("./nowhere"), "does not exist")
-
-
-def test_weights_cut_short_and_an_unknown_kind_of_model_are_one_sentence(tiny, tmp_path, stops):
-    shutil.copytree(tiny / "distilbert", tmp_path / "model")
-    weights = tmp_path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    stops(lambda: models.load_classifier(str(tmp_path / "model")), "cannot be loaded")
-    (tmp_path / "model" / "config.json").write_text("{}")
-    stops(lambda: models.load_config(str(tmp_path / "model")), "cannot be loaded")
-
-
-def test_a_folder_without_its_tokenizer_is_refused_and_not_read_as_unknown_words(tiny, tmp_path, stops):
-    shutil.copytree(tiny / "distilbert", tmp_path / "model")
-    for file in (tmp_path / "model").glob("tokenizer*"):
-        file.unlink()
-    stops(lambda: models.load_tokenizer(str(tmp_path / "model")), "tokenizer")
-
-
-def test_a_hub_name_without_the_hub_is_one_sentence(stops, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    stops(lambda: models.load_classifier("FacebookAI/roberta-large"), "FacebookAI/roberta-large", "local folder")
 
 
 def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at_a_time(tiny, tmp_path, monkeypatch):
@@ -97,7 +61,7 @@ def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at
     import peft
     from transformers import AutoModelForCausalLM
 
-    loaded, base = {}, models.load_llm(str(tiny / "mistral"), CPU)
+    loaded, base = {}, llms.load_llm(str(tiny / "mistral"), CPU)
 
     def pretrained(name, **how):
         loaded.update(device_map=how["device_map"], loads_in_turn=os.environ.get("HF_DEACTIVATE_ASYNC_LOAD"))
@@ -110,11 +74,11 @@ def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at
     monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained)
-    monkeypatch.setattr(models, "refuse_reading_ahead", lambda *_: None)
+    monkeypatch.setattr(llms, "refuse_reading_ahead", lambda *_: None)
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", adapter)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).touch()
-    models.load_llm(str(tiny / "mistral"), device.Hardware("cuda", "fp16", "pretended", 2), tmp_path)
+    llms.load_llm(str(tiny / "mistral"), device.Hardware("cuda", "fp16", "pretended", 2), tmp_path)
     assert loaded == {"device_map": {"": "cuda:1"}, "torch_device": "cuda:1", "loads_in_turn": "1"}
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import write_reviews
 
-from common import artifacts, device, distill, export, models, report, settings, training
+from common import artifacts, device, distill, export, llms, report, settings, training
 
 NUMBERS = ("01", "02", "03", "04a", "04b", "05")
 LLM_STEPS = ("03_mistral", "04b_student_from_mistral")
@@ -495,7 +495,7 @@ def test_04b_trains_the_student_on_the_kept_soft_labels_calibrated(
     copied, trained_by, monkeypatch, tmp_path, calibration
 ):
     copied(*LLM_STEPS)
-    monkeypatch.setattr(models, "load_llm", None)  # other settings of the student need no LLM
+    monkeypatch.setattr(llms, "load_llm", None)  # other settings of the student need no LLM
     (student,) = trained_by("04b", ("right",), "--force", "--alpha", 0.7, "--calibration", calibration)
     assert (student["alpha"], student["epochs"], student.get("feature_weight", 0)) == (0.7, 4, 0)
     folder, odds = tmp_path / "04b_student_from_mistral", {}

@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from common import data, device, models, scoring, training, verbalizer
+from common import data, device, llms, models, scoring, training, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 CPU = device.Hardware("cpu", "fp32", "test")
-load_llm = models.load_llm
+load_llm = llms.load_llm
 TEXTS = ["The plot is dull.", "The plot is not dull at all.", "A moving film, " * 8, "ok"]
 
 
@@ -24,7 +24,7 @@ def batch(tiny):
 def with_lora(tiny, script, checkpointing=False):
     args = argparse.Namespace(gradient_checkpointing=checkpointing, lora_r=4, lora_alpha=8, lora_dropout=0.0)
     torch.manual_seed(0)
-    model = script("03").with_lora(args, models.load_llm(str(tiny / "mistral"), CPU))
+    model = script("03").with_lora(args, llms.load_llm(str(tiny / "mistral"), CPU))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, and then lora_A would have no gradient to compare
             torch.nn.init.normal_(parameter, std=0.02)
@@ -35,7 +35,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
     ids, labels, tokenizer = batch
     model.train()
     model.zero_grad()
-    logits = models.last_logits(model, *data.pad(ids, tokenizer.pad_token_id)).float()
+    logits = llms.last_logits(model, *data.pad(ids, tokenizer.pad_token_id)).float()
     torch.nn.functional.cross_entropy(logits, torch.tensor([labels[row % 2] for row in range(len(ids))])).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -90,10 +90,10 @@ def test_a_saved_adapter_scores_as_it_did_in_the_precision_that_it_computes_in(t
     bf16, model = device.Hardware("cpu", "bf16", "CPU"), with_lora(tiny, script).eval()
     before = scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, CPU, 512)
     training.save(model, tokenizer, tmp_path / "adapter", tmp_path / "none")
-    again = models.load_llm(str(tiny / "mistral"), CPU, tmp_path / "adapter")
+    again = llms.load_llm(str(tiny / "mistral"), CPU, tmp_path / "adapter")
     after = scoring.score_llm(again, ids, labels, tokenizer.pad_token_id, CPU, 512)
     np.testing.assert_allclose(after, before, atol=1e-5)
-    model = models.load_llm(str(tiny / "mistral"), bf16, tmp_path / "adapter")
+    model = llms.load_llm(str(tiny / "mistral"), bf16, tmp_path / "adapter")
     adapter = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     assert {parameter.dtype for parameter in adapter} == {torch.bfloat16}
     scores = scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, bf16, 512)
@@ -110,7 +110,7 @@ def test_an_adapter_of_another_base_is_refused(tiny, script, batch, tmp_path, st
     config.intermediate_size *= 2
     batch[2].save_pretrained(tmp_path / "other")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
-    stops(lambda: models.load_llm(str(tmp_path / "other"), CPU, tmp_path / "adapter"), "is no adapter of", "--force")
+    stops(lambda: llms.load_llm(str(tmp_path / "other"), CPU, tmp_path / "adapter"), "is no adapter of", "--force")
 
 
 def test_03_trains_with_the_same_plain_optimizer_on_a_gpu_as_here(tiny, script, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_03_trains_with_the_same_plain_optimizer_on_a_gpu_as_here(tiny, script, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "training_arguments", recorded)
-    monkeypatch.setattr(models, "load_llm", lambda name, hardware: load_llm(name, CPU))
+    monkeypatch.setattr(llms, "load_llm", lambda name, hardware: load_llm(name, CPU))
     flags = ["--mistral-model", str(tiny / "mistral"), "--max-length", "96"]
     args, tokenizer = script_03.parse_args(flags), models.load_tokenizer(str(tiny / "mistral"))
     reviews = pd.DataFrame({"text": TEXTS, "label": [0, 0, 1, 1]})
@@ -137,11 +137,11 @@ def test_03_trains_with_the_same_plain_optimizer_on_a_gpu_as_here(tiny, script, 
 def test_no_token_of_a_padded_batch_is_without_a_token_to_attend_to(tiny, batch):
     """A causal LM reads the padding after the review, so the padding changes nothing and attention needs no mask."""
     ids, _, tokenizer = batch
-    model, masks = models.load_llm(str(tiny / "mistral"), CPU), []
+    model, masks = llms.load_llm(str(tiny / "mistral"), CPU), []
     attention = model.model.layers[0].self_attn
     attention.register_forward_pre_hook(lambda _, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
     with torch.inference_mode():
-        together = models.last_logits(model, *data.pad(ids, tokenizer.pad_token_id))
-        alone = torch.cat([models.last_logits(model, *data.pad([one], tokenizer.pad_token_id)) for one in ids])
+        together = llms.last_logits(model, *data.pad(ids, tokenizer.pad_token_id))
+        alone = torch.cat([llms.last_logits(model, *data.pad([one], tokenizer.pad_token_id)) for one in ids])
     assert len({len(one) for one in ids}) > 1 and masks == [None] * (1 + len(ids))
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)

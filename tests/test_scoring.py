@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import data, device, models, scoring, verbalizer
+from common import data, device, llms, models, scoring, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 CPU = device.Hardware("cpu", "fp32", "test")
@@ -48,7 +48,7 @@ def test_a_batch_of_encoder_reviews_equals_each_alone_in_order(tiny, role):
 
 
 def test_a_batch_of_prompts_equals_each_unpadded_prompt_alone_in_order(tiny):
-    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), models.load_llm(str(tiny / "mistral"), CPU)
+    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), llms.load_llm(str(tiny / "mistral"), CPU)
     ids = verbalizer.encode_prompts(tokenizer, TEXTS, PROMPT, 128)
     labels, head, contiguous = (
         verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS),
@@ -67,7 +67,7 @@ def test_a_batch_of_prompts_equals_each_unpadded_prompt_alone_in_order(tiny):
 
 
 def test_in_bf16_log_odds_are_not_rounded_to_the_steps_of_large_logits(tiny):
-    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), models.load_llm(str(tiny / "mistral"), CPU)
+    tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), llms.load_llm(str(tiny / "mistral"), CPU)
     bf16, head = device.Hardware("cpu", "bf16", "test"), model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach() * 40)
     ids = verbalizer.encode_prompts(tokenizer, [f"It is {n} of 10." for n in range(40)], PROMPT, 128)

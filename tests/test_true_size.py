@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from common import device, memory, models, settings
+from common import device, llms, memory, models, settings
 from experiments import plan, true_size
 
 CPU = device.Hardware("cpu", "fp32", "test")
@@ -138,9 +138,9 @@ def test_an_llm_made_in_4_bits_is_built_as_a_loaded_one(tiny):
             models.count(model),
         )
 
-    loaded = models.load_llm(str(tiny / "mistral"), CPU)
+    loaded = llms.load_llm(str(tiny / "mistral"), CPU)
     with true_size.random_weights({"03": models.load_config(str(tiny / "mistral"))}):
-        made = models.load_llm("03", CPU)
+        made = llms.load_llm("03", CPU)
     assert described(made) == described(loaded) and len(described(made)[0]) == 7 * made.config.num_hidden_layers
     with torch.inference_mode():
         assert made(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
