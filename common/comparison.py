@@ -171,7 +171,7 @@ def cascades(
             contender.kind not in STUDENTS.values()
             or teacher is None
             or teacher.name not in results
-            or not file.exists()  # of a step of before
+            or not file.exists()  # of a step of an older version
         ):
             continue
         second = results[teacher.name]
