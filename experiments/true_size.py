@@ -114,7 +114,7 @@ def random_llm(
 def random_weights(
     configs: dict[str, "PretrainedConfig"], where: str = "cpu", quantise: Callable = in_4_bits
 ) -> Iterator[None]:
-    """Inside, the loaders of common/models.py take a step for a name and make its shape with random weights.
+    """Inside, the loaders of models.py and llms.py take a step for a name and make its shape with random weights.
 
     So precision, quantisation and every repair after loading are the product's own. Encoders are made on the device
     `where`; an adapter is a new one by 03's settings.
