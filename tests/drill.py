@@ -150,9 +150,7 @@ class Drill:
             readers = [(step,), (READERS.get(step, step),)]
             if step == BENCHMARK:
                 readers = [(step, "--report-only"), (step,)]
-            elif (
-                kind == "flipped" and self.rng.random() < 0.33
-            ):  # 05 takes seconds, and one function notices all damage
+            elif kind == "flipped" and self.rng.random() < 0.33:  # 05 takes seconds, one function notices all
                 readers.append((BENCHMARK,))
             for reader in dict.fromkeys(readers):
                 code, told = self.end(self.start(*reader))
