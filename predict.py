@@ -87,11 +87,9 @@ def label(table: pd.DataFrame, first: Judge, second: Judge | None, unsure: tuple
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if not args.file.exists():
+        settings.stop(f"{args.file} does not exist: check the path")
     unpacked = args.file.with_suffix("") if args.file.suffix.lower() in files.PACKED else args.file
-    if not args.file.exists():
-        settings.stop(f"{args.file} does not exist: check the path")
-    if not args.file.exists():
-        settings.stop(f"{args.file} does not exist: check the path")
     output = args.output or args.file.with_name(f"{unpacked.stem}_labels.csv")
     if output.is_dir():
         settings.stop(f"{output} is a folder: name a file")

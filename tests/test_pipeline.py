@@ -429,12 +429,12 @@ def test_a_file_of_scores_teaches_without_an_llm_and_the_benchmark_says_whose_th
 
     run, figures = (read(folder, f"{name}.json") for name in ("run", "metrics"))
     assert "03_mistral" not in run["inputs"] and run["settings"]["soft_labels"] == "transfer"
-    assert run["facts"]["scores"]["scored"] == {"train": 0, "validation": 40, "transfer": 50}
+    assert run["facts"]["scores"]["scored"] == {"train": 0, "validation": 30, "transfer": 50}
     assert figures["validation"]["teacher_none"]["accuracy"] == 1
     assert (folder / "soft_labels" / "transfer.parquet").read_bytes() == b"of an LLM"
     kept = pd.read_parquet(folder / "teacher_scores" / "transfer.parquet")
     assert kept["example_id"].tolist() == reviews.transfer["example_id"].tolist()
-    np.testing.assert_allclose(np.exp(kept["log_p_positive"]), scores["p_positive"][40:], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(kept["log_p_positive"]), scores["p_positive"][30:], rtol=1e-5)
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "A student of llm" in card and "answers.csv" in card
 

@@ -63,7 +63,8 @@ def test_an_unsure_review_gets_the_second_models_answer(model, tmp_path):
 
 def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, tiny, tmp_path, stops):
     file, made = tmp_path / "reviews.csv", tmp_path / "reviews_labels.csv"
-    stops(lambda: predict.main([str(model[0]), str(file)]), str(file), "cannot be read")
+    stops(lambda: predict.main([str(model[0]), str(file)]), str(file), "does not exist")
+    (tmp_path / "reviews.doc").touch()
     stops(lambda: predict.main([str(model[0]), str(tmp_path / "reviews.doc")]), "reviews.doc", ".parquet")
     file.write_text("words\nno text column\n")
     stops(lambda: predict.main([str(model[0]), str(file)]), "words", "named text")

@@ -191,7 +191,7 @@ def test_so_it_is_on_the_committed_log_odds_of_two_real_llms():
 
 def test_a_calibration_that_is_asked_for_and_impossible_stops_with_its_reason(stops):
     stops(lambda: chosen("fitted", scale=-1.0), "--calibration fitted", "not higher on positive reviews")
-    stops(lambda: chosen("fitted", n=60, share=0.9), "validation has 6 negative reviews, and a fit takes 10")
+    stops(lambda: chosen("fitted", n=60, share=0.9), "6 negative validation reviews have a score, and a fit takes 10")
     stops(lambda: chosen("batch", unlabelled=0), "--calibration batch", "0 unlabelled")
     assert chosen("batch", unlabelled=5)[1]["batch"].bias != 0
 
