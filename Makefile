@@ -1,5 +1,5 @@
 # make demo: environment, installs, the six scripts, the table. make test: the same environment, lint and tests.
-# make drill: damaged files, kills, full disks, two copies, read-only folders; 30 minutes on two quiet cores; DRILL="--kills 5 --seed 1".
+# make drill: damaged files, kills, full disks, two copies, read-only folders; about half an hour, not timed yet.
 # make kaggle-check: both in a second environment, with the versions of Kaggle's image.
 # make results DATASET=path/to/imdb: every table of results/, on real weights; 45 core hours; run it again to continue.
 PYTHON ?= python3
