@@ -162,7 +162,8 @@ def export_onnx(model_folder: Path, target: Path) -> None:
     sizes = {"num_heads": model.config.num_attention_heads, "hidden_size": model.config.hidden_size}
     # The second option is needed because shape inference does not know the fused operations.
     options = {"per_channel": True, "extra_options": {"DefaultTensorType": TensorProto.FLOAT}}
-    with tempfile.TemporaryDirectory() as work, warnings.catch_warnings(action="ignore"):
+    ignored = warnings.catch_warnings(action="ignore")
+    with storage.explained(target), tempfile.TemporaryDirectory() as work, ignored:
         made, fused = Path(work, "made"), Path(work, "fused.onnx")
         plain, int8 = (made / name for name in ONNX_FILES.values())
         plain.parent.mkdir(parents=True)

@@ -182,7 +182,7 @@ def reliability(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> No
             panel.set_axis_off()
             continue
         read = rows[rows[name].notna()]
-        p = 1 / (1 + np.exp(-read[name].clip(-500, 500)))
+        p = 1 / (1 + np.exp(-read[name].clip(-80, 80)))
         bins = pd.DataFrame({"p": p, "label": read["label"]}).groupby((p * 15).astype(int).clip(upper=14))
         means = bins.mean()[bins.size() >= FEW]
         panel.plot([0, 1], [0, 1], color="gray", alpha=0.5)

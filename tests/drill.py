@@ -34,6 +34,7 @@ from demo import make
 
 READERS = {"02_roberta": "04a_student_from_roberta", "03_mistral": "04b_student_from_mistral"}  # beside 05
 BENCHMARK = "05_benchmark"
+LOG = 20_000  # bytes that no script prints
 FORK = get_context("fork")  # a run starts with all imports done
 IMPORTS = "common.training common.distill common.baseline peft bitsandbytes onnxruntime matplotlib.pyplot sklearn.svm"
 
@@ -209,11 +210,14 @@ class Drill:
 
     def fill_disks(self, times: int) -> None:
         """Limit the size of files at random, which fails like a full disk in the middle of a write."""
+        sizes = {step: [file.stat().st_size for file in (self.whole / step).rglob("*")] for step in self.commands}
+        # What a script prints is a file too: of a few thousand bytes.
+        sizes = {step: sorted({size for size in all_of if size > LOG}) for step, all_of in sizes.items()}
+        steps = [step for step, large in sizes.items() if large]
         for number in range(times):
-            step = list(self.commands)[number % len(self.commands)]
+            step = steps[number % len(steps)]
             self.fresh(step)
-            sizes = {file.stat().st_size for file in (self.whole / step).rglob("*") if file.is_file()}
-            largest = self.rng.choice(sorted(size for size in sizes if size > 200)) - 100
+            largest = self.rng.choice(sizes[step]) - 100
             code, told = self.end(self.start(step, largest=largest))
             full = "disk is full" in told
             fault = told if code not in (0, 2) or "Traceback" in told or full != (code == 2) else ""
