@@ -131,10 +131,11 @@ def tune_naive_bayes(counts: Counts, labels: np.ndarray) -> dict:
                 model = MultinomialNB(alpha=alpha).fit(x_fit, labels[fit])
                 held_out[place, score] = model.predict_joint_log_proba(x_score)
         for alpha, logits in zip(ALPHAS, held_out):
-            temperature = {"temperature": round(metrics.fit_temperature(labels, logits, most=1000), 6)}
             accuracy = metrics.accuracy(labels, logits.argmax(axis=1))
-            tried.append((accuracy, candidate | {"alpha": alpha} | temperature))
-    return best(tried)
+            tried.append((accuracy, candidate | {"alpha": alpha, "logits": logits}))
+    chosen = best(tried)
+    temperature = metrics.fit_temperature(labels, chosen.pop("logits"), most=1000)
+    return chosen | {"temperature": round(temperature, 6)}
 
 
 def best(tried: list[tuple[float, dict]]) -> dict:

@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         print(written.format(work))
         names = f"{len(failed)} of {len(table)} models failed ({', '.join(failed['Model'])})"
         print(f"error: {names}; see above", file=sys.stderr)
-        return 2 if failed["status"].str.startswith("failed: Stop").all() else 1  # 2: each has told its remedy
+        return 2 if failed["status"].str.startswith("failed: Stop").all() else 1  # 2: each has printed its remedy
     artifacts.finish(args, work, {})
     print(written.format(folder))
     return 0

@@ -60,11 +60,12 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...], scores_test: 
     if "train" in reads and args.validation_samples is None:
         args.validation_samples = _validation_size(splits)
 
-    seen = set(splits["test"]["text"].str.lower())
+    seen, earlier = set(splits["test"]["text"].str.lower()), ["test"]
     for split in ("validation", "train", "transfer"):
         if split in splits:
-            splits[split] = _without_repeats(splits[split], seen, split)
+            splits[split] = _without_repeats(splits[split], split, seen, earlier)
             seen |= set(splits[split]["text"].str.lower())
+            earlier.append(split)
 
     train = validation = transfer = test = splits["test"].iloc[:0]
     if "train" in reads:
@@ -117,7 +118,7 @@ def _validation_size(splits: dict[str, pd.DataFrame]) -> int:
 
 def _draw_test(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train and test of one table without duplicates; a text stays in its part when rows move or are added."""
-    table = _without_repeats(table, set(), "train")
+    table = _without_repeats(table, "train", set(), [])
     digests = (hashlib.sha256(text.lower().encode("utf-8", "surrogatepass")).digest() for text in table["text"])
     is_test = np.array([int.from_bytes(digest[:8], "big") % 5 == 0 for digest in digests], dtype=bool)
     chosen = f"{is_test.sum():,} of {len(table):,} reviews"
@@ -188,13 +189,12 @@ def _clean(table: pd.DataFrame, split: str) -> pd.DataFrame:
     return cleaned[~empty]
 
 
-def _without_repeats(table: pd.DataFrame, seen: set[str], split: str) -> pd.DataFrame:
+def _without_repeats(table: pd.DataFrame, split: str, seen: set[str], earlier: list[str]) -> pd.DataFrame:
     keys = table["text"].str.lower()
     known = keys.isin(seen)
     repeated = keys.duplicated() & ~known
     if known.any() or repeated.any():
-        earlier = {"validation": "test", "train": "test or validation"}.get(split, "test, validation or train")
-        shared = f"{known.sum()} reviews that {earlier} holds too, and " if seen else ""
+        shared = f"{known.sum()} reviews that {' or '.join(earlier)} holds too, and " if earlier else ""
         print(f"{split}: left out {shared}{repeated.sum()} duplicates")
     return table[~known & ~repeated]
 

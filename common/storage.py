@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,8 @@ def explained(path: Path) -> Iterator[None]:
     except Exception as problem:
         # EFBIG is a limit on the size of files. numpy, torch and what is written in Rust give no number.
         number, told = getattr(problem, "errno", None), str(problem)
-        words = ("No space left", "File too large", " requested and ", "unexpected pos", "StreamWriter failed")
-        if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or any(word in told for word in words):
+        words = r"No space left|File too large|\d requested and \d+ written|unexpected pos|StreamWriter failed"
+        if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or re.search(words, told):
             stop(f"the disk is full ({path}): make room, then the same command continues")
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             stop(f"{problem.filename or path} cannot be written ({problem.strerror}): write to another folder")
