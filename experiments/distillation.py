@@ -74,6 +74,10 @@ for terms in ("both", "one"):
         recipe = FINAL | {"terms": terms, "transfer_samples": 0 if transfer == "all" else transfer}
         RUNS[f"{terms}_{transfer}"] = recipe
         RUNS[f"tuned_{terms}_{transfer}"] = recipe | {"teacher": "tuned_teacher"}
+# The same question where time is short: half of what the LLM reads is labelled, as by 04b's defaults.
+for terms, transfer in (("both", 2000), ("one", 2000), ("one", 4000)):
+    recipe = FINAL | {"teacher": "tuned_teacher", "terms": terms, "transfer_samples": transfer, "epochs": 2}
+    RUNS[f"short_{terms}_{transfer}"] = recipe
 # Teachers: 02's encoder, and 03's LLM with or without its adapter.
 ADAPTER = {"tuned_teacher": True, "zero_shot_batch_teacher": False}
 TEACHERS = ("teacher", *ADAPTER)
