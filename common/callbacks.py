@@ -106,7 +106,7 @@ class Progress(TrainerCallback):
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         rate = (step - self.logged_step) * batch / (clock - self.logged)
         left = (clock - self.started) / (step - self.first_step) * (state.max_steps - step)
-        terms = ", ".join(f"{name} {logs[name]:.3f}" for name in ("kl", "margin", "ce", "features") if name in logs)
+        terms = ", ".join(f"{name} {logs[name]:.3f}" for name in ("kl", "ce", "features") if name in logs)
         print(
             f"  step {step:,}/{state.max_steps:,}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}"
             f"{f' ({terms})' if terms else ''}, gradient {logs.get('grad_norm', math.nan):.2f}, "

@@ -27,15 +27,6 @@ def soft_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
-def margin_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Squared difference of the log-odds, (n,): the only information in two-class logits (cf. Ba & Caruana 2014).
-
-    A confident teacher's log-odds count in full. In the KL term their gradient vanishes, as the softmax saturates.
-    """
-    student, teacher = (logits[:, 1] - logits[:, 0] for logits in (student_logits, teacher_logits))
-    return (student - teacher).square()
-
-
 def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, labelled_share: float) -> torch.Tensor:
     """Cross-entropy summed over a batch's labelled reviews, divided by batch size × labelled share of the whole set.
 
@@ -87,15 +78,15 @@ class Student(nn.Module):
 class DistillationTrainer(training.ReviewTrainer):
     """Minimises alpha·soft + (1 − alpha)·CE + feature_weight·features; no teacher model is loaded.
 
-    The teacher's outputs are arrays of the dataset. `soft_loss` is "kl" (T²·KL) or "margin". With `soft_labels`
-    "transfer" each review has one term: CE where it has a gold label, and the soft loss elsewhere. Then alpha weighs
-    nothing. For the control, alpha is 0 and the dataset has no teacher.
+    The teacher's outputs are arrays of the dataset; the soft term is T²·KL. With `soft_labels` "transfer" each review
+    has one term: CE where it has a gold label, and the soft one elsewhere. Then alpha weighs nothing. For the control,
+    alpha is 0 and the dataset has no teacher.
     """
 
-    def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_loss="kl", soft_labels="all", **kwargs):
+    def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_labels="all", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
-        self.soft_loss, self.soft_labels = soft_loss, soft_labels
+        self.one_term = soft_labels == "transfer"
         self.labelled_share = float(np.mean(self.train_dataset.labels != IGNORED))
         self._terms: dict[str, list[torch.Tensor]] = {}
 
@@ -107,18 +98,12 @@ class DistillationTrainer(training.ReviewTrainer):
             loss = F.cross_entropy(logits, hard_labels)
             return (loss, outputs) if return_outputs else loss
         terms = {}
-        if self.alpha > 0 and self.soft_loss == "kl":
+        if self.alpha > 0:
             soft = soft_label_loss(logits, inputs["teacher_logits"], self.temperature)
-        elif self.alpha > 0:
-            soft = margin_loss(logits, inputs["teacher_logits"].float())
-        if self.alpha > 0 and self.soft_labels == "transfer":  # each review has one term
-            terms[self.soft_loss] = (soft * (hard_labels == IGNORED)).mean()
-            terms["ce"] = hard_label_loss(logits, hard_labels, labelled_share=1.0)
-        else:
-            if self.alpha > 0:
-                terms[self.soft_loss] = self.alpha * soft.mean()
-            if self.alpha < 1:
-                terms["ce"] = (1 - self.alpha) * hard_label_loss(logits, hard_labels, self.labelled_share)
+            terms["kl"] = (soft * (hard_labels == IGNORED)).mean() if self.one_term else self.alpha * soft.mean()
+        if self.one_term or self.alpha < 1:
+            weight, share = (1.0, 1.0) if self.one_term else (1 - self.alpha, self.labelled_share)
+            terms["ce"] = weight * hard_label_loss(logits, hard_labels, share)
         if "features" in outputs:
             distance = feature_loss(outputs["features"].float(), inputs["teacher_features"].float())
             terms["features"] = self.feature_weight * distance
@@ -192,7 +177,6 @@ def train_student(
             data_collator=data.Collator(tokenizer.pad_token_id),
             compute_metrics=training.validation_accuracy,
             temperature=args.temperature,
-            soft_loss=args.soft_loss,
             **weights,
         )
         training.train(trainer, hardware)

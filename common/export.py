@@ -82,7 +82,7 @@ Two classes, and reviews like those above. Other languages, other subjects and s
 def student_rows(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, object]:
     """The rows of a student's card beside those of every model's."""
     loss = {"unlabelled_reviews": f"{len(reviews.transfer):,}", "epochs": args.epochs}
-    return loss | {name: getattr(args, name) for name in ("soft_labels", "soft_loss", "alpha", "temperature")}
+    return loss | {name: getattr(args, name) for name in ("soft_labels", "alpha", "temperature")}
 
 
 def describe_model(

@@ -184,8 +184,6 @@ def add_student_flags(parser: argparse.ArgumentParser) -> None:
     soft_labels += "loss with one term per review, without --alpha; without a transfer set this means all"
     add("--soft-labels", choices=("all", "transfer"), default="all", help=soft_labels)
     add("--alpha", type=fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
-    soft_loss = "loss on the soft labels; margin: squared difference of the log-odds"
-    add("--soft-loss", choices=("kl", "margin"), default="kl", help=soft_loss)
     add("--temperature", type=positive, default=2.0, help="temperature of both softmaxes in the KL term")
 
 

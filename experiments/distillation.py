@@ -53,7 +53,6 @@ FINAL = {
     "labelled": "all",
     "transfer_samples": 0,
     "terms": "both",
-    "soft_loss": "kl",
     "alpha": 0.9,
     "epochs": 4,  # which gained most in levers.csv
 }
@@ -62,7 +61,6 @@ RUNS = {
     "control": CONTROL,
     "control_longer": CONTROL | {"epochs": 20},  # 1,260 steps: as many as final takes at 8,000 unlabelled reviews
     "logits": FINAL | {"epochs": 2},
-    "margin": FINAL | {"epochs": 2, "soft_loss": "margin"},
     "final": FINAL,
     "final_longer": FINAL | {"epochs": 14},  # 4,382 steps: as many as final takes at 32,000 unlabelled reviews
     "tuned": FINAL | {"teacher": "tuned_teacher"},

@@ -53,7 +53,7 @@ white_box() { # 02 scores the unlabelled reviews of more_unlabelled too
     python 02_finetune_roberta.py "${encoder[@]}" "${subset[@]}" --output-dir $output --max-transfer-samples 32000 --epochs 2
     python 01_baseline.py "${reviews[@]}" "${subset[@]}" --output-dir $output --max-test-samples 5000
     students $output $results --runs control final --seeds 1 2 3
-    students $output $results --runs control_longer logits margin final_longer nb_svm
+    students $output $results --runs control_longer logits final_longer nb_svm
 }
 
 black_box() {

@@ -60,7 +60,7 @@ def test_the_last_layer_meets_the_last_layer():
 def args(tiny):
     return argparse.Namespace(
         student_model=str(tiny / "distilbert"), output_dir="unused", seed=1, epochs=1, learning_rate=1e-3, batch_size=4,
-        micro_batch_size=4, max_length=32, weight_decay=0.0, warmup_fraction=0.0, temperature=2.0, soft_loss="kl",
+        micro_batch_size=4, max_length=32, weight_decay=0.0, warmup_fraction=0.0, temperature=2.0,
     )  # fmt: skip
 
 
@@ -95,19 +95,17 @@ def test_gradients_reach_the_projections_and_the_student(trainer):
     assert student.model.distilbert.embeddings.word_embeddings.weight.grad.norm() > 0
 
 
-@pytest.mark.parametrize("soft_loss", ["kl", "margin"])
-def test_the_loss_is_the_weighted_sum_of_its_terms(trainer, soft_loss):
-    trainer.soft_loss, batch = soft_loss, data.Collator(0)([trainer.train_dataset[row] for row in range(12)])
+def test_the_loss_is_the_weighted_sum_of_its_terms(trainer):
+    batch = data.Collator(0)([trainer.train_dataset[row] for row in range(12)])
     loss, output = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
     kl = distill.soft_label_loss(output["logits"], batch["teacher_logits"], 2.0).mean()
-    soft = kl if soft_loss == "kl" else distill.margin_loss(output["logits"], batch["teacher_logits"]).mean()
     ce = distill.hard_label_loss(output["logits"], batch["labels"], 0.5)
     features = distill.feature_loss(output["features"], batch["teacher_features"].float())
-    assert loss.item() == pytest.approx((0.7 * soft + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
+    assert loss.item() == pytest.approx((0.7 * kl + 0.3 * ce + 0.3 * features).item(), rel=1e-5)
 
 
 def test_with_one_term_per_review_gold_labels_teach_the_labelled_and_the_teacher_the_rest(trainer):
-    trainer.soft_labels, trainer.feature_weight = "transfer", 0.0
+    trainer.one_term, trainer.feature_weight = True, 0.0
     rows = [trainer.train_dataset[row] for row in range(12)]
     for row in rows:  # what 04b has for a review that its LLM has not read
         row["teacher_logits"] = row["teacher_logits"] if row["labels"] == distill.IGNORED else np.zeros(2, np.float32)
@@ -164,23 +162,17 @@ def test_a_student_is_trained_as_it_is_asked_to(tiny, args, tmp_path, monkeypatc
         made["trainer"] = trainer
 
     monkeypatch.setattr(training, "train", train)
-    args.temperature, args.soft_loss, args.seed = 3.0, "margin", 7
+    args.temperature, args.seed = 3.0, 7
     train_set, validation = datasets(tiny, teacher_width=24)
-    weights = {"epochs": 5, "alpha": 0.6, "feature_weight": 0.3, "teacher_width": 24}
+    weights = {"epochs": 5, "alpha": 0.6, "feature_weight": 0.3, "teacher_width": 24, "soft_labels": "transfer"}
     distill.train_student(args, CPU, tmp_path / "model", train_set, validation, **weights)
     trainer = made["trainer"]
-    assert (trainer.alpha, trainer.feature_weight, trainer.temperature, trainer.soft_loss) == (0.6, 0.3, 3.0, "margin")
+    assert (trainer.alpha, trainer.feature_weight, trainer.temperature, trainer.one_term) == (0.6, 0.3, 3.0, True)
     assert (trainer.args.num_train_epochs, trainer.args.seed) == (5, 7)
     device.seed_everything(7)
     again = distill.Student(models.load_classifier(args.student_model), 24)
     saved = models.load_classifier(str(tmp_path / "model"))  # not trained: the new head is the seed's
     torch.testing.assert_close(saved.classifier.weight, again.model.classifier.weight)
-
-
-def test_margin_loss_by_hand():
-    student, teacher = tensor([[0.0, 1.0], [2.0, 0.0]]), tensor([[-1.0, 2.0], [1.0, 0.0]])
-    assert distill.margin_loss(student, teacher).mean().item() == pytest.approx(((1 - 3) ** 2 + (-2 + 1) ** 2) / 2)
-    assert distill.margin_loss(student + 5, teacher).mean().item() == pytest.approx(2.5)  # two logits, one difference
 
 
 def test_a_trained_student_learns_and_leaves_no_projections_or_checkpoints(tiny, args, tmp_path):
