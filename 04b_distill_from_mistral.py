@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """04b: the black-box student. DistilBERT learns the probabilities that Mistral gives to two label words.
 
-    loss = alpha · T² · KL(teacher ‖ student)  +  (1 − alpha) · cross-entropy
+    loss = T² · KL(teacher ‖ student) of an unlabelled review,  cross-entropy of a labelled one
 
-The 4-bit LLM scores train, validation and the transfer set, with 03's adapter or without it (--no-adapter). It needs
-one forward pass per batch and saves raw label log-probabilities. An interrupted run continues them. Calibration is
-applied when they are read. The student then trains on the labelled reviews and the transfer set, with 04a's trainer.
+The 4-bit LLM scores validation and the transfer set, with 03's adapter or without it (--no-adapter). It needs one
+forward pass per batch and saves raw label log-probabilities. An interrupted run continues them. Calibration is applied
+when they are read. The student then trains on the labelled reviews and the transfer set, with 04a's trainer. With
+--soft-labels all the LLM scores train too and the loss is 04a's: twice the time, and no better student
+(results/README.md, section 2).
 
 With --teacher-scores FILE, no LLM is loaded and 03 is not needed: the file holds any LLM's answers for the reviews,
 the unlabelled ones above all. Its columns are text or example_id, and log_odds, p_positive or a label. Labelled reviews
@@ -14,7 +16,7 @@ learn from their gold label, unless each of them has a score.
 Reads   the reviews, outputs/03_mistral/adapter/ or the file of scores
 Writes  outputs/04b_student_from_mistral/  soft_labels/ or teacher_scores/ (by split)  model/  validation.parquet
         metrics.json  run.json
-Takes   on two T4s: planned 151 to 199 minutes (results/gpu/plan.csv), not measured yet
+Takes   on two T4s: planned 84 to 110 minutes (results/gpu/plan.csv), not measured yet
 
     python 04b_distill_from_mistral.py
     python 04b_distill_from_mistral.py --no-adapter --mistral-model path/to/any-causal-lm --max-transfer-samples 5000
@@ -41,8 +43,8 @@ OTHER_TEACHER = 0.03  # another precision changes the accuracy by less, another 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = settings.make_parser(__doc__, reads=("train", "transfer"))
-    parser.set_defaults(max_transfer_samples="20000")
     settings.add_student_flags(parser)
+    parser.set_defaults(max_transfer_samples="20000", soft_labels="transfer")
     add = parser.add_argument
     calibration = "shift of the label log-odds; batch: subtract the mean over the transfer set (no labels, but "
     calibration += "balanced classes needed); fitted: use a bias and a temperature fitted on validation; auto: the one "

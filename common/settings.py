@@ -181,9 +181,10 @@ def add_student_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=positive_int, default=512, help="tokens of a review, head and tail kept")
     add_training_flags(parser, epochs=4, learning_rate=5e-5, batch_size=32, micro_batch_size=32)
     soft_labels = "reviews with a soft-label term; transfer: labelled reviews learn from their gold label alone, by a "
-    soft_labels += "loss with one term per review, without --alpha; without a transfer set this means all"
+    soft_labels += "loss with one term per review; without a transfer set this means all"
     add("--soft-labels", choices=("all", "transfer"), default="all", help=soft_labels)
-    add("--alpha", type=fraction, default=0.9, help="weight of the soft labels; 1 - alpha is cross-entropy's")
+    alpha = "weight of the soft labels where a review has both terms; 1 - alpha is cross-entropy's"
+    add("--alpha", type=fraction, default=0.9, help=alpha)
     add("--temperature", type=positive, default=2.0, help="temperature of both softmaxes in the KL term")
 
 

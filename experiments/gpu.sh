@@ -57,7 +57,7 @@ imdb() {
     (run 90 02_finetune_roberta.py "${encoder[@]}" --batch-size 64 --micro-batch-size 32 "${shared[@]}" &&
         run 90 04a_distill_from_roberta.py "${student[@]}" --epochs 2 "${shared[@]}") &
     (run 90 03_finetune_mistral.py "${llm[@]}" --batch-size 32 --micro-batch-size 32 "${shared[@]}" &&
-        run 90 04b_distill_from_mistral.py "${student[@]}" --epochs 2 --max-transfer-samples all --soft-labels transfer \
+        run 90 04b_distill_from_mistral.py "${student[@]}" --epochs 2 --max-transfer-samples all \
             --batch-tokens 32768 "${shared[@]}") || code=$?
     wait $! || code=$?
     run 0 05_benchmark.py --output-dir "$outputs" --max-llm-samples 5000 --batch-tokens 32768 --force \

@@ -163,7 +163,8 @@ def make() -> pd.DataFrame:
     train("04a", "control", "04a", gold, args["04a"].epochs * both / gold, 67.0e6)
     add("04a", "both, validation", "04a", 2 * validation)
     both = count("04b", "train") + count("04b", "transfer")
-    add("04b", "Mistral, soft labels", "03", validation + both)
+    scored = both if args["04b"].soft_labels == "all" else count("04b", "transfer")
+    add("04b", "Mistral, soft labels", "03", validation + scored)
     train("04b", "student", "04a", both, args["04b"].epochs, 67.0e6)
     add("04b", "student, validation", "04a", validation)
     five = args["05"]
