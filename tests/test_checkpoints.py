@@ -1,6 +1,5 @@
 """Checkpoints of many architectures and habits, tiny and random: read rightly, or refused in one sentence."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -18,10 +17,9 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaForCausalLM,
-    pipeline,
 )
 
-from common import checks, data, device, llms, memory, models, scoring, training, verbalizer
+from common import checks, data, device, llms, memory, models, scoring, verbalizer
 
 CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["The plot is dull.", "The plot is not dull at all. " * 3, "A moving film", "ok"]
@@ -81,8 +79,9 @@ def check(name: str, max_length: int = 64, texts=TEXTS, hardware=CPU):
 
 @pytest.mark.parametrize(
     "kind",
-    ["bert", "albert", "electra", "deberta-v2", "mpnet", "data2vec-text", "longformer", "modernbert", *DECODERS[:4]],
-)
+    ["bert", "albert", "electra", "deberta-v2", "distilbert", "roberta", "mpnet", "data2vec-text", "longformer",
+     "modernbert", *DECODERS[:4]],
+)  # fmt: skip
 def test_an_encoder_of_any_architecture_scores_a_padded_batch_as_each_review_alone(checkpoint, stops, kind):
     name = checkpoint(kind)
     tokenizer = check(name)
@@ -90,9 +89,12 @@ def test_an_encoder_of_any_architecture_scores_a_padded_batch_as_each_review_alo
     torch.manual_seed(0)
     model = models.load_classifier(name, tokenizer).eval()
     ids = data.encode(tokenizer, TEXTS, 64)
-    together = scoring.score_encoder(model, ids, tokenizer.pad_token_id, CPU, 512, [1, 2])
-    alone = [scoring.score_encoder(model, [one], tokenizer.pad_token_id, CPU, 512)["scores"] for one in ids]
-    np.testing.assert_allclose(together["scores"], np.concatenate(alone), atol=1e-4)
+    together, *alone = (
+        scoring.score_encoder(model, part, tokenizer.pad_token_id, CPU, 512, [1, 2])
+        for part in (ids, *([one] for one in ids))
+    )
+    for name, tolerance in (("scores", 1e-4), ("features", 2e-3)):  # features are stored in float16
+        np.testing.assert_allclose(together[name], np.concatenate([one[name] for one in alone]), atol=tolerance)
     assert together["features"].shape == (len(TEXTS), 2, 2, 32)
 
 
@@ -159,21 +161,12 @@ def test_a_checkpoint_gives_its_weights_and_not_its_habits(checkpoint, tmp_path,
     change(name, **settings)
     tokenizer = check(name)
     assert "a new head for two" in capsys.readouterr().out
-    dataset = data.ReviewDataset(data.encode(tokenizer, TEXTS * 4, 64), np.arange(16) % 2)
-    arguments = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 8, "weight_decay": 0.0}
-    args = argparse.Namespace(**arguments, warmup_fraction=0.0, seed=3)
     model = models.load_classifier(name, tokenizer)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    trainer = training.ReviewTrainer(
-        model=model, args=training.training_arguments(args, CPU, tmp_path / "checkpoints", 16), train_dataset=dataset,
-        eval_dataset=dataset, data_collator=data.Collator(tokenizer.pad_token_id),
-        compute_metrics=training.validation_accuracy,
-    )  # fmt: skip
-    training.train(trainer, CPU)
-    training.save(model, tokenizer, tmp_path / "student", tmp_path / "checkpoints", 64)
-    (scores,) = pipeline("text-classification", str(tmp_path / "student"), top_k=None)([TEXTS[0]])
-    assert {row["label"] for row in scores} == {"negative", "positive"}
-    assert sum(row["score"] for row in scores) == pytest.approx(1)
+    (ids,) = data.encode(tokenizer, TEXTS[:1], 64)
+    made = model.eval()(input_ids=torch.tensor([ids.tolist()]), labels=torch.tensor([1]))
+    assert made.logits.shape == (1, 2) and set(made) == {"loss", "logits"}
+    assert made.loss.item() == pytest.approx(-made.logits.log_softmax(dim=-1)[0, 1].item())  # of one class, no others
 
 
 def test_ids_beyond_the_embeddings_get_new_rows_in_an_encoder_and_are_refused_in_an_llm(checkpoint, stops, capsys):

@@ -1,6 +1,5 @@
-"""The six scripts with the names that they have by default, from a hub on loopback; and what a hub can refuse."""
+"""The names that the six scripts have by default, loaded from a hub on loopback; and what a hub can refuse."""
 
-import json
 import os
 import re
 import shlex
@@ -9,12 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from conftest import ROOT, write_reviews
 from hub import Hub
 
-from common import files, models
+from common import artifacts, files, models
 
 SPLITS = {"train": 140, "test": 40, "unsupervised": 60}
 # As on the hub: without it `datasets` would not find the unsupervised split.
@@ -33,30 +31,32 @@ configs:
   - {split: unsupervised, path: plain_text/unsupervised-*}
 ---
 """
-TRAINED = "--validation-samples 40 --learning-rate 1e-3 --batch-size 8 --epochs 3"
-SCRIPTS = {
-    "01_baseline.py": "--validation-samples 40",
-    "02_finetune_roberta.py": f"{TRAINED} --max-length 40 --student-layers 2",
-    "03_finetune_mistral.py": f"{TRAINED} --max-length 96 --epochs 2 --learning-rate 3e-3",
-    "04a_distill_from_roberta.py": f"{TRAINED} --max-length 32",
-    "04b_distill_from_mistral.py": f"{TRAINED} --max-length 32 --max-transfer-samples 50",
-    "05_benchmark.py": "--max-llm-samples 20 --latency-samples 5 --latency-seconds 0.05 --forms none "
-    "--injection-samples 6 --batch-tokens 512",
+LOADED = {  # by name, as the scripts load it
+    "stanfordnlp/imdb": "dataset",
+    "FacebookAI/roberta-large": "encoder",
+    "mistralai/Mistral-7B-v0.1": "llm",
+    "distilbert/distilbert-base-uncased": "encoder",
 }
 # Each argument is a command, or a thing to load. The libraries wait between their tries; this process does not.
 PROCESS = """
-import gc, runpy, shlex, sys, time
+import runpy, shlex, sys, time
 time.sleep = lambda seconds: None
-from common import files, models
+from common import checks, device, files, llms, models
 
 def script(command):
-    from common import training
-    gc.collect()
-    gc.freeze()  # as in conftest.py
     sys.argv = shlex.split(command)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
-do = {"script": script, "dataset": files._open_hub}
+def dataset(name):
+    splits, read = files._open_hub(name)
+    print("rows", *(len(read(split)) for names in splits.values() for split in names), file=sys.stderr)
+
+def llm(name):
+    checks.check_llm(name, 64, ["good"])
+    llms.load_llm(name, device.cpu("fp32"))
+
+do = {"script": script, "dataset": dataset, "llm": llm}
+do |= {"encoder": lambda name: checks.check_encoder(name, 32, ["good"], device.cpu("fp32"))}
 do |= {"config": models.load_config, "tokenizer": models.load_tokenizer, "weights": models.load_classifier}
 for case in sys.argv[1:]:
     print("case", case, file=sys.stderr)
@@ -88,11 +88,6 @@ def told(cases: list[str], address: str, home: Path, offline: bool = False) -> d
     return by_case
 
 
-def command(script: str, outputs: Path) -> str:
-    """A script without a flag that names a model or data."""
-    return f"script {script} --seed 5 {SCRIPTS[script]} --output-dir {shlex.quote(str(outputs))}"
-
-
 @pytest.fixture(scope="module")
 def repositories(tiny, tmp_path_factory) -> dict[str, Path]:
     """Tiny models and a few reviews under the names of the large ones, in the hub's layout."""
@@ -118,44 +113,23 @@ def repositories(tiny, tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module")
-def after(repositories, tmp_path_factory) -> tuple[Path, Hub]:
-    """The outputs of the five scripts on a hub, and of the benchmark with the full cache and no hub; and the hub."""
-    root = tmp_path_factory.mktemp("default_names")
-    *made, benchmark = [command(script, root / "outputs") for script in SCRIPTS]
+def test_the_names_that_the_scripts_have_by_default_are_loaded_once_from_the_hub_alone_and_then_offline(
+    repositories, script, tmp_path
+):
+    flags = ("dataset", "roberta_model", "mistral_model", "student_model")
+    scripts = [vars(script(file.partition("_")[0]).parse_args([])) for file in artifacts.SCRIPTS.values()]
+    assert {args.get(flag) for args in scripts for flag in flags} - {None} == set(LOADED)
+    cases = [f"{what} {name}" for name, what in LOADED.items()]
     with Hub(repositories) as hub:
-        lines = told(made, hub.address, root / "home")
-    lines |= told([benchmark], hub.address, root / "home", offline=True)
-    assert [line for line in lines.pop(benchmark) if line.startswith(("error", "uncaught"))] == []
-    assert not any("exit code" in line or "uncaught" in line for said in lines.values() for line in said), lines
-    return root / "outputs", hub
-
-
-def test_without_a_name_the_scripts_end_in_the_benchmark_of_seven_models_which_runs_offline(after):
-    outputs, _ = after
-    table = pd.read_csv(outputs / "05_benchmark" / "benchmark.csv")
-    student = "distilbert-base-uncased"
-    assert table["Model"].tolist() == [
-        "TF-IDF + naive Bayes", "NB-SVM (logistic)", "roberta-large", "Mistral-7B-v0.1",
-        f"{student} from roberta-large", f"{student} control", f"{student} from Mistral-7B-v0.1",
-    ]  # fmt: skip
-    assert table["status"].tolist() == ["ok"] * 7
-    assert table["n"].tolist() == [40, 40, 40, 20, 40, 40, 40]
-    for step in outputs.glob("0*"):
-        assert json.loads((step / "run.json").read_text())["settings"]["dataset"] == "stanfordnlp/imdb"
-    transfer = pd.read_parquet(outputs / "02_roberta" / "soft_labels" / "transfer.parquet")
-    assert len(transfer) == SPLITS["unsupervised"]
-
-
-def test_each_file_comes_once_and_from_nobody_but_the_hub(after):
-    _, hub = after
+        online = told(cases, hub.address, tmp_path)
+    offline = told(cases, hub.address, tmp_path, offline=True)
+    for said in (online, offline):
+        assert said.pop(cases[0])[-1] == "rows 140 40 60"  # the unsupervised split too
+        assert not [line for lines in said.values() for line in lines if "exit code" in line or "uncaught" in line]
     files = [line for line in hub.asked if line.startswith("GET") and "/resolve/" in line]
-    weights = [line.split("/resolve/")[0] for line in files if line.endswith((".safetensors", ".parquet"))]
-    assert sorted(set(weights)) == [
-        "GET /FacebookAI/roberta-large", "GET /datasets/stanfordnlp/imdb", "GET /distilbert/distilbert-base-uncased",
-        "GET /mistralai/Mistral-7B-v0.1",
-    ]  # fmt: skip
     assert len(files) == len(set(files))
+    weights = {line.split("/resolve/")[0] for line in files if line.endswith((".safetensors", ".parquet"))}
+    assert {line.removeprefix("GET /").removeprefix("datasets/") for line in weights} == set(LOADED)
     # `datasets` asks for a summary that another host of the hub keeps, and does without it.
     assert all("//datasets-server." in asked for asked in hub.strangers), hub.strangers
 
@@ -196,12 +170,13 @@ def refused(repositories, tmp_path_factory) -> dict[str, list[str]]:
         "file/404": (404, "EntryNotFound")
     }
     served = dict.fromkeys(answers, root / "both") | {f"no/{name}": root / name for name in ("weights", "tokenizer")}
-    cases = [command("02_finetune_roberta.py", root / "outputs"), *INCOMPLETE]
+    command = f"script 02_finetune_roberta.py --output-dir {shlex.quote(str(root / 'outputs'))}"
+    cases = [command, *INCOMPLETE]
     cases += [f"{kind} {name}" for name in REFUSED for kind in KINDS]
     gated = {"FacebookAI/roberta-large": (401, "GatedRepo")}
     with Hub(served | {"stanfordnlp/imdb": imdb, **dict.fromkeys(gated, roberta)}, answers | gated) as hub:
         lines = told(cases, hub.address, root / "home")
-    return lines | {"script": lines.pop(cases[0])}
+    return lines | {"script": lines.pop(command)}
 
 
 SENTENCES = INCOMPLETE | {"script": ("FacebookAI/roberta-large", *GATED)}

@@ -4,7 +4,6 @@ import argparse
 import gzip
 import json
 import sys
-import zipfile
 
 import datasets
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import write_reviews
 
-from common import data
+from common import data, files
 
 ALL = ("train", "transfer", "test")
 WORDS = {0: "negative", 1: "positive", -1: ""}
@@ -37,8 +36,16 @@ def form(data_args, tmp_path):
     return write
 
 
-def csv(name="{}.csv", change=lambda table: table, **options):
-    return lambda folder, split, table: change(table).to_csv(folder / name.format(split), index=False, **options)
+def save(name="{}.csv", change=lambda table: table, **options):
+    """Write a changed table by pandas, in the format of the file's name."""
+    kind = next((kind for kind in ("parquet", "xlsx", "json") if kind in name), "csv")
+    way = f"to_{kind}".replace("xlsx", "excel")
+    plain = {"orient": "records", "lines": True} if "jsonl" in name else {} if kind == "json" else {"index": False}
+    return lambda folder, split, table: getattr(change(table), way)(folder / name.format(split), **plain | options)
+
+
+def content(name, written):
+    return lambda folder, split, table: (folder / name.format(split)).write_bytes(written)
 
 
 def each(*writers):
@@ -89,11 +96,6 @@ def named_the_other_way(folder, split, table):
     made.to_parquet(str(folder / f"{split}.parquet"))
 
 
-def zipped(folder, split, table):
-    with zipfile.ZipFile(folder / f"{split}.csv.zip", "w") as archive:
-        archive.writestr("some.csv", table.to_csv(index=False))
-
-
 def without_quotes(folder, split, table):
     """Tabs between the columns, and a quotation mark that only opens."""
     lines = [f"{label}\t{text}" for text, label in table.to_numpy()]
@@ -102,26 +104,24 @@ def without_quotes(folder, split, table):
 
 
 FORMS = {
-    "a backup beside": each(csv(), csv("{}_2.csv", lambda table: table.assign(label=1)), csv("{}.csv.bak")),
-    "capital names and another order": csv(
+    "a backup beside": each(save(), save("{}_2.csv", lambda table: table.assign(label=1)), save("{}.csv.bak")),
+    "capital names and another order": save(
         "{}.CSV", lambda table: table.rename(columns={"text": "Review Text", "label": " Sentiment "}).iloc[:, ::-1]
     ),
-    "longer names": csv("imdb_{}set.csv"),
+    "longer names": save("imdb_{}set.csv"),
     "quotation marks alone": without_quotes,
-    "semicolons, a byte order mark and Windows line ends": csv(
+    "semicolons, a byte order mark and Windows line ends": save(
         change=ending(", x; y"), sep=";", encoding="utf-8-sig", lineterminator="\r\n"
     ),
-    "UTF-16 from a spreadsheet": csv("{}.txt", sep="\t", encoding="utf-16"),
-    "cp1252 from a spreadsheet": csv(change=ending(" caf\u00e9"), encoding="cp1252"),
-    "backslashes before quotes": csv(change=ending(', "a, b" c'), doublequote=False, escapechar="\\"),
+    "UTF-16 from a spreadsheet": save("{}.txt", sep="\t", encoding="utf-16"),
+    "cp1252 from a spreadsheet": save(change=ending(" caf\u00e9"), encoding="cp1252"),
+    "backslashes before quotes": save(change=ending(', "a, b" c'), doublequote=False, escapechar="\\"),
     "a blank first line": lambda folder, split, table: (folder / f"{split}.csv").write_text("\n" + table.to_csv()),
-    "gzipped": csv("{}.csv.gz"),
-    "zipped": zipped,
-    "Excel": lambda folder, split, table: table.to_excel(folder / f"{split}.xlsx", index=False),
-    "JSON lines named .json": lambda folder, split, table: table.to_json(
-        folder / f"{split}.json", orient="records", lines=True
-    ),
-    "JSON columns": lambda folder, split, table: table.to_json(folder / f"{split}.json"),
+    "gzipped": save("{}.csv.gz"),
+    "zipped": save("{}.csv.zip"),
+    "Excel": save("{}.xlsx"),
+    "JSON lines named .json": save("{}.json", orient="records", lines=True),
+    "JSON columns": save("{}.json"),
     "JSON rows under their names": as_json(lambda rows: {f"-N{number}": row for number, row in enumerate(rows)}),
     "JSON rows under a key": as_json(lambda rows: {"version": 1, "data": rows}),
     "a label tool's lists": as_json(lambda rows: [row | {"label": [row["label"]]} for row in rows]),
@@ -131,9 +131,9 @@ FORMS = {
     "Stanford's folders": stanford,
     "save_to_disk": saved,
     "class names the other way round": named_the_other_way,
-    "a column of categories": lambda folder, split, table: table.assign(
-        label=table["label"].map(WORDS).astype("category")
-    ).to_parquet(folder / f"{split}.parquet"),
+    "a column of categories": save(
+        "{}.parquet", lambda table: table.assign(label=table["label"].map(WORDS).astype("category"))
+    ),
 }
 
 
@@ -154,12 +154,10 @@ PAIRS += [("f", "t"), (False, True), ("0", "1"), (0.0, 1.0), (-1, 1), ("-1", "+1
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_pair_of_labels_is_known_by_its_two_values(form, pair, suffix, capsys):
-    def write(folder, split, table):
-        table = table.assign(stars=table.pop("label").map(dict(enumerate(pair))))
-        file = folder / f"{split}.{suffix}"
-        table.to_csv(file, index=False) if suffix == "csv" else table.to_json(file, orient="records", lines=True)
+    def change(table):
+        return table.assign(stars=table["label"].map(dict(enumerate(pair)))).drop(columns="label")
 
-    reviews = data.load_reviews(form(write), ALL)
+    reviews = data.load_reviews(form(save(f"{{}}.{suffix}", change)), ALL)
     assert reviews.train["label"].equals(form.expected.train["label"])
     assert reviews.test["label"].equals(form.expected.test["label"])
     negative, positive = (str(value).strip() for value in pair)
@@ -179,11 +177,11 @@ def test_a_pair_of_labels_is_known_by_its_two_values(form, pair, suffix, capsys)
 def test_labels_of_several_classes_are_refused_until_flags_name_two_and_the_rest_is_left_out_with_a_count(
     form, stops, capsys, values, flags
 ):
-    def write(folder, split, table):
-        label = table["label"].map({0: values[0], 1: values[2]}).where(table.index % 5 > 0, values[1])
-        table.assign(label=label).to_csv(folder / f"{split}.csv", index=False)
+    def change(table):
+        label = table["label"].map({0: values[0], 1: values[2]})
+        return table.assign(label=label.where(table.index % 5 > 0, values[1]))
 
-    args = form(write, ("train", "test"))
+    args = form(save(change=change), ("train", "test"))
     stops(lambda: data.load_reviews(args, ALL), repr(str(values[1])), "--negative-labels", "--positive-labels")
     args.negative_labels, args.positive_labels = flags
     reviews = data.load_reviews(args, ALL)
@@ -200,7 +198,7 @@ def test_a_typed_column_goes_before_common_names_and_of_two_candidates_the_read_
     def change(table):
         return pd.DataFrame({"review": "x", "Content": table["text"], "stars": 5, "the label": table["label"]})
 
-    args = form(csv(change=change))
+    args = form(save(change=change))
     args.text_column, args.label_column = "content", "The Label"
     assert data.load_reviews(args, ALL).train.equals(form.expected.train)
     args.label_column = "gold"
@@ -220,7 +218,7 @@ def test_texts_that_look_like_numbers_and_missing_values_stay_texts_and_blank_ro
     def change(table):
         return pd.concat([table.assign(text=[*texts, *table["text"][len(texts) :]]), blank])
 
-    read = data.load_reviews(form(csv(change=change)), ALL).test["text"].tolist()
+    read = data.load_reviews(form(save(change=change)), ALL).test["text"].tolist()
     assert len(read) == 20 and read[:6] == [*texts[:5], 'He said "no, never", and left']
     assert "test: left out 2 reviews without text" in capsys.readouterr().out
 
@@ -239,7 +237,7 @@ def class_folders(folder, split, table):
         (folder / "txt" / WORDS[label].title() / f"{row}.TXT").write_text(text)
 
 
-@pytest.mark.parametrize("write", [csv("IMDB Dataset.csv"), class_folders])
+@pytest.mark.parametrize("write", [save("IMDB Dataset.csv"), class_folders])
 def test_a_set_without_splits_is_read_whatever_else_lies_there(form, write):
     for name in ("notes.txt", "README.md", ".hidden.csv", "~$a.xlsx", "dataset-metadata.json", "picture.png"):
         (form.folder / name).write_text("{}")
@@ -259,36 +257,31 @@ def test_a_one_column_file_keeps_its_commas(form):
 
 
 REFUSED = {
-    "no header line": (csv(header=False), ("none is named text", "--text-column", "text,label")),
-    "no header line, tabs": (csv("{}.txt", ending(", x, y"), sep="\t", header=False), (", x, y, 0, and none",)),
-    "an unquoted comma": (
-        lambda folder, split, table: (folder / f"{split}.csv").write_text("text,label\n" + 60 * "first half, rest,1\n"),
-        ("train.csv cannot be read", "quote texts"),
-    ),
-    "no labels": (csv(change=lambda table: table[["text"]]), ("none is named label", "--label-column")),
+    "no header line": (save(header=False), ("none is named text", "--text-column", "text,label")),
+    "no header line, tabs": (save("{}.txt", ending(", x, y"), sep="\t", header=False), (", x, y, 0, and none",)),
+    "an unquoted comma": (content("{}.csv", b"text,label\n" + 60 * b"half, rest,1\n"), ("train.csv", "quote texts")),
+    "no labels": (save(change=lambda table: table[["text"]]), ("none is named label", "--label-column")),
     "labels that are lists": (
         as_json(lambda rows: [row | {"label": [row["label"]] * 2} for row in rows]),
         ("lists or objects", "--label-column"),
     ),
     "more labels in one split": (
-        csv(change=lambda table: table.assign(label=table["label"] + (len(table) == 20))),
+        save(change=lambda table: table.assign(label=table["label"] + (len(table) == 20))),
         ("'0', '1', '2'", "not clear"),
     ),
     "a missing part": (
-        lambda folder, split, table: table.to_parquet(folder / f"{split}-00000-of-00002.parquet"),
+        save("{}-00000-of-00002.parquet"),
         ("part 2 of 2", "train-00000-of-00002.parquet"),
     ),
-    "a gap in the numbers": (each(csv("{}_1.csv"), csv("{}_3.csv")), ("lacks part 2",)),
-    "years": (each(csv("{}_2019.csv"), csv("{}_2020.csv")), ("several candidates for train",)),
-    "two formats": (each(csv(), csv("{}.tsv")), ("several candidates for train (train.csv, train.tsv)", "keep one")),
-    "two validation files": (each(csv(), csv("dev.csv"), csv("valid.csv")), ("for validation",)),
+    "a gap in the numbers": (each(save("{}_1.csv"), save("{}_3.csv")), ("lacks part 2",)),
+    "years": (each(save("{}_2019.csv"), save("{}_2020.csv")), ("several candidates for train",)),
+    "two formats": (each(save(), save("{}.tsv")), ("several candidates for train (train.csv, train.tsv)", "keep one")),
     "no test and a file of another name": (
-        each(csv("train.csv"), csv("holdout.csv")),
+        each(save("train.csv"), save("holdout.csv")),
         ("has no test file, but holdout.csv", "a fifth of train"),
     ),
-    "unlabelled reviews alone": (csv("unsup.csv"), ("has no train file (it holds unsup.csv)",)),
-    "no train": (csv("test.csv"), ("has no train file (it holds test.csv)", "pass --dataset")),
-    "texts without labels": (csv("{}a.txt"), ("has no train file (it holds testa.txt, traina.txt", "text and label")),
+    "unlabelled reviews alone": (save("unsup.csv"), ("has no train file (it holds unsup.csv)",)),
+    "texts without labels": (save("{}a.txt"), ("has no train file (it holds testa.txt, traina.txt", "text and label")),
     "files of other names": (
         lambda folder, split, table: table.to_csv(folder / f"a{len(table)}.csv", index=False),
         ("several candidates for one table (a20.csv, a30.csv, a80.csv)", "pass one of them as --dataset"),
@@ -297,22 +290,13 @@ REFUSED = {
         lambda *form: [in_parts(f"{name}/{{split}}_{{number}}.parquet")(*form) for name in "ab"],
         ("several review sets (a, b)", "one of these folders"),
     ),
-    "old Excel": (lambda folder, split, table: (folder / f"{split}.xls").touch(), ("train.xls", ".csv, .tsv")),
     "an empty folder": (lambda *form: None, ("it holds nothing",)),
     "another alphabet's encoding": (
-        csv(change=lambda table: table.assign(text="\u0444\u0438\u043b\u044c\u043c"), encoding="cp1251"),
+        save(change=lambda table: table.assign(text="\u0444\u0438\u043b\u044c\u043c"), encoding="cp1251"),
         ("save it as CSV UTF-8",),
     ),
-    "a cut gzip": (
-        lambda folder, split, table: (folder / f"{split}.csv.gz").write_bytes(
-            gzip.compress(table.to_csv(index=False).encode())[:-9]
-        ),
-        ("train.csv.gz cannot be read",),
-    ),
-    "a damaged parquet": (
-        lambda folder, split, table: (folder / f"{split}.parquet").write_bytes(b"PAR1 no"),
-        ("train.parquet cannot be read",),
-    ),
+    "a cut gzip": (content("{}.csv.gz", gzip.compress(b"text,label\n" * 99)[:-9]), ("train.csv.gz cannot be read",)),
+    "a damaged parquet": (content("{}.parquet", b"PAR1 no"), ("train.parquet cannot be read",)),
     "splits in one JSON": (
         as_json(lambda rows: {"train": rows, "test": rows}),
         ("several tables (train, test)", "a file of its own"),
@@ -324,6 +308,13 @@ REFUSED = {
 def test_what_cannot_be_read_rightly_is_refused_with_what_is_there_and_a_remedy(form, name, stops):
     write, words = REFUSED[name]
     stops(lambda: data.load_reviews(form(write), ALL), *words)
+
+
+@pytest.mark.parametrize("name", ["reviews.csv", "reviews.jsonl", "reviews.parquet"])
+def test_a_large_file_comes_in_tables_of_few_rows(tmp_path, name):
+    save(name)(tmp_path, "", pd.DataFrame({"text": [*"abcde"]}))
+    made = [table["text"].tolist() for table in files.tables(tmp_path / name, 2)]
+    assert made == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_without_openpyxl_an_excel_file_says_what_to_install(form, stops, monkeypatch):

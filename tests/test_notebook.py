@@ -31,22 +31,19 @@ def names(tmp_path):
     (project / "demo").mkdir()
     (project / "demo" / "make.py").write_text("print('the demo')")
     (project / "02_fails.py").write_text("import sys; print('its cause', file=sys.stderr); sys.exit(2)")
-    modules = {"Path": Path, "subprocess": subprocess, "shutil": shutil, "os": os}
-    settings = {"PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None, "HOURS": 1.0}
-    settings |= {"DATASET": None}
-    settings |= {"time": time, "session_began": time.time()}
-    return modules | settings | {"project": project, "outputs": tmp_path / "outputs"}
+    return {
+        "Path": Path, "subprocess": subprocess, "shutil": shutil, "os": os, "time": time, "session_began": time.time(),
+        "PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None, "HOURS": 1.0, "DATASET": None,
+        "project": project, "outputs": tmp_path / "outputs",
+    }  # fmt: skip
 
 
-def test_the_notebook_is_valid_and_committed_without_outputs():
+def test_the_notebook_is_valid_committed_without_outputs_and_names_only_files_that_exist(cells):
     notebook = nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-
-
-def test_the_notebook_names_only_files_that_exist(cells):
     text = NOTEBOOK.read_text(encoding="utf-8")
     for name in set(re.findall(r"\w+\.(?:py|txt|md)\b", text)):
         assert list(ROOT.glob(f"**/{name}")), name
@@ -88,7 +85,10 @@ def test_kaggles_imdb_file_is_found_and_a_named_dataset_or_flag_goes_before_it(c
     assert "'--dataset', 'flag']" in run(flags={"all": "--dataset flag"})  # the last one counts
 
 
-def test_steps_share_the_hours_and_a_session_without_time_ends_well(cells, names, capfd):
+def test_steps_share_the_hours_since_the_settings_first_run_and_a_session_without_time_ends_well(cells, names, capfd):
+    settings = {"session_began": 5.0}
+    exec(cells["settings"], settings)
+    assert settings["session_began"] == 5.0 and settings["HOURS"] < 12
     exec(cells["install"], names)
     names |= {"STEPS": ["01", "03", "01"], "session_began": time.time() - 900}
     (names["project"] / "03_stops.py").write_text("import sys; sys.exit(3)")
@@ -100,14 +100,6 @@ def test_steps_share_the_hours_and_a_session_without_time_ends_well(cells, names
     exec(cells["run"], names)
     out = capfd.readouterr().out
     assert "args" not in out and "before 01_works.py was finished" in out
-
-
-def test_the_hours_are_counted_from_the_first_run_of_the_settings(cells):
-    names = {}
-    exec(cells["settings"], names)
-    names["session_began"] = 5.0
-    exec(cells["settings"], names)
-    assert names["session_began"] == 5.0 and names["HOURS"] < 12
 
 
 def test_only_what_is_missing_is_installed_and_torch_is_held(cells, names, monkeypatch, capsys):

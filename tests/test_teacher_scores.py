@@ -24,9 +24,7 @@ def read(data_args, reviews, tmp_path):
     def call(table, name="llm.csv", **flags) -> tuple[data.Reviews, teacher_scores.Teacher, dict]:
         file = tmp_path / name
         if isinstance(table, pd.DataFrame):
-            write = {"csv": "to_csv", "xlsx": "to_excel", "parquet": "to_parquet"}.get(name.split(".")[1], "to_json")
-            lines = {"orient": "records", "lines": True} if write == "to_json" else {"index": False}
-            getattr(table, write)(file, **lines)
+            (table.to_parquet if name.endswith("arquet") else table.to_csv)(file, index=False)
         defaults = {"teacher_scores": str(file), "teacher_name": None, "soft_labels": "transfer"}
         args = argparse.Namespace(**vars(data_args) | defaults | flags)
         return teacher_scores.read_teacher(args, reviews)
@@ -45,17 +43,14 @@ def logit(p):
     return np.log(p / (1 - np.asarray(p)))
 
 
-@pytest.mark.parametrize("name", ["llm.csv", "llm.csv.gz", "llm.jsonl", "llm.parquet", "llm.xlsx"])
-def test_each_format_and_column_gives_the_log_odds_of_the_reviews(read, table, reviews, name):
+@pytest.mark.parametrize(("name", "stem"), [("gpt-4.1.csv.gz", "gpt-4.1"), ("some.llm.Parquet", "some.llm")])
+def test_each_column_gives_the_log_odds_of_the_reviews(read, table, reviews, name, stem):
     p, by_id = table["p_positive"], table.drop(columns="text").assign(example_id=reviews.transfer["example_id"])
     odds, words = logit(p), np.where(p > 0.5, "Positive.", "negative")
     ids = by_id[["example_id"]]
     cases = [
         (table, odds),
-        (
-            table.sample(frac=1, random_state=1).assign(text=lambda rows: "  " + rows["text"].str.upper() + "<br />"),
-            odds,
-        ),
+        (table.sample(frac=1, random_state=1).assign(text=lambda rows: rows["text"].str.upper() + "<br />"), odds),
         (by_id, odds),
         (table[["text"]].rename(columns={"text": "Review"}).assign(**{"log-odds": 9 * odds}), 9 * odds),
         (table.assign(log_odds=3 * odds, label=-1), 3 * odds),  # the most informative one
@@ -65,7 +60,7 @@ def test_each_format_and_column_gives_the_log_odds_of_the_reviews(read, table, r
     for content, expected in cases:
         left, teacher, _ = read(content, name)
         np.testing.assert_allclose(teacher.log_odds["transfer"], expected, atol=1e-6)
-        assert len(left.transfer) == 30 and teacher.name == "llm" and "train" not in teacher.log_odds
+        assert len(left.transfer) == 30 and teacher.name == stem and "train" not in teacher.log_odds
         assert np.isnan(teacher.log_odds["validation"]).all()
 
 
@@ -101,33 +96,33 @@ def test_failed_answers_and_reviews_without_one_are_left_out_with_their_counts(r
     assert (facts["scored"]["transfer"], facts["transfer_left_out"], facts["rows_unmatched"]) == (23, 7, 4)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"p_positive": lambda table: 100 * table["p_positive"]}, ("from 5 to 95", "divide a percentage by 100")),
-        ({"p_positive": lambda table: table["p_positive"] - 0.5}, ("from -0.45", "log_odds")),
-        ({"p_positive": "93%"}, ("'93%'", "write numbers such as 0.93")),
-        ({"p_positive": "0,93"}, ("'0,93'", "write numbers such as 0.93")),
-        ({"p_positive": np.nan}, ("no score", "name one of them")),
-        ({"p_positive": 0.7}, ("is 0.7 in each of the 30 rows", "of 30: a teacher needs different")),
-        ({"log_odds": np.inf}, ("infinite", "p_positive")),
-        ({"text": "short"}, ("'short'", "--dataset", "no text was cut", "example_id")),
-    ],
-)
+REFUSED = [
+    (lambda t: t.assign(p_positive=100 * t["p_positive"]), "from 5 to 95", "divide a percentage by 100"),
+    (lambda t: t.assign(p_positive=t["p_positive"] - 0.5), "from -0.45", "log_odds"),
+    (lambda t: t.assign(p_positive="93%"), "'93%'", "write numbers such as 0.93"),
+    (lambda t: t.assign(p_positive="0,93"), "'0,93'", "write numbers such as 0.93"),
+    (lambda t: t.assign(p_positive=np.nan), "no score", "name one of them"),
+    (lambda t: t.assign(p_positive=0.7), "is 0.7 in each of the 30 rows", "of 30: a teacher needs different"),
+    (lambda t: t.assign(log_odds=np.inf), "infinite", "p_positive"),
+    (lambda t: t.assign(text="short"), "'short'", "--dataset", "no text was cut", "example_id"),
+    (lambda t: t[:0], "no rows"),
+    (lambda t: t[["text"]], "llm.csv has the columns text", "p_positive (0 to 1)"),
+    (lambda t: t[["p_positive"]], "none is text or example_id", "rename one"),
+    (lambda t: t[["p_positive"]].assign(example_id="unsupervised/1"), "'unsupervised/1'", "'train/", "--dataset"),
+    (lambda t: t.rename(columns={"p_positive": "score"}), "fractions in score", "p_positive (0 to 1)"),
+    (lambda t: t[["text"]].assign(label="positive"), "all labels of llm.csv are positive", "both classes"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), [(change, words) for change, *words in REFUSED])
 def test_scores_that_cannot_be_read_rightly_are_refused_with_a_remedy(read, table, stops, change, words):
-    stops(lambda: read(table.assign(**change)), "llm.csv", *words)
+    stops(lambda: read(change(table)), "llm.csv", *words)
 
 
-def test_files_without_scores_texts_or_both_classes_are_refused(read, table, reviews, stops, tmp_path):
-    texts, ids = table[["text"]], table[["p_positive"]].assign(example_id="unsupervised/1")
-    stops(lambda: read(texts), "llm.csv has the columns text", "p_positive (0 to 1)")
-    stops(lambda: read(table[["p_positive"]]), "none is text or example_id", "rename one")
-    stops(lambda: read(ids), "'unsupervised/1'", "'train/", "--dataset")
-    stops(lambda: read(texts.assign(label="positive")), "all labels of llm.csv are positive", "both classes")
-    stops(lambda: read(table.rename(columns={"p_positive": "score"})), "fractions in score", "p_positive (0 to 1)")
-    stops(lambda: read(texts.assign(label=[["1"], ["2"], ["5"]] * 10), "llm.parquet"), "llm.parquet labels are lists")
-    stops(lambda: read(texts.assign(label=["1", "2", "5"] * 10)), "'1', '2', '5'", "--negative-labels")
-    stops(lambda: read(table[:0]), "no rows")
+def test_unclear_labels_lists_and_a_name_that_is_no_file_are_refused(read, table, stops):
+    rated = table[["text"]].assign(label=[*"125"] * 10)
+    stops(lambda: read(rated), "'1', '2', '5'", "--negative-labels")
+    stops(lambda: read(rated.assign(label=rated["label"].map(list)), "llm.parquet"), "llm.parquet labels are lists")
     stops(lambda: read(None, "absent.csv"), "absent.csv is no file")
     stops(lambda: read(None, "."), "is no file")
 
@@ -189,11 +184,6 @@ def test_few_validation_reviews_that_all_have_a_score_are_judged_as_an_llms_are(
     teacher = teacher_scores.Teacher("llm", "", {"validation": 8.0 * labels - 4}, {}, "")
     chosen, _, figures = script("04b").calibrate("auto", teacher, labels)
     assert chosen == "none" and figures["teacher_none"]["accuracy"] == 1
-
-
-def test_names_leave_out_the_format(tmp_path):
-    names = ["gpt-4.1.csv", "gpt-4.1.jsonl.gz", "some.llm.Parquet"]
-    assert [teacher_scores._stem(tmp_path / name) for name in names] == ["gpt-4.1", "gpt-4.1", "some.llm"]
 
 
 @pytest.mark.parametrize("flag", [["--prompt", "{review}"], ["--mistral-model", "a/b"], ["--prompt-length", "64"]])

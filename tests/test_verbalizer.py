@@ -1,11 +1,15 @@
 import copy
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from tokenizers import processors
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, normalizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from common import metrics, models, verbalizer
 from common.verbalizer import PROMPT
@@ -19,11 +23,41 @@ def tokenizer(tiny):
     return models.load_tokenizer(str(tiny / "mistral"))
 
 
-def test_a_prompt_reads_as_written(tokenizer):
-    (ids,) = verbalizer.encode_prompts(tokenizer, ["The plot is dull."], PROMPT, 200)
-    assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
-    # A SentencePiece tokenizer puts a space before the review, as before any text.
-    assert tokenizer.decode(ids[1:]).strip() == PROMPT.format(review=" The plot is dull.")
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """Mistral-7B-v0.1's own vocabulary, which PyPI's mistral-common carries."""
+    return SentencePieceProcessor(model_file=str(files("mistral_common") / "data" / "tokenizer.model.v1"))
+
+
+@pytest.fixture(scope="module")
+def mistral(sentencepiece):
+    """A fast tokenizer as the hub's tokenizer.json describes it: a BPE over SentencePiece's pieces, ranked by score."""
+    pieces = [sentencepiece.id_to_piece(token) for token in range(sentencepiece.vocab_size())]
+    rank = {piece: token for token, piece in enumerate(pieces)}
+    merges = []
+    for piece in pieces[259:]:  # after <unk>, <s>, </s> and 256 bytes; a lower id has a higher score
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(left, right) for left, right in splits if left in rank and right in rank]
+        merges += sorted(known, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+    fast = Tokenizer(BPE(rank, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_the_label_words_are_the_tokens_that_sentencepiece_puts_after_the_prompt(mistral, sentencepiece):
+    ids = verbalizer.label_token_ids(mistral, PROMPT, ("negative", "positive"))
+    assert ids == [7087, 5278]
+    prompt = PROMPT.format(review="Fine.")
+    for word, token in zip(("negative", "positive"), ids, strict=True):
+        assert sentencepiece.encode(f"{prompt} {word}") == [*sentencepiece.encode(prompt), token]
+
+
+def test_a_prompt_is_what_sentencepiece_makes_of_it(mistral, sentencepiece):
+    review = "An odd, brave film: 10/10 — naïve 😀"
+    (ids,) = verbalizer.encode_prompts(mistral, [review], PROMPT, 512)
+    # Review and prompt are encoded apart, and SentencePiece puts a space before any text: hence the one in the review.
+    assert ids.tolist() == [1, *sentencepiece.encode(PROMPT.format(review=f" {review}"))]
 
 
 def test_only_the_review_is_cut_and_the_end_of_the_prompt_survives(tokenizer):
@@ -63,21 +97,11 @@ def test_any_text_makes_a_prompt(tokenizer):
     assert min(map(len, verbalizer.encode_prompts(tokenizer, texts, PROMPT, 200))) > 10
 
 
-def test_label_words_are_one_distinct_token_each_in_context(tokenizer):
-    ids = verbalizer.label_token_ids(tokenizer, PROMPT, ("negative", "positive"))
-    assert len(set(ids)) == 2
-    (prompt,) = verbalizer.encode_prompts(tokenizer, ["Fine."], PROMPT, 200)
-    whole = tokenizer(PROMPT.format(review="Fine.") + " positive", add_special_tokens=True)["input_ids"]
-    assert whole[-1] == ids[1] and whole[-4:-1] == prompt[-3:].tolist()
-
-
-def test_label_words_of_several_tokens_or_the_same_token_are_refused(tokenizer, stops):
-    stops(
-        lambda: verbalizer.label_token_ids(tokenizer, PROMPT, ("unbelievably", "positive")),
-        "not one token",
-        "--label-words",
-    )
-    stops(lambda: verbalizer.label_token_ids(tokenizer, PROMPT, ("positive", "positive")), "share their token")
+def test_label_words_of_several_tokens_or_the_same_token_are_refused(tokenizer, mistral, stops):
+    ids_of = verbalizer.label_token_ids
+    stops(lambda: ids_of(tokenizer, PROMPT, ("unbelievably", "positive")), "not one token", "--label-words")
+    stops(lambda: ids_of(mistral, PROMPT, ("0", "1")), "not one token")  # both begin with the bare space
+    stops(lambda: ids_of(tokenizer, PROMPT, ("positive", "positive")), "share their token")
 
 
 def test_a_prompt_without_a_review_slot_is_refused(tokenizer, stops):
