@@ -397,7 +397,8 @@ def test_a_zero_shot_llm_teaches_without_03_and_has_its_own_row(here, tiny, tmp_
     monkeypatch.setattr(distill, "refuse_one_class", lambda *_: None)
     prompt = "Review: {review} Sentiment:"
     llm = ["--no-adapter", "--mistral-model", tiny / "mistral", "--prompt-length", 96, "--prompt", prompt]
-    here("04b", *llm, "--epochs", 1)
+    here("04b", *llm, "--epochs", 1, "--soft-labels", "all")
+    assert len(pd.read_parquet(tmp_path / "04b_student_from_mistral" / "soft_labels" / "train.parquet")) == 96
     run = read(tmp_path / "04b_student_from_mistral", "run.json")
     assert run["facts"]["llm"]["prompt"] == prompt and not run["facts"]["llm"]["adapter"]
     assert "03_mistral" not in run["inputs"]
@@ -491,10 +492,9 @@ def test_04b_trains_the_student_on_the_kept_soft_labels_calibrated(
     monkeypatch.setattr(llms, "load_llm", None)  # other settings of the student need no LLM
     (student,) = trained_by("04b", ("right",), "--force", "--alpha", 0.7, "--calibration", calibration)
     assert (student["alpha"], student["epochs"], student.get("feature_weight", 0)) == (0.7, 4, 0)
-    folder, odds = tmp_path / "04b_student_from_mistral", {}
-    for split in ("train", "transfer"):
-        table = pd.read_parquet(folder / "soft_labels" / f"{split}.parquet")
-        odds[split] = (table["log_p_positive"] - table["log_p_negative"]).to_numpy(float)
+    folder = tmp_path / "04b_student_from_mistral"
+    table = pd.read_parquet(folder / "soft_labels" / "transfer.parquet")
+    odds = (table["log_p_positive"] - table["log_p_negative"]).to_numpy(float)
     facts = read(folder, "run.json")["facts"]
     bias, temperature = facts["bias"], facts["calibration_temperature"]
     figures, used = read(folder, "metrics.json")["validation"], facts["calibration"]
@@ -503,11 +503,11 @@ def test_04b_trains_the_student_on_the_kept_soft_labels_calibrated(
     assert figures["calibration"] == used == (min(made, key=made.get)[8:] if calibration == "auto" else calibration)
     assert (temperature == 1) == (used != "fitted")
     if used != "fitted":
-        assert bias == pytest.approx(odds["transfer"].mean() if used == "batch" else 0, abs=1e-5)
-    taught = student["train"].arrays["teacher_logits"]
-    expected = (np.concatenate([*odds.values()]) - bias) / temperature
-    np.testing.assert_allclose(taught[:, 1] - taught[:, 0], expected, rtol=1e-4, atol=1e-4)
-    assert (student["train"].labels == -100).sum() == 50
+        assert bias == pytest.approx(odds.mean() if used == "batch" else 0, abs=1e-5)
+    assert student["soft_labels"] == "transfer"  # no loss reads the teacher's logits of labelled reviews
+    taught = student["train"].arrays["teacher_logits"][student["train"].labels == -100]
+    np.testing.assert_allclose(taught[:, 1] - taught[:, 0], (odds - bias) / temperature, rtol=1e-4, atol=1e-4)
+    assert len(taught) == 50
 
 
 def test_the_llm_scores_again_only_damaged_soft_labels_and_another_number_of_reviews(
@@ -516,13 +516,14 @@ def test_the_llm_scores_again_only_damaged_soft_labels_and_another_number_of_rev
     copied(*LLM_STEPS)
     folder = tmp_path / "04b_student_from_mistral" / "soft_labels"
     before = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")}
-    train = pd.read_parquet(folder / "train.parquet")
-    (folder / "train.parquet").write_bytes(b"")
+    assert set(before) == {"validation.parquet", "transfer.parquet"}
+    validation = pd.read_parquet(folder / "validation.parquet")
+    (folder / "validation.parquet").write_bytes(b"")
     trained_by("04b", ("right",), "--force", "--max-transfer-samples", 40)
-    assert "train.parquet is damaged: it is made again" in capsys.readouterr().out
+    assert "validation.parquet is damaged: it is made again" in capsys.readouterr().out
     made_again = {file.name for file in folder.glob("*.parquet") if file.stat().st_mtime_ns != before[file.name]}
-    assert made_again == {"train.parquet", "transfer.parquet"}
-    pd.testing.assert_frame_equal(pd.read_parquet(folder / "train.parquet"), train)
+    assert made_again == set(before)
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "validation.parquet"), validation)
     assert len(pd.read_parquet(folder / "transfer.parquet")) == 40
 
 
