@@ -130,6 +130,15 @@ def test_03_trains_with_a_plain_optimizer(script, tmp_path):
     assert "optim" not in inspect.getsource(script("03"))
 
 
+def test_attention_gets_no_mask_of_a_padded_batch(tiny, batch):
+    """A causal LM reads the padding after the review, so no mask is needed, and the fast kernels run."""
+    model, masks = llms.load_llm(str(tiny / "mistral"), CPU), []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda _, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
+    llms.last_logits(model, *data.pad(batch[0], batch[2].pad_token_id))
+    assert masks == [None]
+
+
 def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(tiny):
     from transformers import AutoModelForCausalLM
 
