@@ -5,7 +5,7 @@
 
 The student trains on the labelled reviews and the transfer set together, from the files that 02 saved. No teacher is
 loaded. Cross-entropy counts where a gold label exists. The control is the same student, trained on the labelled reviews
-with cross-entropy alone. It trains for up to as many steps, and validation chooses its epoch. The difference between
+with cross-entropy alone. It trains for as many steps, and validation chooses the best epoch. The difference between
 the two is the teacher's contribution.
 
 Reads   the reviews, outputs/02_roberta/soft_labels/

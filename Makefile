@@ -1,7 +1,7 @@
 # make demo: environment, installs, the six scripts, the table. make test: the same environment, lint and tests.
 # make drill: damaged files, kills, full disks, two copies, read-only folders; about half an hour, not timed yet.
 # make kaggle-check: both in a second environment, with the versions of Kaggle's image.
-# make results DATASET=path/to/imdb: every table of results/, on real weights; 45 core hours; run it again to continue.
+# make results DATASET=path/to/imdb: the tables of results/ that CPUs make; 45 core hours; run it again to continue.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt

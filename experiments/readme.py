@@ -50,6 +50,8 @@ def by_claim(table: pd.DataFrame) -> pd.DataFrame:
     for name, ends in (("over reviews", "ci"), ("over seeds too", "seeds")):
         shown[name] = [f"[{low:+.4f}, {high:+.4f}]" for low, high in zip(table[f"{ends}_low"], table[f"{ends}_high"])]
     shown["gap closed"] = [percent(*gap) for gap in table[["gap_closed", "gap_low", "gap_high"]].to_numpy(float)]
+    if (table[["seeds", "against_seeds"]] == 1).all(axis=None):  # the two intervals are the same
+        shown = shown.drop(columns="over seeds too")
     return shown.assign(n=table["n_test"])
 
 
@@ -78,16 +80,17 @@ def by_share(table: pd.DataFrame) -> pd.DataFrame:
     shown["p from, to"] = [f"{low:.3f}, {1 - low:.3f}" if 0 < low < 1 else "" for low in table["p_low"]]
     for name in ("validation accuracy", "test accuracy"):
         shown[name] = table[name.replace(" ", "_")].map("{:.4f}".format)
-    return shown.assign(**{"handed on in test": table["test_share"].map("{:.1%}".format), "n": table["n_test"]})
+    shown = shown.assign(**{"handed on in test": table["test_share"].map("{:.1%}".format), "n": table["n_test"]})
+    return shown.drop(columns=[name for name in ("student", "seed") if shown[name].nunique() == 1])
 
 
 def by_work(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per mode, step and work that a GPU was measured at."""
-    shown = table[["mode", "step", "work", "precision", "tokens", "micro_batch"]].copy()
+    """A row per step and work that a GPU was measured at under a T4's conditions, at the full length."""
+    table = table[(table["mode"] == "as_t4") & (table["work"] != "scoring a mix")]
+    shown = table[["step", "work", "micro_batch"]].copy()
     shown["peak GiB"] = table["peak_gib"].map("{:.2f}".format)
     shown["reserved GiB"] = table["reserved_gib"].map("{:.2f}".format)
-    shown["reviews/s"] = table["reviews_per_second"].map("{:,.0f}".format)
-    return shown.assign(**{"TFLOP/s": table["tflops"].map("{:.0f}".format)})
+    return shown.assign(**{"reviews/s": table["reviews_per_second"].map("{:,.0f}".format)})
 
 
 def first_screen(table: pd.DataFrame) -> str:
@@ -100,8 +103,8 @@ def first_screen(table: pd.DataFrame) -> str:
     intervals = zip(table["Accuracy"], table["ci_low"], table["ci_high"])
     shown["accuracy [95%]"] = [f"{accuracy:.3f} [{low:.3f}, {high:.3f}]" for accuracy, low, high in intervals]
     for name, column in figures.items():
-        shown[name] = table[column].map("{:,.1f}".format)
-    return report.markdown(shown.assign(n=table["n"].map("{:,}".format))).strip()
+        shown[name] = [f"{value:,.0f}" if value >= 20 else f"{value:.1f}" for value in table[column]]
+    return report.markdown(shown).strip()
 
 
 def console(table: pd.DataFrame) -> str:
@@ -117,7 +120,8 @@ def as_markdown(table: pd.DataFrame) -> str:
         return report.as_markdown(table).strip()
     forms = {"test_share": by_share, "lead": by_claim, "labels": by_labels, "seed": by_run, "tflops": by_work}
     form = next((form for column, form in forms.items() if column in table), lambda table: table)
-    return report.markdown(form(table)).strip()
+    shown = form(table)
+    return report.markdown(shown.loc[:, (shown.notna() & (shown != "")).any()]).strip()  # no column is all empty
 
 
 def with_tables(text: str) -> str:

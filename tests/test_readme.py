@@ -48,3 +48,9 @@ def test_a_figure_changed_by_hand_is_noticed_in_either_readme(number, tmp_path, 
 def test_a_gap_without_bounds_is_shown_without_an_interval_and_an_unknown_one_not_at_all():
     assert [readme.percent(0.5, *ends) for ends in ((0.1, 0.9), (np.nan, np.nan))] == ["50% [10%, 90%]", "50%"]
     assert readme.percent(np.nan, np.nan, np.nan) == ""
+
+
+def test_each_repair_of_a_library_names_tests_that_there_are():
+    named = set(re.findall(r"\btest_\w+", (ROOT / "common" / "patches.py").read_text()))
+    there = {name for file in (ROOT / "tests").glob("*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert len(named) > 5 and named <= there, named - there

@@ -1,5 +1,5 @@
 # What makes this folder. 01, 02 and 04a ran as they stand here, 02 and 04a on one H100 by the code of commit 69c99235b635 (`bash experiments/gpu.sh imdb`).
-# 03 and 04b are missing: 03's training became NaN there (results/README.md, section 9). 04a was ended by --max-hours in its
+# 03 and 04b are missing: 03's training became NaN there (results/README.md, section 8). 04a was ended by --max-hours in its
 # control's third epoch, and the same command continued.
 shared="--dataset reviews --output-dir outputs --seed 42 --precision auto --validation-samples 2500"
 python 01_baseline.py --dataset reviews --output-dir outputs  # elsewhere, by commit 1badc53aa10a
