@@ -32,7 +32,7 @@ def keep_4bit_differentiable(model: "nn.Module") -> None:
     """bitsandbytes 0.50, with AVX512-BF16: the first forward pass in eval() repacks the weights permanently.
 
     The repacked kernel has no backward pass. Gradients after an evaluation have a cosine of 0.12 with the true ones.
-    Test: test_gradients_are_the_same_whether_or_not_an_evaluation_ran_before, on such a processor.
+    Test: test_neither_an_evaluation_before_nor_gradient_checkpointing_changes_a_gradient, on such a processor.
     """
     import bitsandbytes
 
