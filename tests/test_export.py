@@ -1,46 +1,69 @@
 """common/export.py: the ONNX form gives the model's logits, and is written whole or not at all."""
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common import data, export, models
+from demo import make as demo
 
 LENGTH = 64
-TEXTS = ["good", "the plot is dull", "not bad " * 7, "the cast is warm. " * 4, "good " * 500]
 
 
-def save_student(base: Path, folder: Path) -> Path:
-    """A saved model of a tiny base."""
+def clear_reviews(n: int, seed: int) -> tuple[list[str], np.ndarray]:
+    """Texts whose opinions all agree, and their labels; the two classes alternate."""
+    rng, labels = random.Random(seed), np.arange(n) % 2
+    texts = []
+    for label in labels:
+        said = ((rng.choice(demo.ASPECTS), rng.choice(demo.ADJECTIVES[label])) for _ in range(rng.randint(1, 9)))
+        texts.append(". ".join(f"the {aspect} is {adjective}" for aspect, adjective in said))
+    return texts, labels
+
+
+def save_student(base: Path, folder: Path, steps: int = 0) -> Path:
+    """A saved model of a tiny base. After 60 training steps the logits of clear reviews are well apart."""
     import torch
 
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(str(base))
+    model, tokenizer = models.load_classifier(str(base)), models.load_tokenizer(str(base))
     tokenizer.model_max_length = LENGTH
-    models.load_classifier(str(base)).save_pretrained(folder)
+    texts, labels = clear_reviews(64, seed=0)
+    batch = data.pad(data.encode(tokenizer, texts, LENGTH), tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(model(*batch).logits, torch.from_numpy(labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("base", ["distilbert", "roberta"])
-def test_one_file_has_the_models_logits_and_the_other_nearly(base, tiny, tmp_path):
+@pytest.mark.parametrize(("base", "steps"), [("distilbert", 60), ("roberta", 0)])
+def test_both_files_have_the_models_labels_and_one_its_logits(base, steps, tiny, tmp_path):
     pytest.importorskip("onnxruntime.quantization")
     import torch
 
-    student, target = save_student(tiny / base, tmp_path / "model"), tmp_path / "deploy" / "student"
+    student, target = save_student(tiny / base, tmp_path / "model", steps), tmp_path / "deploy" / "student"
     export.export_onnx(student, target)
     made = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
     assert made == {"README.md", "config.json", "tokenizer.json", "tokenizer_config.json", *export.ONNX_FILES.values()}
     assert (target / "config.json").read_bytes() == (student / "config.json").read_bytes()
     tokenizer, model = models.load_tokenizer(str(target)), models.load_classifier(str(student)).eval()
-    ids = data.encode(tokenizer, TEXTS, LENGTH)
+    texts, labels = clear_reviews(40, seed=1)
+    ids = data.encode(tokenizer, [*texts, "good " * 500], LENGTH)
     fp32, int8 = (export.onnx_logits(target / file, threads=1) for file in export.ONNX_FILES.values())
-    for rows in (ids, ids[:1], ids[-1:], ids[1:4]):
+    for rows in (ids, ids[:1], ids[-1:], ids[3:8]):
         batch = data.pad(rows, tokenizer.pad_token_id)
         with torch.inference_mode():
             expected = model(*batch).logits
         assert torch.allclose(fp32(*batch), expected, atol=1e-4)
         assert 0 < (int8(*batch) - expected).abs().max() < 0.5
+    for logits in (fp32, int8) if steps else ():
+        assert list(logits(*data.pad(ids[:-1], tokenizer.pad_token_id)).argmax(1)) == list(labels)
 
 
 def test_a_failed_export_leaves_nothing_and_spares_an_earlier_one(tiny, tmp_path, monkeypatch, stops):
