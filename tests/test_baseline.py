@@ -13,23 +13,17 @@ from common import baseline
 
 NOUNS = {
     "English": ["the film", "a plot", "this actor", "their music"],
-    "German": ["der Film", "die Handlung", "das Schauspielerensemble", "die Musik"],
     "Hindi": ["यह फिल्म", "इसकी कहानी", "वह अभिनेता", "इसका संगीत"],
     "Chinese": ["电影", "剧情", "演员", "音乐"],
-    "Japanese": ["この映画は", "ストーリーが", "俳優は", "音楽も"],
-    "Thai": ["หนังเรื่องนี้", "เนื้อเรื่อง", "นักแสดง", "ดนตรี"],
     "emoji": ["🎬", "📖", "🎭", "🎵"],
 }
 WORDS = {
     "English": (["was dull!", "is weak,", "bored me"], ["was great!", "is warm,", "moved me"]),
-    "German": (["war öde!", "ist schwach,", "langweilt"], ["war toll!", "ist stark,", "bewegt"]),
     "Hindi": (["बेकार है।", "कमज़ोर है,", "बुरी थी"], ["अच्छी है।", "शानदार है,", "बढ़िया थी"]),
     "Chinese": (["很差。", "无聊，", "糟糕"], ["很好。", "精彩，", "感人"]),
-    "Japanese": (["退屈だった。", "ひどい、", "最悪"], ["最高だった。", "素晴らしい、", "感動した"]),
-    "Thai": (["แย่มาก", "น่าเบื่อ", "ไม่ดี"], ["ดีมาก", "สนุก", "เยี่ยม"]),
     "emoji": (["👎👎", "😡", "💩"], ["👍👍", "😍", "🎉"]),
 }
-SPACED = ("English", "German", "Hindi")
+SPACED = ("English", "Hindi")
 
 
 def texts_of(language: str, n: int = 80) -> tuple[list[str], np.ndarray]:

@@ -25,6 +25,14 @@ def two_columns(log_odds) -> np.ndarray:
     return np.stack([-np.array(log_odds) / 2, np.array(log_odds) / 2], axis=1)
 
 
+def compared(rows: dict[str, tuple[str, float, float]], predictions: pd.DataFrame, **others) -> pd.DataFrame:
+    """05's comparison of rows of type, ms and reviews/s; `others` name each row's teacher, baseline or eager form."""
+    columns = ["Model", "Type", "Latency (ms)", "Throughput (samp/s)", "status"]
+    table = pd.DataFrame([(name, *row, "ok") for name, row in rows.items()], columns=columns)
+    others = dict.fromkeys(("teacher", "control", "baseline", "eager")) | others
+    return comparison.compare(table, predictions, pd.DataFrame(others, index=list(rows))).set_index("Model")
+
+
 @pytest.fixture
 def clock(script, monkeypatch):
     """05, and a clock that only `advance` moves."""
@@ -94,20 +102,16 @@ def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not(scri
 
 @pytest.mark.parametrize("role", ["roberta", "distilbert", "mistral"])
 def test_the_flops_of_a_forward_pass_are_those_that_torch_counts(tiny, role):
+    from transformers import AutoModel
+
     per_token, per_pair = models.planned_size(str(tiny / role))[1]
-    load = models.load_classifier if role != "mistral" else None
-    model = load(str(tiny / role)).base_model if load else torch_llm(tiny / role)
+    llm = role == "mistral"
+    model = AutoModel.from_pretrained(tiny / role) if llm else models.load_classifier(str(tiny / role)).base_model
     model.config._attn_implementation = "eager"  # whose products torch counts one by one
     for tokens in (16, 48):
         with FlopCounterMode(display=False) as counted, torch.inference_mode():
             model(torch.full((1, tokens), 5))
         assert per_token * tokens + per_pair * tokens**2 == pytest.approx(counted.get_total_flops(), rel=0.02)
-
-
-def torch_llm(folder):
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(folder)
 
 
 def test_a_later_models_peak_is_what_it_is_alone():
@@ -139,11 +143,9 @@ def test_rows_are_compared_on_the_reviews_that_both_read():
     odds = {name: np.where(labels == 1, 2.0, -2.0) * np.where(which, 1, -1) for name, which in right.items()}
     predictions = pd.DataFrame({"label": labels, **odds})
     predictions.loc[2000:, "teacher"] = np.nan
-    table = pd.DataFrame({"Model": ["bag", "teacher", "student"], "Type": ["baseline", classifiers.ENCODER, "student"]})
-    table = table.assign(status="ok", **{"Latency (ms)": [1, 30, 10], "Throughput (samp/s)": [90, 2, 5]})
-    others = pd.DataFrame({"teacher": [None, None, "teacher"], "control": None, "baseline": [None, "bag", "bag"]})
-    others = others.assign(eager=None).set_axis(table["Model"])
-    row = comparison.compare(table, predictions, others).set_index("Model").loc["student"]
+    rows = {"bag": ("baseline", 1, 90), "teacher": (classifiers.ENCODER, 30, 2), "student": ("student", 10, 5)}
+    others = {"teacher": [None, None, "teacher"], "baseline": [None, "bag", "bag"]}
+    row = compared(rows, predictions, **others).loc["student"]
     both, theirs = right["student"][:2000], right["teacher"][:2000]
     assert row["diff_teacher"] == pytest.approx(both.mean() - theirs.mean(), abs=1e-6)
     assert row["agreement_teacher"] == pytest.approx((both == theirs).mean(), abs=1e-6)
@@ -201,16 +203,10 @@ def test_an_export_that_is_gone_cut_or_of_another_model_is_made_again(monkeypatc
     monkeypatch.setattr(classifiers.export, "export_onnx", export_onnx)
     monkeypatch.setattr(classifiers.importlib, "import_module", lambda name: None)
     model.mkdir()
-    (model / "config.json").write_text("{}")
-    changes = (
-        lambda: None,
-        lambda: (target / "onnx" / "model.onnx").write_text("wei"),
-        lambda: (target / "made_from.json").write_text(""),
-        lambda: (target / "onnx" / "model.onnx").unlink(),
-        lambda: (model / "config.json").write_text("{ }"),
-    )
-    for times, change in enumerate(changes, start=1):
-        change()
+    config, onnx = model / "config.json", target / "onnx" / "model.onnx"
+    changes = [(config, "{}"), (onnx, "wei"), (target / "made_from.json", ""), (onnx, None), (config, "{ }")]
+    for times, (file, content) in enumerate(changes, start=1):
+        file.unlink() if content is None else file.write_text(content)
         for _ in range(2):
             classifiers.deploy(model, target)
         assert len(made) == times
@@ -231,9 +227,6 @@ def test_forms_are_of_the_student_on_the_cpu_and_say_which_package_they_lack(scr
     assert [form.kind[6:] for form in forms] == ["eager fp32", "eager bf16", "ONNX fp32", "ONNX int8"]
     assert [form.absent for form in forms] == [None, None, "onnx is not installed", "onnx is not installed"]
     assert all(form.student is student and form.samples == 2000 for form in forms)
-    table = pd.DataFrame({"Model": ["e", "bad"], "Type": "form", "status": "ok", "Latency (ms)": [10.0, 4.0]})
-    table["Throughput (samp/s)"] = 1.0
     predictions = pd.DataFrame({"label": [1] * 100, "e": 1.0, "bad": [-1.0] + [1.0] * 99})
-    others = pd.DataFrame({"teacher": None, "control": None, "baseline": None, "eager": ["e", "e"]}, ["e", "bad"])
-    rows = comparison.compare(table, predictions, others)
+    rows = compared({"e": ("form", 10.0, 1.0), "bad": ("form", 4.0, 1.0)}, predictions, eager=["e", "e"])
     assert rows["recommended"].tolist() == ["yes", "not recommended"] and rows["speedup_eager"].tolist() == [1, 2.5]

@@ -16,10 +16,9 @@ from common import artifacts, storage
 from experiments import distillation, real_weights
 
 STUB = """#!/usr/bin/env bash
-# Stands in for Python: writes down the command, and fails where it is told to.
+# Stands in for Python: writes down the command, and says how many GiB its GPU has.
 echo "$*" >>"$CALLS"
-[[ $1 != -c ]] || echo "$GIB"
-[[ $1 != "$FAILS"* ]]
+[[ $1 != -c ]] || echo 79
 """
 
 
@@ -42,9 +41,7 @@ def source(tiny, tmp_path):
     }
 
 
-def test_joined_parts_are_what_was_packed_in_fp16_and_damaged_or_mixed_ones_are_named(
-    source, tmp_path, monkeypatch, stops
-):
+def test_joined_parts_are_what_was_packed_in_fp16_and_damaged_ones_are_named(source, tmp_path, monkeypatch, stops):
     parts, there, files = tmp_path / "parts", tmp_path / "there", importlib.metadata.files
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [] if name == "gguf" else files(name))
     monkeypatch.setattr(real_weights, "PART_BYTES", 500_000)
@@ -78,53 +75,23 @@ def test_joined_parts_are_what_was_packed_in_fp16_and_damaged_or_mixed_ones_are_
         full, joined = load_file(file), load_file(there / "data" / name)
         assert all(joined[key].dtype == np.float16 for key in full)
         assert all((joined[key] == full[key].astype(np.float16)).all() for key in full)
-    storage.write_json(source["baseline"] / "run.json", {"another": "run"})
-    real_weights.pack(parts, **source)
-    stops(join, "other parts", "delete it")
-    stops(lambda: real_weights.pack(parts, **source | {"dataset": tmp_path / "none"}), "none/ is missing")
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Run gpu.sh with a stub for Python; returns the finished process and the commands."""
+    """Run gpu.sh with a stub for Python; returns the commands."""
     python, calls = tmp_path / "python", tmp_path / "calls"
     python.write_text(STUB)
     python.chmod(0o755)
     for work in ("work", "work/tiny"):
         storage.write_json(tmp_path / work / "data/outputs/02_roberta/run.json", {})
 
-    def start(*words: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-        calls.write_text("")
-        own = {"PYTHON": str(python), "CALLS": str(calls), "GIB": "79", "FAILS": "none", "HOURS": "0.1"}
-        own |= {"WORK": str(tmp_path / "work"), "OUT": str(tmp_path / "out")}
-        command = ["bash", "experiments/gpu.sh", *words]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | own | environment, capture_output=True, text=True)
-        return done, calls.read_text().splitlines()
+    def start(*words: str) -> list[str]:
+        own = {"PYTHON": str(python), "CALLS": str(calls), "WORK": str(tmp_path / "work"), "OUT": str(tmp_path / "out")}
+        subprocess.run(["bash", "experiments/gpu.sh", *words], cwd=ROOT, env=os.environ | own, check=True)
+        return calls.read_text().splitlines()
 
     return start
-
-
-def scripts(calls: list[str]) -> list[str]:
-    return [call.split("_")[0] for call in calls if call.startswith("0")]
-
-
-@pytest.mark.parametrize(
-    ("fails", "code", "ran"),
-    [("none", 0, "02 03 04a 04b 05"), ("02", 1, "02 03 04b 05"), ("04b", 1, "02 03 04a 04b 05")],
-)
-def test_each_student_follows_its_teacher_and_what_is_finished_is_measured_last(fails, code, ran, run, tmp_path):
-    done, calls = run("imdb", FAILS=fails)
-    order = scripts(calls)
-    assert done.returncode == code and sorted(order) == ran.split() and order[-1] == "05", done.stderr
-    assert order.index("03") < order.index("04b") and ("04a" not in order or order.index("02") < order.index("04a"))
-    assert "--join" in calls[1] and names(tmp_path / "out") == {"02_roberta/run.json", "imdb.log"}
-
-
-def test_the_benchmark_has_time_left(run):
-    hours = {call[:2]: float(call.split("--max-hours ")[1]) for call in run("imdb")[1] if call.startswith("0")}
-    assert 3600 * hours["02"] == pytest.approx(360 - 90, abs=5) and 3600 * hours["05"] == pytest.approx(360, abs=9)
-    done, calls = run("imdb", HOURS="0.028")  # 100 seconds
-    assert scripts(calls) == ["05"] and done.returncode == 3
 
 
 @pytest.mark.parametrize("what", ["imdb", "study"])
@@ -132,26 +99,13 @@ def test_the_benchmark_has_time_left(run):
 def test_every_flag_is_one_of_the_scripts(what, tiny, run, script):
     length = 96 if tiny else {"imdb": 512, "study": 128}[what]
     students = distillation.make_parser("", [*distillation.RUNS, *distillation.TEACHERS])
-    for call in run(what, *tiny)[1]:
+    calls = run(what, *tiny)
+    assert any(call.startswith("05") for call in calls) == (what == "imdb") and len(calls) > 5
+    for call in calls:
         parse = script(call.split("_")[0]).parse_args if call.startswith("0") else students.parse_args
         if call.startswith(("0", "experiments/distillation")):
             args = parse(call.split()[1:])
             assert args.dataset.endswith("reviews") and getattr(args, "max_length", length) == length
-
-
-@pytest.mark.parametrize(
-    ("words", "environment", "told"),
-    [
-        (["true_size"], {"GIB": "False"}, "no GPU is in sight"),
-        (["imdb"], {"GIB": "15"}, "this GPU has 15 GiB"),
-        (["imdb"], {"HOURS": "0"}, "HOURS=0"),
-        (["imbd"], {}, "pass true_size, imdb or study"),
-    ],
-)
-def test_a_mistake_is_told_in_a_sentence_before_any_work(words, environment, told, run):
-    done, calls = run(*words, **environment)
-    assert done.returncode == 2 and scripts(calls) == []
-    assert len(done.stderr.splitlines()) == 1 and told in done.stderr
 
 
 @pytest.mark.slow

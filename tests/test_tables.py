@@ -11,7 +11,7 @@ from conftest import ROOT
 from scipy.stats import bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
 
-from common import artifacts, metrics, verbalizer
+from common import artifacts
 from experiments import distillation, tables
 
 QUESTIONS = [file.parent for file in sorted((ROOT / "results").glob("*/runs.csv"))]
@@ -133,23 +133,17 @@ def test_test_is_read_only_when_it_is_asked_for_and_a_run_made_anew_is_not_seen_
     assert rows_of(folder).loc["margin", "accuracy"] == 0.88
 
 
-def test_what_is_kept_in_half_precision_changes_no_call_and_hardly_a_figure(folder):
-    exact = np.random.default_rng(0).normal(0, 3, 200)
-    exact[0] = 1e-6  # as near to a tie as a score comes
-    add(folder, "final", 1, exact)
-    predictions, _ = tables.read_question(folder)
-    logits = tables.scores_of(predictions, "test")[1]["final-1"]
-    assert np.array_equal(logits.argmax(1), exact > 0)
-    assert metrics.nll(LABELS, logits) == pytest.approx(metrics.nll(LABELS, verbalizer.teacher_logits(exact)), abs=1e-4)
-
-
 def test_runs_of_other_reviews_or_labels_are_refused_and_nothing_is_written(folder, stops):
     before = (folder / "runs.csv").read_bytes(), (folder / "predictions.parquet").read_bytes()
     for change in ({"label": 1 - LABELS}, {"example_id": REVIEWS["example_id"] + "x"}):
         other = REVIEWS.assign(**change)
         stops(lambda: add(folder, "margin", 1, odds(0.8, 1), reviews=other), "of other", "another results folder")  # noqa: B023
     stops(lambda: add(folder, "margin", 1, odds(0.8, 1), test="other texts"), "margin-1 has another test_reviews")
+    other = [run(folder, "teacher", 42, odds(0.9, 4), weights="other")]
+    stops(lambda: tables.collect(folder, other, True), "logits-1 has another teacher (w) than teacher-42 (other)")
     assert before == ((folder / "runs.csv").read_bytes(), (folder / "predictions.parquet").read_bytes())
+    tables.collect(folder, other, True, replace_teachers=True)
+    assert rows_of(folder).index.tolist() == ["teacher", "control"]  # the student of the replaced one is gone
 
 
 @pytest.mark.parametrize("key", [*tables.SHARED, "train", "validation", "unlabelled", "teacher_weights"])
@@ -158,13 +152,6 @@ def test_a_table_is_not_made_of_runs_with_different_settings_reviews_or_teachers
     name = {"teacher_weights": "teacher"}.get(key, name.get(key, key))
     facts = {"arithmetic" if key == "precision" else key: "other"}
     stops(lambda: add(folder, "margin", 1, odds(0.8, 1), **facts), f"margin-1 has another {name} (other)")
-
-
-def test_students_of_a_replaced_teacher_go_when_that_is_asked_for_and_are_refused_else(folder, stops):
-    other = [run(folder, "teacher", 42, odds(0.9, 4), weights="other")]
-    stops(lambda: tables.collect(folder, other, True), "logits-1 has another teacher (w) than teacher-42 (other)")
-    tables.collect(folder, other, True, replace_teachers=True)
-    assert rows_of(folder).index.tolist() == ["teacher", "control"]
 
 
 def test_a_half_replaced_question_is_named(folder, stops):

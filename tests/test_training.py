@@ -1,6 +1,11 @@
 import argparse
+import contextlib
+import itertools
+import os
 import shutil
 import time
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,20 +23,20 @@ def often(monkeypatch):
     monkeypatch.setattr(callbacks.SaveOften, "seconds", 0)
 
 
+ARGS = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 8, "weight_decay": 0.0}
+ARGS |= {"warmup_fraction": 0.0, "seed": 3}
+
+
 @pytest.fixture
 def args():
-    return argparse.Namespace(
-        epochs=2,
-        learning_rate=1e-3,
-        batch_size=8,
-        micro_batch_size=8,
-        weight_decay=0.0,
-        warmup_fraction=0.0,
-        seed=3,
-    )
+    return argparse.Namespace(**ARGS)
 
 
-def make_trainer(tiny, tmp_path, args, **more):
+def first_is_best(_):
+    return {"accuracy": 0.0}
+
+
+def make_trainer(tiny, tmp_path, args, metric=training.validation_accuracy, **more):
     tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
     texts = [f"{'good fun' if row % 2 else 'bad dull'} {'film ' * (row % 7)}" for row in range(32)]
     dataset = data.ReviewDataset(data.encode(tokenizer, texts, 32), np.arange(32) % 2)
@@ -43,7 +48,7 @@ def make_trainer(tiny, tmp_path, args, **more):
         train_dataset=dataset,
         eval_dataset=dataset,
         data_collator=data.Collator(tokenizer.pad_token_id),
-        compute_metrics=training.validation_accuracy,
+        compute_metrics=metric,
     )
 
 
@@ -107,44 +112,34 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_changes_neither_batch_nor
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_the_trial_meets_the_second_micro_step_beside_the_gradients_of_the_first(
-    tiny, tmp_path, args, capsys, monkeypatch
+TOO_LARGE = torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "ends", "said"),
+    [
+        (lambda second, rows: second and rows > 2, TOO_LARGE, contextlib.nullcontext(), "micro-batch 2 (x 4 acc"),
+        (lambda *_: True, TOO_LARGE, pytest.raises(SystemExit, match="too little memory.*--max-length"), "error: "),
+        (lambda *_: True, RuntimeError("shapes"), pytest.raises(RuntimeError, match="shapes"), ""),
+    ],
+    ids=["beside the first micro-step's gradients", "never", "another error"],
+)
+def test_the_trial_step_finds_what_fits_or_says_what_to_change_and_hides_no_other_error(
+    fails, error, ends, said, tiny, tmp_path, args, capsys, monkeypatch
 ):
+    args.micro_batch_size = 4
     trainer = make_trainer(tiny, tmp_path, args)
     compute = trainer.compute_loss
 
     def limited(model, inputs, *rest, **more):
-        with_gradients = any(weight.grad is not None for weight in model.parameters())
-        if with_gradients and len(inputs["input_ids"]) > 2 and trainer.optimizer is None:  # in the trial
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if fails(any(weight.grad is not None for weight in model.parameters()), len(inputs["input_ids"])):
+            raise error
         return compute(model, inputs, *rest, **more)
 
     monkeypatch.setattr(trainer, "compute_loss", limited)
-    args.micro_batch_size = trainer.args.per_device_train_batch_size = 4
-    trainer.args.gradient_accumulation_steps = 2
-    training.train(trainer, CPU)
-    assert "fits with micro-batch 2 (x 4 accumulated" in capsys.readouterr().out
-
-
-def test_a_gpu_too_small_for_one_review_is_told_before_training(tiny, tmp_path, args, stops, monkeypatch):
-    trainer = make_trainer(tiny, tmp_path, args)
-
-    def out_of_memory(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(trainer, "compute_loss", out_of_memory)
-    stops(lambda: training.train(trainer, CPU), "too little memory", "--max-length")
-
-
-def test_other_errors_of_the_trial_step_are_not_taken_for_lack_of_memory(tiny, tmp_path, args, monkeypatch):
-    trainer = make_trainer(tiny, tmp_path, args)
-
-    def broken(*_, **__):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(trainer, "compute_loss", broken)
-    with pytest.raises(RuntimeError, match="shapes"):
-        training.train(trainer, CPU)
+    with ends:
+        training.fit_memory(trainer, CPU)
+    assert said in "".join(capsys.readouterr())
 
 
 def test_a_full_disk_is_told_before_training(tiny, tmp_path, args, stops, monkeypatch):
@@ -179,29 +174,27 @@ def test_the_micro_batch_divides_each_processes_share_of_the_batch(batch, proces
     assert training.micro_batch_of(batch, processes, at_most) == micro
 
 
-def damaged(checkpoint, kind):
-    verb, name = kind.split()
-    file = checkpoint / name
-    if verb == "delete":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[: 100 if verb == "cut" else 0])
-
-
 FILES = "model.safetensors optimizer.pt trainer_state.json scheduler.pt rng_state.pth config.json sizes.json".split()
-KINDS = [*(f"cut {name}" for name in FILES), "empty model.safetensors", "delete optimizer.pt", "delete sizes.json"]
+# A file of a checkpoint and the bytes that are left of it. None: it is deleted.
+DAMAGES = [*((name, 100) for name in FILES), ("model.safetensors", 0), ("optimizer.pt", None), ("sizes.json", None)]
 
 
-def test_a_damaged_best_checkpoint_is_noticed_before_training_goes_on(tiny, tmp_path, args, capsys):
-    trainer = make_trainer(tiny, tmp_path, args)
-    accuracies = iter([0.9, 0.5])
-    trainer.compute_metrics = lambda _: {"accuracy": next(accuracies)}
-    trainer.train()
-    best, newest = sorted((tmp_path / "checkpoints").iterdir())
-    assert training.newest_checkpoint(tmp_path / "checkpoints") == newest
-    damaged(best, "empty model.safetensors")
-    assert training.newest_checkpoint(tmp_path / "checkpoints") is None
-    assert "the best so far" in capsys.readouterr().out
+def test_instead_of_a_damaged_checkpoint_the_one_before_is_taken_and_none_whose_best_is_damaged(
+    tiny, tmp_path, args, capsys
+):
+    make_trainer(tiny, tmp_path, args, first_is_best).train()
+    checkpoints = tmp_path / "checkpoints"
+    best, newest = sorted(checkpoints.iterdir())
+    assert training.newest_checkpoint(checkpoints) == newest
+    for name, size in DAMAGES:
+        copy = tmp_path / f"{name}-{size}"
+        shutil.copytree(checkpoints, copy)
+        file = copy / newest.name / name
+        file.unlink() if size is None else os.truncate(file, size)
+        assert training.newest_checkpoint(copy) == copy / best.name, file
+        assert "is damaged" in capsys.readouterr().out
+    os.truncate(best / "model.safetensors", 0)
+    assert training.newest_checkpoint(checkpoints) is None and "the best so far" in capsys.readouterr().out
 
 
 def test_a_checkpoint_records_its_files_when_every_process_has_saved_its_own(tiny, tmp_path, args, monkeypatch):
@@ -219,34 +212,11 @@ def test_a_checkpoint_records_its_files_when_every_process_has_saved_its_own(tin
     assert training.newest_checkpoint(newest.parent) != newest
 
 
-def test_an_fp16_checkpoint_continues_in_another_precision(tiny, tmp_path, args):
-    interrupt(make_trainer(tiny, tmp_path, args), 1.0)
-    checkpoint = training.newest_checkpoint(tmp_path / "checkpoints")
-    torch.save(torch.amp.GradScaler("cpu").state_dict(), checkpoint / "scaler.pt")
-    continued = make_trainer(tiny, tmp_path, args)
-    training.train(continued, CPU)
-    assert continued.state.global_step == continued.state.max_steps
-
-
 def test_a_best_checkpoint_that_is_gone_at_the_end_is_no_success(tiny, tmp_path, args, stops, often):
     interrupt(make_trainer(tiny, tmp_path, args), 1.5)
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
-    continued = make_trainer(tiny, tmp_path, args)
-    continued.compute_metrics = lambda _: {"accuracy": 0.0}
+    continued = make_trainer(tiny, tmp_path, args, first_is_best)
     stops(lambda: training.train(continued, CPU), "best checkpoint", "delete", "checkpoints/")
-
-
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, args, capsys):
-    make_trainer(tiny, tmp_path, args).train()
-    checkpoints = tmp_path / "checkpoints"
-    older, newest = sorted(checkpoints.iterdir())
-    assert training.newest_checkpoint(checkpoints) == newest
-    for kind in KINDS:
-        copy = tmp_path / kind.replace(" ", "_")
-        shutil.copytree(checkpoints, copy)
-        damaged(copy / newest.name, kind)
-        assert training.newest_checkpoint(copy) == copy / older.name, kind
-        assert "is damaged" in capsys.readouterr().out
 
 
 def interrupt(trainer, epoch):
@@ -262,50 +232,68 @@ def interrupt(trainer, epoch):
         training.train(trainer, CPU)
 
 
-def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tiny, tmp_path, args, often):
-    args.epochs = 3
-    whole = make_trainer(tiny, tmp_path / "whole", args)
-    training.train(whole, CPU)
-    interrupt(make_trainer(tiny, tmp_path / "stopped", args), 2.25)  # a step after its last checkpoint
-    continued = make_trainer(tiny, tmp_path / "stopped", args)
-    training.train(continued, CPU)
-    accuracies = ([e["eval_accuracy"] for e in t.state.log_history if "eval_accuracy" in e] for t in (whole, continued))
-    assert next(accuracies) == next(accuracies)
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, continued.model.state_dict()[name]), name
+def break_off_a_step_after_a_checkpoint(start, monkeypatch):
+    interrupt(start(), 1.25)
 
 
-def run_until_out_of_time(tiny, folder, args, monkeypatch, questions: int):
-    """Train; the clock says that the time is over from this question on. The trainer, and the code that ended it."""
-    asked = iter([False] * (questions - 1))
-    monkeypatch.setattr(device, "out_of_time", lambda: next(asked, True))
-    trainer = make_trainer(tiny, folder, args)
-    try:
+def break_off_in_the_evaluation(start, monkeypatch):
+    monkeypatch.setattr(callbacks.SaveOften, "seconds", 0)  # a checkpoint just before would be taken for evaluated
+    trainer = start()
+    trainer.compute_metrics = mock.Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
         training.train(trainer, CPU)
-        return trainer, None
-    except SystemExit as left:
-        return trainer, left.code
 
 
-def test_a_training_that_time_stops_again_and_again_ends_with_the_weights_of_an_unstopped_one(
-    tiny, tmp_path, args, monkeypatch, capsys
+def stop_for_time_again_and_again(start, monkeypatch):
+    clock = itertools.cycle([False, True])
+    monkeypatch.setattr(device, "out_of_time", lambda: next(clock))
+    for step in (2, 4, 6):  # inside an epoch and at its end; the last run's time is over with its last step
+        trainer = start()
+        with pytest.raises(SystemExit, match="3"):
+            training.train(trainer, CPU)
+        assert trainer.state.global_step == step
+
+
+def break_off_an_fp16_run(start, monkeypatch):  # and continue in another precision
+    interrupt(trainer := start(), 1.0)
+    checkpoint = training.newest_checkpoint(Path(trainer.args.output_dir))
+    torch.save(torch.amp.GradScaler("cpu").state_dict(), checkpoint / "scaler.pt")
+
+
+def ending(trainer):
+    """What a training leaves: its evaluations, the weights of each epoch, and those that are kept."""
+    evaluated = [(e["epoch"], e["eval_loss"]) for e in trainer.state.log_history if "eval_loss" in e]
+    files = sorted(Path(trainer.args.output_dir).glob("*/model.safetensors"))
+    weights = {name: weight.tolist() for name, weight in trainer.model.state_dict().items()}
+    return evaluated, {file.parent.name: file.read_bytes() for file in files}, weights
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    trainer = make_trainer(tiny, tmp_path_factory.mktemp("whole"), argparse.Namespace(**ARGS), first_is_best)
+    training.train(trainer, CPU)
+    return ending(trainer)
+
+
+@pytest.mark.parametrize(
+    "break_off",
+    [
+        break_off_a_step_after_a_checkpoint,
+        break_off_in_the_evaluation,
+        stop_for_time_again_and_again,
+        break_off_an_fp16_run,
+    ],
+)
+def test_an_interrupted_training_goes_on_in_another_folder_and_ends_as_an_uninterrupted_one(
+    break_off, unbroken, tiny, tmp_path, args, monkeypatch
 ):
-    whole = make_trainer(tiny, tmp_path / "whole", args)
-    training.train(whole, CPU)
-    capsys.readouterr()
-    steps, code = [0], 3
-    while code == 3:
-        stopped, code = run_until_out_of_time(tiny, tmp_path / "stopped", args, monkeypatch, 2)
-        assert stopped.state.global_step > steps[-1]  # each run makes a step at least
-        steps.append(stopped.state.global_step)
-        assert code is None or "out of time" in capsys.readouterr().out
-    assert code is None and steps == [0, 2, 4, 6, 8]  # inside an epoch and at its end
-    evaluated = [
-        [(e["epoch"], e["eval_accuracy"]) for e in t.state.log_history if "eval_loss" in e] for t in (whole, stopped)
-    ]
-    assert evaluated[0] == evaluated[1] and [epoch for epoch, _ in evaluated[0]] == [1.0, 2.0]
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, stopped.model.state_dict()[name]), name
+    break_off(lambda: make_trainer(tiny, tmp_path / "first", args, first_is_best), monkeypatch)
+    shutil.move(tmp_path / "first", tmp_path / "second")  # as a Kaggle session's outputs come to the next
+    continued = make_trainer(tiny, tmp_path / "second", args, first_is_best)
+    training.train(continued, CPU)
+    assert ending(continued) == unbroken
+    assert [epoch for epoch, _ in unbroken[0]] == [1.0, 2.0] and unbroken[1].keys() == {"checkpoint-4", "checkpoint-8"}
+    assert continued.state.best_model_checkpoint == str(tmp_path / "second/checkpoints/checkpoint-4")
 
 
 def test_training_tells_how_long_the_rest_takes_and_whether_the_time_will_do(tiny, tmp_path, args, monkeypatch, capsys):
@@ -326,30 +314,6 @@ def test_each_log_and_each_evaluation_is_one_line_without_a_dictionary(tiny, tmp
     lines = capsys.readouterr().out.splitlines()[1:]  # the first tells of the trial step
     assert "".join("L" if "  step " in line else "E" if "  after epoch " in line else "?" for line in lines) == "LLELLE"
     assert "{" not in "".join(lines) and "min left" in lines[0] and "validation accuracy" in lines[2]
-
-
-def test_an_epoch_whose_evaluation_was_interrupted_is_evaluated_all_the_same(tiny, tmp_path, args, often):
-    stopped = make_trainer(tiny, tmp_path, args)
-
-    def interrupted(_):
-        raise KeyboardInterrupt
-
-    stopped.compute_metrics = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        training.train(stopped, CPU)
-    continued = make_trainer(tiny, tmp_path, args)
-    training.train(continued, CPU)
-    evaluated = [entry["epoch"] for entry in continued.state.log_history if "eval_accuracy" in entry]
-    assert evaluated == [1.0, 2.0]  # a checkpoint saved just before would have been taken for evaluated
-
-
-def test_a_training_continued_in_another_folder_still_ends_with_its_best_checkpoint(tiny, tmp_path, args):
-    interrupt(make_trainer(tiny, tmp_path / "first", args), 1.0)
-    shutil.move(tmp_path / "first", tmp_path / "second")  # as a Kaggle session's outputs come to the next
-    continued = make_trainer(tiny, tmp_path / "second", args)
-    continued.compute_metrics = lambda _: {"accuracy": 0.0}  # so that the first epoch stays the best
-    training.train(continued, CPU)
-    assert continued.state.best_model_checkpoint == str(tmp_path / "second" / "checkpoints" / "checkpoint-4")
 
 
 def test_a_training_that_diverges_is_refused_before_anything_is_saved(tiny, tmp_path, args, stops):
