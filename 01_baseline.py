@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
 
     train, validation, test = reviews.train, reviews.validation, reviews.test
     analyzer = choose_analyzer(train["text"], validation["text"])
-    labelled = pd.concat([train, validation]).sort_values("example_id")  # as in the file
+    labelled = pd.concat([train, validation]).sort_values("example_id")  # the file's neighbours stay neighbours
     labels, counts = labelled["label"].to_numpy(), count_once(labelled["text"].tolist(), analyzer)
     print("tuning by cross-validation", flush=True)
     results = {}

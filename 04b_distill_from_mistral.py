@@ -94,7 +94,7 @@ def check_prompt(base: str, llm: dict):
 
 
 def scored_splits(args: argparse.Namespace, reviews: data.Reviews) -> list[str]:
-    """The splits that the LLM scores; train only if its soft labels are learned or calibrate."""
+    """The splits that the LLM scores; train only if its soft labels are learned."""
     from common import distill
 
     train = ["train"] if distill.reviews_with_soft_labels(args, reviews) == "all" else []

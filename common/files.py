@@ -62,7 +62,7 @@ def read(args: argparse.Namespace, reads: tuple[str, ...]) -> dict[str, pd.DataF
             parts.append(columns.text_and_label(table, shown, args, split))
         by_split[split] = pd.concat(parts, ignore_index=True)
     if "transfer" in needed - found.keys():
-        print(f"{args.dataset} has no unlabelled reviews (unsupervised.*): the transfer set is empty")
+        print(f"{args.dataset} has no unlabelled reviews (unsupervised.*), from which a teacher helps most")
         by_split["transfer"] = pd.DataFrame({"text": [], "label": []})
     return columns.number_labels(by_split, args.negative_labels, args.positive_labels)
 

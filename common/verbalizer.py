@@ -141,8 +141,8 @@ def best_calibration(
 ) -> str:
     """The name of the calibration with the best held-out NLL on validation.
 
-    One that loses more than TOLERATED_LOSS of the teacher's held-out accuracy is passed over. So is one with which the
-    teacher would be refused, unless it would be with all of them.
+    One that loses more than TOLERATED_LOSS of the teacher's held-out accuracy is passed over, even if all others would
+    be refused. Of the rest, one with which the teacher would be refused comes last.
     """
     held_out = {name: teacher_logits(one.held_out) for name, one in made.items()}
     accuracies = {name: metrics.accuracy(labels, logits.argmax(axis=1)) for name, logits in held_out.items()}

@@ -80,6 +80,7 @@ def test_naive_bayes_is_scikit_learns_on_tf_idf_and_survives_its_folder(script, 
     how = baseline.units(analyzer) | {"ngram_range": (1, 2), "min_df": 2, "norm": "l1"}
     theirs = make_pipeline(TfidfVectorizer(**how), MultinomialNB(alpha=0.1)).fit(texts, labels)
     model.save(tmp_path / "naive_bayes")
+    assert baseline.load_baseline(tmp_path / "naive_bayes").weights.flags.c_contiguous  # else each review copies them
     for one in (model, baseline.load_baseline(tmp_path / "naive_bayes")):
         odds = 0.5 * one.logits(texts)
         np.testing.assert_allclose(np.exp(odds[:, 1]) / np.exp(odds).sum(1), theirs.predict_proba(texts)[:, 1], 1e-4)
