@@ -12,8 +12,6 @@ import pandas as pd
 from common import artifacts, data, device, storage
 from common.classifiers import Contender
 
-FORMAT = 2  # of a kept row; raise it when 05 measures something else
-
 
 @dataclass
 class Measured:
@@ -36,7 +34,6 @@ def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argpar
     base, versions = Path(str(contender.facts.get("base"))), artifacts.versions()
     names = ("latency_samples", "latency_seconds", "injection_samples", "batch_tokens")
     about = {
-        "format": FORMAT,
         "model": artifacts.digest(contender.files) if contender.files.exists() else None,
         "row": [contender.name, contender.kind, contender.facts],
         "reviews": data.fingerprint(part),
