@@ -175,7 +175,8 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
         "settings": dict(sorted(vars(args).items())),
         "facts": facts,
         "seed": args.seed,
-        **made_with(),
+        "versions": versions(),
+        "git_commit": _commit(),
         "wall_time_s": round(time.time() - _process_started, 1),
         "peak_memory_mb": round(peak_mb),
         "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files},
@@ -370,10 +371,10 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def made_with() -> dict:
-    """The versions, and the commit of the scripts ("+" marks uncommitted changes; None outside a git checkout)."""
-    commit, describe = None, ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+def _commit() -> str | None:
+    """The commit of the scripts ("+" marks uncommitted changes); None outside a git checkout."""
+    describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         described = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        commit = described.stdout.strip()
-    return {"versions": versions(), "git_commit": commit}
+        return described.stdout.strip()
+    return None

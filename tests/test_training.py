@@ -1,6 +1,5 @@
 import argparse
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -306,19 +305,6 @@ def test_a_training_that_time_stops_again_and_again_ends_with_the_weights_of_an_
     assert evaluated[0] == evaluated[1] and [epoch for epoch, _ in evaluated[0]] == [1.0, 2.0]
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, stopped.model.state_dict()[name]), name
-
-
-def test_training_tells_how_long_the_rest_takes_and_whether_the_time_will_do(tiny, tmp_path, args, monkeypatch, capsys):
-    monkeypatch.setattr(callbacks, "FORECAST_STEPS", 2)
-    monkeypatch.setattr(device, "_deadline", time.monotonic() + 3600)
-    training.train(make_trainer(tiny, tmp_path / "enough", args), CPU)
-    out = capsys.readouterr().out
-    assert out.count("minutes of training are left") == 1 and "warning" not in out
-    monkeypatch.setattr(device, "_deadline", time.monotonic())
-    monkeypatch.setattr(callbacks, "FORECAST_STEPS", 1)
-    with pytest.raises(SystemExit) as left:
-        training.train(make_trainer(tiny, tmp_path / "short", args), CPU)
-    assert left.value.code == 3 and "warning: --max-hours is too short" in capsys.readouterr().out
 
 
 def test_each_log_and_each_evaluation_is_one_line_without_a_dictionary(tiny, tmp_path, args, capsys):
