@@ -45,7 +45,7 @@ def load_adapters_beside_other_processes() -> None:
     """peft 0.19 with transformers 5.0.0: in several processes peft imports a class that transformers lacks.
 
     The class is for tensor parallelism. No weight is split here, so the function that needs it has nothing to do.
-    Test: test_under_torchrun_the_adapter_is_that_of_one_process, by `make kaggle-check`.
+    Test: test_under_torchrun_both_ranks_hold_the_same_adapter_and_it_is_that_of_one_process, by `make kaggle-check`.
     """
     from peft.utils import save_and_load
     from transformers.integrations import tensor_parallel
