@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import device, memory
 from common.data import LABELS
-from common.settings import NOT_COMPARED, default_of, in_words, stop
+from common.settings import NOT_COMPARED, in_words, stop
 from common.storage import delete, explained, intact_json, read_json, whole, write_json
 
 SCRIPTS = {
@@ -118,8 +118,7 @@ def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> No
 def _changed(recorded: dict, current: dict, but: set[str] = NOT_COMPARED) -> list[str]:
     old, new = (run.get("settings", {}) | run.get("inputs", {}) for run in (recorded, current))
     names = sorted((old | new).keys() - but)
-    # A flag that is newer than the run had its default there.
-    pairs = [(name, old.get(name, default_of(name, "absent")), new.get(name, "absent")) for name in names]
+    pairs = [(name, old.get(name, "absent"), new.get(name, "absent")) for name in names]
     return [f"{name} was {in_words(name, was)}, is {in_words(name, now)}" for name, was, now in pairs if was != now]
 
 
@@ -176,7 +175,8 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
         "settings": dict(sorted(vars(args).items())),
         "facts": facts,
         "seed": args.seed,
-        **made_with(),
+        "versions": versions(),
+        "git_commit": _commit(),
         "wall_time_s": round(time.time() - _process_started, 1),
         "peak_memory_mb": round(peak_mb),
         "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files},
@@ -261,11 +261,8 @@ def verify(path: Path, remedy: str = "") -> None:
     if folder is None:
         return
     remedy = remedy or _make_again(folder.name)
-    for name, entry in _read_run(folder, remedy).get("files", {}).items():
-        read = (folder / name).is_relative_to(path) and not name.endswith(
-            FOR_PEOPLE
-        )  # steps of older versions record these
-        if read and not _is_sound(folder / name, entry):
+    for name, entry in _read_run(folder, remedy)["files"].items():
+        if (folder / name).is_relative_to(path) and not _is_sound(folder / name, entry):
             stop(f"{folder / name} is missing or damaged though its step is finished: {remedy}")
 
 
@@ -277,8 +274,6 @@ def read_run(args: argparse.Namespace, step: str) -> dict:
 def fingerprint(args: argparse.Namespace, step: str) -> str:
     """The identity of a finished step: a digest of inputs, facts and files. Made again to the bit, it is the same."""
     run = read_run(args, step)
-    if "sha256" not in run:  # a step of an older version
-        return hashlib.sha256(Path(args.output_dir, step, "run.json").read_bytes()).hexdigest()[:16]
     return _digest_of({name: run[name] for name in ("inputs", "facts", "files")})[:16]
 
 
@@ -340,13 +335,12 @@ def _files(folder: Path) -> list[str]:
     return [name for name in (path.relative_to(folder).as_posix() for path in files) if name not in RECORDS]
 
 
-def _is_sound(file: Path, entry: dict | int | None) -> bool:
-    """Whether a file is as its step has left it. Steps of older versions have recorded sizes alone."""
-    recorded = {"bytes": entry} if isinstance(entry, int) else entry or {}
-    if not file.is_file() or file.stat().st_size != recorded.get("bytes"):
+def _is_sound(file: Path, entry: dict | None) -> bool:
+    """Whether a file is as its step has left it, by its entry in run.json."""
+    if not entry or not file.is_file() or file.stat().st_size != entry.get("bytes"):
         return False
     elsewhere = device.rank() > 0 or device.begun_by_parent()  # another process reads the digest
-    return elsewhere or "sha256" not in recorded or _sha256(file) == recorded["sha256"]
+    return elsewhere or _sha256(file) == entry.get("sha256")
 
 
 def _sha256(file: Path) -> str:
@@ -361,11 +355,9 @@ def _digest_of(run: dict) -> str:
 
 
 def _read_run(folder: Path, remedy: str) -> dict:
-    """A step's run.json; stops if it is damaged. That of a step of an older version has sizes, and no digest."""
-    run = read_json(folder / "run.json", remedy)
-    sizes = run.get("files", {}).values()
-    before = {"step", "settings", "inputs", "facts"} <= run.keys() and all(isinstance(size, int) for size in sizes)
-    if run.get("sha256") != _digest_of(run) and ("sha256" in run or not before):
+    """A step's run.json; stops if it is damaged."""
+    run = intact_json(folder / "run.json") or {}
+    if run.get("sha256") != _digest_of(run):
         stop(f"{folder / 'run.json'} is damaged: {remedy}")
     return run
 
@@ -379,10 +371,10 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def made_with() -> dict:
-    """The versions, and the commit of the scripts ("+" marks uncommitted changes; None outside a git checkout)."""
-    commit, describe = None, ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+def _commit() -> str | None:
+    """The commit of the scripts ("+" marks uncommitted changes); None outside a git checkout."""
+    describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         described = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        commit = described.stdout.strip()
-    return {"versions": versions(), "git_commit": commit}
+        return described.stdout.strip()
+    return None

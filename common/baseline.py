@@ -14,13 +14,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 TOKEN_PATTERN = r"\w+|[^\w\s]"  # "I" and "7" are words too; each mark of punctuation is worth half a point on IMDB
-OPTIONS = ("analyzer", "token_pattern", "ngram_range", "binary", "sublinear_tf", "use_idf", "norm")  # in config.json
-# Folders of earlier versions name a weighting instead.
-OF_WORDS = {"analyzer": "word", "token_pattern": r"\w+|[!?]"}
-EARLIER = {
-    "tfidf": OF_WORDS | {"binary": False, "use_idf": True, "norm": "l2"},
-    "binary": OF_WORDS | {"binary": True, "use_idf": False, "norm": None},
-}
+OPTIONS = ("analyzer", "token_pattern", "ngram_range", "binary", "use_idf", "norm")  # in config.json
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,7 @@ def load_baseline(folder: Path) -> Baseline:
     arrays = {file.stem: np.load(file, allow_pickle=False) for file in folder.glob("*.npy")}
     if "weights" not in arrays or len(arrays["weights"]) != len(terms):
         stop(f"{folder} is damaged: run 01_baseline.py --force")
-    options = config | EARLIER.get(config.get("weighting"), {})
-    options = {name: options[name] for name in OPTIONS} | {"dtype": np.float32}
-    options["ngram_range"] = tuple(options["ngram_range"])
+    options = config | {"ngram_range": tuple(config["ngram_range"]), "dtype": np.float32}
     return Baseline(make_vectorizer(terms, arrays.get("idf"), **options), arrays["weights"], arrays["bias"])
 
 

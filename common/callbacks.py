@@ -10,9 +10,7 @@ from common import device
 from common.settings import stop
 from common.storage import write_json
 
-DIVERGED = "the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32"
 SIZES = "sizes.json"  # of a checkpoint's files
-FORECAST_STEPS = 50  # training prints its remaining time after this many steps
 
 
 def within_epoch(state: TrainerState) -> bool:
@@ -58,16 +56,7 @@ class SaveOften(TrainerCallback):
 class MaxHours(TrainerCallback):
     """Ends training with a checkpoint after the step in which --max-hours is over."""
 
-    def on_train_begin(self, args, state, control, **_):
-        self.started, self.first_step = time.monotonic(), state.global_step
-
     def on_step_end(self, args, state, control, **_):
-        steps = state.global_step - self.first_step
-        if steps == FORECAST_STEPS:
-            seconds = (time.monotonic() - self.started) / steps * (state.max_steps - state.global_step)
-            print(f"about {seconds / 60:.0f} minutes of training are left, without evaluations", flush=True)
-            if seconds > device.seconds_left():
-                print("warning: --max-hours is too short; the run will stop with a checkpoint", flush=True)
         # Several processes have to agree, which costs them a synchronisation: they do so every tenth step.
         due = device.world_size() == 1 or state.global_step % 10 == 0
         if due and within_epoch(state) and device.out_of_time():
@@ -89,7 +78,7 @@ class RefuseNaN(TrainerCallback):
     def on_log(self, args, state, control, **_):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry][-2:]
         if len(losses) == 2 and not any(map(math.isfinite, losses)):
-            stop(DIVERGED)
+            stop("the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32")
 
 
 class Progress(TrainerCallback):
@@ -99,8 +88,8 @@ class Progress(TrainerCallback):
         self.started = self.logged = time.monotonic()
         self.first_step = self.logged_step = state.global_step
 
-    def on_log(self, args, state, control, logs=None, **_):
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+    def on_log(self, args, state, control, logs, **_):
+        if "loss" not in logs:
             return
         clock, step = time.monotonic(), state.global_step
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -115,7 +104,6 @@ class Progress(TrainerCallback):
         )
         self.logged, self.logged_step = clock, step
 
-    def on_evaluate(self, args, state, control, metrics=None, **_):
-        if state.is_world_process_zero:
-            accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
-            print(f"  after epoch {state.epoch:.2g}: validation accuracy {accuracy:.4f}, loss {loss:.4f}", flush=True)
+    def on_evaluate(self, args, state, control, metrics, **_):
+        accuracy, loss = metrics["eval_accuracy"], metrics["eval_loss"]
+        print(f"  after epoch {state.epoch:.2g}: validation accuracy {accuracy:.4f}, loss {loss:.4f}", flush=True)

@@ -167,12 +167,7 @@ def cascades(
     results = {contender.name: result for contender, _, result in done}
     for contender, _, first in done:
         name, teacher, file = contender.name, contender.teacher, root / contender.step / "validation.parquet"
-        if (
-            contender.kind not in STUDENTS.values()
-            or teacher is None
-            or teacher.name not in results
-            or not file.exists()  # of a step of an older version
-        ):
+        if contender.kind not in STUDENTS.values() or teacher is None or teacher.name not in results:
             continue
         second = results[teacher.name]
         temperature = storage.read_json(contender.files / "config.json").get("calibration_temperature", 1.0)

@@ -10,10 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from common.settings import stop
-
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
-NO_KERNEL = re.compile(r"not implemented for '|expected scalar type")
 _earlier_peak = 0.0
 
 
@@ -77,8 +74,6 @@ def fits(step: Callable[[], None]) -> bool:
         step()
         return True
     except (RuntimeError, MemoryError) as problem:
-        if NO_KERNEL.search(str(problem)):
-            stop(f"the model has no arithmetic in this precision here ({problem}): pass --precision fp32")
         if not is_lacking(problem):
             raise
     free()  # after the except clause: its exception holds the failed step's tensors

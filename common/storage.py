@@ -74,11 +74,11 @@ def intact_json(path: Path) -> dict | None:
         return None
 
 
-def read_json(path: Path, remedy: str = REWRITE) -> dict:
-    """Read a JSON file of a step; stop with the `remedy` if it is missing or damaged."""
+def read_json(path: Path) -> dict:
+    """Read a JSON file of a step; stop if it is missing or damaged."""
     content = intact_json(path)
     if content is None:
-        stop(f"{path} is missing or damaged: {remedy}")
+        stop(f"{path} is missing or damaged: {REWRITE}")
     return content
 
 

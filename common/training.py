@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalPrediction
 
 from common import device, llms, memory, metrics
-from common.callbacks import DIVERGED, SIZES, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
+from common.callbacks import SIZES, MaxHours, Progress, RecordFiles, RefuseNaN, SaveOften
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
@@ -157,9 +157,6 @@ def train(trainer: Trainer, hardware: Hardware) -> None:
     best = trainer.state.best_model_checkpoint
     if trainer.args.load_best_model_at_end and not (best and Path(best).exists()):
         stop(f"the best checkpoint ({best}) and its weights are gone: delete {checkpoints}/ to train again")
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if losses and not math.isfinite(losses[-1]):
-        stop(DIVERGED)
 
 
 def fit_memory(trainer: Trainer, hardware: Hardware) -> None:

@@ -1,6 +1,5 @@
 import argparse
 import errno
-import json
 import random
 import subprocess
 import sys
@@ -10,12 +9,16 @@ import pytest
 from conftest import ROOT
 from drill import KINDS, damage
 
-from common import artifacts, settings, storage
+from common import artifacts, storage
 
 
 @pytest.fixture
 def args(tmp_path):
     return argparse.Namespace(output_dir=str(tmp_path), preset="demo", force=False, precision="auto", seed=1, epochs=2)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 INPUTS = {"dataset/train": "aa"}
@@ -35,41 +38,98 @@ def test_a_write_replaces_the_old_file_or_folder_whole_or_not_at_all(tmp_path, k
     assert names(tmp_path) == ["model"]
 
 
-def test_finished_with_the_same_settings_stops_with_exit_code_0_and_holds_what_a_reader_needs(args, finished, capsys):
-    run = json.loads((finished / "run.json").read_text())
-    assert {"settings", "facts", "seed", "versions", "git_commit", "wall_time_s", "peak_memory_mb"} <= run.keys()
-    assert run["versions"]["torch"] and run["inputs"] == INPUTS
-    args.precision = "bf16"  # how, not what
-    with pytest.raises(SystemExit) as left:
-        artifacts.begin(args, "02_roberta", INPUTS)
-    assert left.value.code == 0 and "--force redoes it" in capsys.readouterr().out
+FORCED = {"force": True, "epochs": 5}
+EMPTY, KEPT, ALL = ["started.json"], ["model", "started.json"], ["half", "model", "started.json"]
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_other_settings_or_inputs_are_named_and_nothing_is_deleted(args, stops, finished):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    if finished:
-        artifacts.finish(args, folder, {})
-    args.epochs = 3
-    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "epochs was 2, is 3", "--force", "--output-dir")
-    args.epochs = 2
-    stops(lambda: artifacts.begin(args, "02_roberta", {"dataset/train": "bb"}), "dataset/train was aa, is bb")
-    if not finished:
-        (folder / "half").touch()
-        args.precision = "bf16"
-        assert artifacts.begin(args, "02_roberta", INPUTS) == folder and (folder / "half").exists()
-        (folder / "started.json").unlink()
-        stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "unknown run", "--force")
+def found(args, state):
+    """A step's folder in one of begin()'s states: with a part that the step keeps, and with half of its other work."""
+    if state in ("finished", "successor"):
+        finish_one(args)
+    if state in ("nothing", "finished"):
+        return
+    vars(args).update(FORCED if state in ("successor", "forced") else {})
+    work = artifacts.begin(args, "02_roberta", INPUTS, keep=("model",))
+    (work / "model").mkdir(exist_ok=True)
+    (work / "half").touch()
+    if state == "unknown":
+        (work / "started.json").unlink()
 
 
-@pytest.fixture
-def finished(args):
+@pytest.mark.parametrize(
+    ("state", "changes", "expected"),  # an exit code, words of an error, or the names in the opened folder
+    [
+        ("nothing", {}, EMPTY),
+        ("unknown", {}, "holds files of an unknown run"),
+        ("unknown", FORCED, KEPT),
+        ("unfinished", {}, ALL),
+        ("unfinished", {"precision": "bf16"}, ALL),  # how, not what
+        ("unfinished", {"epochs": 3}, "begun with other settings (epochs was 2, is 3)"),
+        ("unfinished", {"dataset/train": "bb"}, "dataset/train was aa, is bb"),
+        ("unfinished", {"force": True}, KEPT),
+        ("forced", FORCED, ALL),
+        ("forced", FORCED | {"precision": "fp32"}, KEPT),  # not the same command: a remedy for a loss of NaN
+        ("finished", {}, 0),
+        ("finished", {"precision": "bf16"}, 0),
+        ("finished", {"epochs": 3}, "finished with other settings (epochs was 2, is 3)"),
+        ("finished", {"dataset/train": "bb"}, "dataset/train was aa, is bb"),
+        ("finished", {"dataset/test": "cc"}, "dataset/test was absent, is cc"),
+        ("finished", FORCED, KEPT),
+        ("finished", {"epochs": 5, "again": True}, KEPT),
+        ("successor", {}, 0),
+        ("successor", {"epochs": 5}, "finished with other settings (epochs was 2, is 5)"),
+        ("successor", FORCED, ALL),
+        ("successor", FORCED | {"precision": "fp32"}, KEPT),
+        ("successor", {"epochs": 6, "again": True}, ALL),
+    ],
+)
+def test_a_folder_is_opened_as_begins_table_says_and_a_finished_step_stays(
+    args, tmp_path, stops, capsys, state, changes, expected
+):
+    before = dict(vars(args))
+    found(args, state)
+    vars(args).update(before)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    inputs = INPUTS | {name: value for name, value in changes.items() if "/" in name}
+    vars(args).update({name: value for name, value in changes.items() if name in before})
+
+    def begin():
+        return artifacts.begin(args, "02_roberta", inputs, keep=("model",), again="again" in changes)
+
+    if isinstance(expected, list):
+        work = begin()
+        assert work.name == ("02_roberta.new" if state in ("finished", "successor") else "02_roberta")
+        assert names(work) == expected
+        assert storage.read_json(work / "started.json")["settings"]["epochs"] == args.epochs
+        stay = tmp_path / "02_roberta" if work.name != "02_roberta" else work / "model"
+        files = {path: content for path, content in files.items() if stay in path.parents}
+    elif expected == 0:
+        with pytest.raises(SystemExit) as left:
+            begin()
+        assert left.value.code == 0 and "--force redoes it" in capsys.readouterr().out
+    else:
+        stops(begin, expected, "--force", "--output-dir")
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def finish_one(args):
     """A finished step of one file in a part."""
     folder = artifacts.begin(args, "02_roberta", INPUTS)
     (folder / "model").mkdir()
     (folder / "model" / "weights").write_text("12345")
     artifacts.finish(args, folder, {"labels": ["negative", "positive"]}, {"accuracy": 0.5})
     return folder
+
+
+@pytest.fixture
+def finished(args):
+    return finish_one(args)
+
+
+def test_run_json_holds_what_a_reader_needs(finished):
+    run = storage.read_json(finished / "run.json")
+    assert {"settings", "facts", "seed", "versions", "git_commit", "wall_time_s", "peak_memory_mb"} <= run.keys()
+    assert run["versions"]["torch"] and run["inputs"] == INPUTS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,18 +154,6 @@ def test_a_bit_anywhere_in_run_json_is_noticed(args, stops, finished):
     assert artifacts.begin(args, "02_roberta", INPUTS) == finished  # as if a kill had come before it
 
 
-def test_a_finished_step_of_before_is_checked_by_its_sizes(args, stops, finished):
-    run = json.loads((finished / "run.json").read_text())
-    run = {name: value for name, value in run.items() if name != "sha256"} | {
-        "files": {"model/weights": 5, "r.html": 9}
-    }
-    storage.write_json(finished / "run.json", run)
-    assert artifacts.require(args, "02_roberta", "model")
-    artifacts.verify(finished)  # a report may be drawn again, or edited
-    (finished / "model" / "weights").write_text("123")
-    stops(lambda: artifacts.require(args, "02_roberta", "model"), "weights is missing or damaged")
-
-
 def test_a_second_process_in_the_same_folder_is_refused(args, tmp_path):
     code = f"import pathlib, common.artifacts as a; a.lock(pathlib.Path({str(tmp_path)!r}, '02_roberta'))"
     command = [sys.executable, "-c", code]
@@ -115,49 +163,16 @@ def test_a_second_process_in_the_same_folder_is_refused(args, tmp_path):
     assert second.returncode == 2 and "another process is at work" in second.stderr
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
-
-
-def test_force_leaves_the_finished_step_in_place_until_its_successor_is_finished(args, finished, tmp_path):
-    before = (finished / "run.json").read_bytes()
+def test_a_finished_step_is_read_until_its_successor_is_finished_and_takes_its_place(args, finished, tmp_path):
     args.force, args.epochs = True, 5
     new = artifacts.begin(args, "02_roberta", INPUTS)
-    assert names(tmp_path) == ["02_roberta", "02_roberta.new"] and names(new) == ["started.json"]
     (new / "model").mkdir()
     (new / "model" / "weights").write_text("new")
-    assert artifacts.require(args, "02_roberta", "model") == finished / "model"
-    assert (finished / "run.json").read_bytes() == before
+    assert artifacts.require(args, "02_roberta", "model") == finished / "model" != new / "model"
     artifacts.finish(args, new, {})
     assert names(tmp_path) == ["02_roberta"] and (finished / "model" / "weights").read_text() == "new"
     run = storage.read_json(finished / "run.json")
     assert (run["step"], run["settings"]["epochs"]) == ("02_roberta", 5)
-
-
-def test_the_command_that_force_began_continues_its_successor_and_others_find_the_old_step(args, finished, stops):
-    args.force, args.epochs = True, 5
-    new = artifacts.begin(args, "02_roberta", INPUTS)
-    (new / "half").touch()
-    assert artifacts.begin(args, "02_roberta", INPUTS) == new and (new / "half").exists()
-    args.force = False
-    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "epochs was 2, is 5", "--force")
-    args.epochs = 2
-    with pytest.raises(SystemExit) as left:
-        artifacts.begin(args, "02_roberta", INPUTS)
-    assert left.value.code == 0 and (new / "half").exists()
-    args.force, args.epochs, args.precision = True, 5, "fp32"  # not the command that began the successor
-    artifacts.begin(args, "02_roberta", INPUTS)
-    assert not (new / "half").exists() and (finished / "run.json").exists()
-
-
-def test_force_begins_an_unfinished_step_anew_and_spares_what_the_step_keeps(args):
-    folder = artifacts.begin(args, "02_roberta", INPUTS)
-    (folder / "old").touch()
-    (folder / "kept").mkdir()
-    args.force, args.epochs = True, 5
-    assert artifacts.begin(args, "02_roberta", INPUTS, keep=("kept",)) == folder
-    assert names(folder) == ["kept", "started.json"]
-    assert storage.read_json(folder / "started.json")["settings"]["epochs"] == 5
 
 
 def test_a_successor_takes_over_undamaged_parts_and_no_write_reaches_the_old_ones(args, finished, capsys):
@@ -200,15 +215,6 @@ def test_a_kill_within_the_swap_leaves_a_finished_step_and_the_next_command_comp
     with pytest.raises(SystemExit) as finished_with_these:
         artifacts.begin(args, "02_roberta", INPUTS)
     assert finished_with_these.value.code == 0 and names(tmp_path) == ["02_roberta"]
-
-
-def test_a_step_that_checks_its_own_parts_is_opened_again_beside_its_finished_one(args, finished):
-    args.epochs = 5
-    new = artifacts.begin(args, "02_roberta", INPUTS, keep=("model",), again=True)
-    assert new != finished and (new / "model" / "weights").read_text() == "12345"
-    args.epochs = 6
-    assert artifacts.begin(args, "02_roberta", INPUTS, keep=("model",), again=True) == new
-    assert storage.read_json(new / "started.json")["settings"]["epochs"] == 6
 
 
 @pytest.mark.parametrize(
@@ -262,14 +268,3 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_what_was_written_is_delete
 
     stops(fill, words, "table.csv")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_flag_that_an_older_run_lacks_had_its_default_there(args, stops, finished, monkeypatch):
-    monkeypatch.setattr(settings, "_defaults", {"soft_loss": "kl", "preset": "kaggle"})
-    args.soft_loss = "margin"
-    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "soft_loss was kl, is margin")
-    args.soft_loss = "kl"
-    with pytest.raises(SystemExit) as left:
-        artifacts.begin(args, "02_roberta", INPUTS)
-    assert left.value.code == 0
-    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS | {"dataset/test": "cc"}), "dataset/test was absent")

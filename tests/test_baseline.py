@@ -1,7 +1,5 @@
 """01's models: words or characters, by what the reviews are; saved, loaded, and as their names say."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -89,20 +87,6 @@ def test_naive_bayes_is_scikit_learns_on_tf_idf_and_survives_its_folder(script, 
     svm = first.refit("nb_svm", chosen | {"c": 3.0, "beta": 0.75}, counts, labels)
     svm.save(tmp_path / "nb_svm")
     np.testing.assert_allclose(baseline.load_baseline(tmp_path / "nb_svm").logits(texts), svm.logits(texts), rtol=1e-4)
-
-
-@pytest.mark.parametrize(("weighting", "expected"), [("tfidf", (3 + 3) / 10**0.5), ("binary", 1 + 3)])
-def test_a_folder_of_an_earlier_version_is_read_as_it_was_written(tmp_path, weighting, expected):
-    """It counted "!" and "?" alone of all punctuation; TF-IDF had counts and length 1."""
-    config = {"weighting": weighting, "ngram_range": [1, 2], "sublinear_tf": False}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "vocabulary.json").write_text(json.dumps(["good", "good !"]))
-    np.save(tmp_path / "weights.npy", np.array([[0, 1], [0, 3]], np.float32))
-    np.save(tmp_path / "bias.npy", np.zeros(2, np.float32))
-    if weighting == "tfidf":
-        np.save(tmp_path / "idf.npy", np.ones(2, np.float32))
-    logits = baseline.load_baseline(tmp_path).logits(["good, good... ! Good film"])
-    assert logits[:, 1].tolist() == pytest.approx([expected])
 
 
 def test_neighbours_of_one_class_share_a_fold(script):

@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from common import checks, data, device, llms, memory, models, scoring, verbalizer
+from common import checks, data, device, llms, models, scoring, verbalizer
 
 CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["The plot is dull.", "The plot is not dull at all. " * 3, "A moving film", "ok"]
@@ -212,15 +212,6 @@ def test_a_vocabulary_that_does_not_know_the_reviews_is_named_before_training(ch
     stops(lambda: check(name, texts=["映画はとても面白かった"]), "does not know", "language")
     check(name, texts=["the film is dull 映画"])
     assert "warning" in capsys.readouterr().out
-
-
-def test_a_precision_without_kernels_is_one_sentence_and_another_fault_keeps_its_traceback(stops):
-    def fails(message: str):
-        raise RuntimeError(message)
-
-    stops(lambda: memory.fits(lambda: fails("\"erfinv\" not implemented for 'Half'")), "--precision fp32")
-    with pytest.raises(RuntimeError, match="a fault"):
-        memory.fits(lambda: fails("a fault"))
 
 
 def test_a_head_whose_labels_are_the_other_way_round_is_turned(checkpoint, capsys):

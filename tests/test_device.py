@@ -28,21 +28,26 @@ def detect(precision="auto", **flags):
     return device.detect(argparse.Namespace(precision=precision, **flags))
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_auto_is_fp16_on_a_t4_and_bf16_from_8_0_on(gpu, capability, precision):
-    gpu(*capability)
-    assert detect().precision == precision
-
-
-def test_emulated_bf16_on_a_t4_is_refused(gpu, stops):
-    gpu(7, 5)
-    stops(lambda: detect("bf16"), "no bf16", "--precision fp16")
-
-
-def test_a_cpu_runs_in_fp32_or_on_request_in_bf16_and_never_in_fp16(stops):
-    assert detect().precision == "fp32"
-    assert detect("bf16").dtype is torch.bfloat16
-    stops(lambda: detect("fp16"), "fp16 needs a GPU")
+@pytest.mark.parametrize(
+    ("capability", "asked", "expected"),
+    [
+        ((7, 5), "auto", "fp16"),
+        ((7, 5), "bf16", "no bf16 arithmetic: pass --precision fp16"),  # torch would emulate it
+        ((8, 0), "auto", "bf16"),
+        ((9, 0), "auto", "bf16"),
+        (None, "auto", "fp32"),
+        (None, "bf16", "bf16"),
+        (None, "fp16", "fp16 needs a GPU and none is in sight: pass --precision fp32"),
+    ],
+)
+def test_a_device_runs_in_the_precision_that_it_has_and_refuses_another(gpu, stops, capability, asked, expected):
+    if capability:
+        gpu(*capability)
+    if ":" in expected:
+        stops(lambda: detect(asked), expected)
+    else:
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        assert detect(asked).dtype is dtypes[expected]
 
 
 def test_every_gpu_in_sight_gets_a_process_unless_told_otherwise(gpu, monkeypatch, stops):
@@ -56,10 +61,10 @@ def test_every_gpu_in_sight_gets_a_process_unless_told_otherwise(gpu, monkeypatc
 def test_a_gpu_attends_without_cudnn(gpu, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
-    device.detect(argparse.Namespace(precision="auto"))
+    detect()
     assert chosen == []
     gpu(9, 0)
-    device.detect(argparse.Namespace(precision="auto"))
+    detect()
     assert chosen == [False]
 
 

@@ -31,8 +31,8 @@ FINISHED = set(
 def fake_step(args, step: str, **facts) -> Path:
     """A finished step of a numbered script, without files."""
     same = {name: getattr(args, name) for name in distillation.SAME} | {"max_length": 16}
-    run = {"step": step, "settings": same, "inputs": {}, "facts": {"labels": list(data.LABELS)} | facts}
-    storage.write_json(Path(args.output_dir, step, "run.json"), run)
+    run = {"step": step, "settings": same, "inputs": {}, "facts": {"labels": list(data.LABELS)} | facts, "files": {}}
+    storage.write_json(Path(args.output_dir, step, "run.json"), run | {"sha256": artifacts._digest_of(run)})
     return Path(args.output_dir, step)
 
 

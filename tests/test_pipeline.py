@@ -103,8 +103,11 @@ def read(folder: Path, name: str) -> dict:
 def record(step: Path, **changes) -> None:
     """Make run.json that of the step's present files, as another run of the step would."""
     run = {name: value for name, value in (read(step, "run.json") | changes).items() if name != "sha256"}
-    run["files"] = {name: (step / name).stat().st_size for name in run["files"]}  # as in steps of before: sizes alone
-    (step / "run.json").write_text(json.dumps(run))
+    files = {name: step / name for name in run["files"]}
+    run["files"] = {
+        name: {"bytes": file.stat().st_size, "sha256": artifacts._sha256(file)} for name, file in files.items()
+    }
+    (step / "run.json").write_text(json.dumps(run | {"sha256": artifacts._digest_of(run)}))
 
 
 def test_the_benchmark_has_the_promised_columns_and_a_row_for_every_model(outputs):

@@ -49,27 +49,23 @@ def test_help_shows_every_default_and_imports_no_torch():
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("number", "flags", "words"),
     [
-        (["--presett", "demo"], "unrecognized"),
-        (["--preset", "big"], "invalid choice"),
-        (["--max-train-samples", "0"], "not at least 1"),
-        (["--max-train-samples", "many"], "many"),
-        (["--epochs", "-1"], "above 0"),
-        (["--epochs", "nan"], "not a number"),
-        (["--warmup-fraction", "2"], "from 0 to 1"),
-        (["--seed", "-3"], "at least 0"),
-        (["--negative-labels", "1", "2"], "belong together"),
-        (["--validation-samples", "few"], "few"),
-        (["--precision", "int8"], "invalid choice"),
-        (["--num-processes", "0"], "not at least 1"),
-        (["--max-hours", "0"], "not a number above 0"),
-        (["--max-hours", "soon"], "invalid number of hours"),
+        ("02", ["--presett", "demo"], "unrecognized"),
+        ("02", ["--preset", "big"], "invalid choice"),
+        ("02", ["--max-train-samples", "0"], "not at least 1"),
+        ("02", ["--epochs", "-1"], "above 0"),
+        ("02", ["--warmup-fraction", "2"], "from 0 to 1"),
+        ("02", ["--seed", "-3"], "at least 0"),
+        ("02", ["--negative-labels", "1", "2"], "belong together"),
+        ("02", ["--max-hours", "soon"], "invalid number of hours"),
+        ("04a", ["--alpha", "0", "--feature-weight", "0"], "control"),
+        ("04b", ["--alpha", "0"], "control"),
     ],
 )
-def test_a_wrong_value_is_told_with_exit_code_2(flags, words, script, capsys):
+def test_a_wrong_value_is_told_with_exit_code_2(number, flags, words, script, capsys):
     with pytest.raises(SystemExit) as left:
-        script("02").parse_args(flags)
+        script(number).parse_args(flags)
     assert left.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -89,22 +85,15 @@ def test_the_next_command_carries_what_the_scripts_must_share(script):
     assert settings.next_command("04b.py", "max_train_samples") == "python 04b.py --max-train-samples all"
 
 
-@pytest.mark.parametrize(
-    ("number", "flags"), [("04a", ["--alpha", "0", "--feature-weight", "0"]), ("04b", ["--alpha", "0"])]
-)
-def test_a_student_without_a_teacher_is_called_the_control(number, flags, script, capsys):
-    with pytest.raises(SystemExit) as left:
-        script(number).parse_args(flags)
-    assert left.value.code == 2 and "control" in capsys.readouterr().err
-    assert script("04a").parse_args(["--alpha", "0"]).feature_weight > 0  # hidden states alone are a teacher's too
+def test_hidden_states_alone_are_a_teachers_too(script):
+    assert script("04a").parse_args(["--alpha", "0"]).feature_weight > 0
 
 
 def test_settings_that_differ_from_the_defaults_come_first(script, capsys):
     settings.start(script("02").parse_args(["--epochs", "7", "--max-hours", "2"]), "/somewhere/02_finetune_roberta.py")
     changed, defaults = capsys.readouterr().out.split("and the defaults")
     assert changed.splitlines() == ["02_finetune_roberta.py with", "  epochs = 7.0", "  max_hours = 2.0"]
-    assert "batch_size = 32" in defaults and "max_train_samples = all" in defaults and "epochs" not in defaults
-    assert max(map(len, defaults.splitlines())) <= 98
+    assert "max_train_samples = all" in defaults and "epochs" not in defaults
 
 
 def test_without_the_demo_its_preset_names_what_makes_it(script, stops, tmp_path, monkeypatch):

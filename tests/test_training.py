@@ -3,7 +3,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -294,19 +293,6 @@ def test_an_interrupted_training_goes_on_in_another_folder_and_ends_as_an_uninte
     assert ending(continued) == unbroken
     assert [epoch for epoch, _ in unbroken[0]] == [1.0, 2.0] and unbroken[1].keys() == {"checkpoint-4", "checkpoint-8"}
     assert continued.state.best_model_checkpoint == str(tmp_path / "second/checkpoints/checkpoint-4")
-
-
-def test_training_tells_how_long_the_rest_takes_and_whether_the_time_will_do(tiny, tmp_path, args, monkeypatch, capsys):
-    monkeypatch.setattr(callbacks, "FORECAST_STEPS", 2)
-    monkeypatch.setattr(device, "_deadline", time.monotonic() + 3600)
-    training.train(make_trainer(tiny, tmp_path / "enough", args), CPU)
-    out = capsys.readouterr().out
-    assert out.count("minutes of training are left") == 1 and "warning" not in out
-    monkeypatch.setattr(device, "_deadline", time.monotonic())
-    monkeypatch.setattr(callbacks, "FORECAST_STEPS", 1)
-    with pytest.raises(SystemExit) as left:
-        training.train(make_trainer(tiny, tmp_path / "short", args), CPU)
-    assert left.value.code == 3 and "warning: --max-hours is too short" in capsys.readouterr().out
 
 
 def test_each_log_and_each_evaluation_is_one_line_without_a_dictionary(tiny, tmp_path, args, capsys):
