@@ -14,7 +14,8 @@ def save_weights_by_todays_names(model: "PreTrainedModel") -> None:
     """transformers 5.0.0, not 5.23: a loaded model saves its LayerNorms as gamma and beta, which Trainer cannot read.
 
     Trainer would restore checkpoints without them. With its record of old names deleted, the model saves today's names.
-    Test: test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one, by `make kaggle-check`.
+    Test: test_an_interrupted_training_goes_on_in_another_folder_and_ends_as_an_uninterrupted_one, by
+    `make kaggle-check`.
     """
     vars(model).pop("_weight_conversions", None)
 

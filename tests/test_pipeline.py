@@ -347,7 +347,9 @@ def test_the_benchmark_measures_again_only_what_changed_and_says_what_is_stale(
     assert "measuring" not in capsys.readouterr().out
     whole, made = (pd.read_csv(folder / "05_benchmark/benchmark.csv")[columns] for folder in (outputs, tmp_path))
     pd.testing.assert_frame_equal(made[:5], whole[whole["Model"].isin(made["Model"])][:5].reset_index(drop=True))
-    record(tmp_path / "02_roberta", wall_time_s=1)
+    figures = tmp_path / "02_roberta" / "metrics.json"
+    figures.write_text(figures.read_text() + " ")
+    record(tmp_path / "02_roberta")
     config = tmp_path / "04a_student_from_roberta" / "model" / "config.json"
     config.write_text(config.read_text() + " ")
     record(tmp_path / "04a_student_from_roberta")
