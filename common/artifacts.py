@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import device, memory
 from common.data import LABELS
-from common.settings import NOT_COMPARED, in_words, stop
+from common.settings import NOT_COMPARED, default_of, in_words, stop
 from common.storage import delete, explained, intact_json, read_json, whole, write_json
 
 SCRIPTS = {
@@ -118,7 +118,8 @@ def _refuse_other(folder: Path, state: str, recorded: dict, current: dict) -> No
 def _changed(recorded: dict, current: dict, but: set[str] = NOT_COMPARED) -> list[str]:
     old, new = (run.get("settings", {}) | run.get("inputs", {}) for run in (recorded, current))
     names = sorted((old | new).keys() - but)
-    pairs = [(name, old.get(name, "absent"), new.get(name, "absent")) for name in names]
+    # A flag that is newer than the run had its default there: a new version of a script refuses no finished step.
+    pairs = [(name, old.get(name, default_of(name, "absent")), new.get(name, "absent")) for name in names]
     return [f"{name} was {in_words(name, was)}, is {in_words(name, now)}" for name, was, now in pairs if was != now]
 
 

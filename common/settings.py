@@ -212,6 +212,11 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
     return args
 
 
+def default_of(name: str, otherwise: object) -> object:
+    """The default of a flag of this script, or `otherwise` if it has no such flag."""
+    return _defaults.get(name, otherwise)
+
+
 def in_words(name: str, value: object) -> object:
     """A flag's value for printing; None is a word."""
     if value is not None:

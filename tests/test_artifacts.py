@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from drill import KINDS, damage
 
-from common import artifacts, storage
+from common import artifacts, settings, storage
 
 
 @pytest.fixture
@@ -268,3 +268,13 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_what_was_written_is_delete
 
     stops(fill, words, "table.csv")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_flag_that_an_older_run_lacks_had_its_default_there(args, stops, finished, monkeypatch):
+    monkeypatch.setattr(settings, "_defaults", {"new_flag": "old", "preset": "kaggle"})
+    args.new_flag = "other"
+    stops(lambda: artifacts.begin(args, "02_roberta", INPUTS), "new_flag was old, is other")
+    args.new_flag = "old"
+    with pytest.raises(SystemExit) as left:
+        artifacts.begin(args, "02_roberta", INPUTS)
+    assert left.value.code == 0
