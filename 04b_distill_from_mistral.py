@@ -6,12 +6,12 @@
 The 4-bit LLM scores validation and the transfer set, with 03's adapter or without it (--no-adapter). It needs one
 forward pass per batch and saves raw label log-probabilities. An interrupted run continues them. Calibration is applied
 when they are read. The student then trains on the labelled reviews and the transfer set, with 04a's trainer. With
---soft-labels all the LLM scores train too and the loss is 04a's: twice the time, and no better student
-(results/README.md, section 3).
+--soft-labels all the LLM scores train too, and the loss is 04a's with its alpha: twice the time, and no better
+student (results/README.md, section 3).
 
 With --teacher-scores FILE, no LLM is loaded and 03 is not needed: the file holds any LLM's answers for the reviews,
 the unlabelled ones above all. Its columns are text or example_id, and log_odds, p_positive or a label. Labelled reviews
-learn from their gold label, unless each of them has a score.
+learn from their gold label, or with --soft-labels all from their scores too, if each of them has one.
 
 Reads   the reviews, outputs/03_mistral/adapter/ or the file of scores
 Writes  outputs/04b_student_from_mistral/  soft_labels/ or teacher_scores/ (by split)  model/  validation.parquet

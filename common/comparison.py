@@ -19,7 +19,7 @@ TOLERATED_LOSS = 0.003  # of a form's accuracy against eager fp32
 
 
 def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, done: list, without: list[dict]) -> None:
-    """Write benchmark.csv and the files of which the report is drawn.
+    """Write benchmark.csv and the files from which the report is drawn.
 
     `done` holds (contender, reviews, measured) of each model, `without` the rows without figures.
     """

@@ -73,7 +73,7 @@ def accuracy_latency(figure: "Figure", table: pd.DataFrame, names: list[str], fo
     """Accuracy against latency. The front leaves out rows that read fewer reviews, and controls. Forms are hollow."""
     axes = figure.subplots()
     # A control is its student's network: noise alone decides which of the two is faster.
-    front = pareto_front(table[(table["n"] == table["n"].max()) & (table["Type"] != "control, no teacher")])
+    front = pareto_front(table[(table["n"] == table["n"].max()) & ~table["Type"].str.startswith("control")])
     axes.plot(front["Latency (ms)"], front["Accuracy"], color="gray", alpha=0.5, zorder=0, label="Pareto front")
     for kind, colour in COLOURS.items():
         rows = table[table["Type"].str.startswith(kind)]

@@ -1,4 +1,4 @@
-"""Files and folders, written whole or not at all; and read, or told damaged with a remedy."""
+"""Files and folders: written whole or not at all; read, or refused as damaged with a remedy."""
 
 import errno
 import json

@@ -76,7 +76,7 @@ def _keep_scored(
 ) -> data.Reviews:
     """The reviews without unlabelled ones that lack a score. It changes `found` and `args.soft_labels` accordingly.
 
-    Labelled reviews learn from scores only if each of them has one.
+    Labelled reviews learn from scores only with --soft-labels all, and only if each of them has one.
     """
     scored, lacking = np.isfinite(found["transfer"]), int(np.isnan(found["train"]).sum())
     if not scored.all():

@@ -87,6 +87,14 @@ def test_on_the_front_each_model_is_more_accurate_than_all_faster_ones(table):
     assert front["Model"].tolist() == [ODD, "demo-distilbert from demo-roberta", "demo-roberta"]
 
 
+def test_no_control_stands_on_the_front_as_only_noise_makes_it_faster_than_its_student(table, tmp_path, monkeypatch):
+    drawn, front = [], pictures.pareto_front
+    monkeypatch.setattr(pictures, "pareto_front", lambda rows: drawn.append(front(rows)) or drawn[-1])
+    table.loc[table["Type"] == "control, no teacher", "Latency (ms)"] = 3.0
+    report.draw_accuracy_latency(table, tmp_path / "picture.png")
+    assert drawn[0]["Model"].tolist() == [ODD, "demo-distilbert from demo-roberta", "demo-roberta"]
+
+
 def test_no_name_in_the_picture_covers_another_or_leaves_it(table, tmp_path, monkeypatch):
     table.loc[0, "Model"], table.loc[1, "Model"] = "a-folder-with-a-name-" * 8, r"a_b$\frac$"
     placed, label = [], pictures.label_points
