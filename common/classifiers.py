@@ -63,57 +63,84 @@ def find(
 ) -> list[Contender]:
     """The models of the finished steps `runs` (run.json by step), in their order, then the students' forms.
 
-    The forms are written into the folder `deployed`.
-
-    `made_again` names the steps whose teacher is another one now, and what to run. They are compared with no teacher.
+    The forms are written into the folder `deployed`. `made_again` names the steps whose teacher is another one now, and
+    what to run. They are compared with no teacher.
     """
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
-    found = []
-    if "01_baseline" in runs:
-        importlib.import_module("common.baseline")  # so that its first model does not pay for scikit-learn
-        for name, part in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
-            folder, cpu = root / "01_baseline" / part, device.cpu("fp32")
-            found.append(Contender(name, BASELINE, partial(load_bag_of_words, folder), folder, cpu))
-            found[-1].packages = ("scikit-learn", "numpy")
-    teachers = {}  # by the step of their students
-    if "02_roberta" in runs:
-        teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
-        found.append(_encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher))
-        teachers["04a_student_from_roberta"] = found[-1]
-    from_llm, stale = facts.get("04b_student_from_mistral"), "04b_student_from_mistral" in made_again
-    # A file says what some LLM answered. That LLM has no row, and 03's is not the student's teacher.
-    scores = from_llm.get("scores") if from_llm else None
-    from_llm = None if scores else from_llm
-    if "03_mistral" in runs:
-        tuned = from_llm is not None and from_llm["llm"]["adapter"] and not stale
-        calibration = from_llm if tuned else UNCALIBRATED
-        found.append(_llm(LLM, root / "03_mistral" / "adapter", hardware, facts["03_mistral"], calibration, args))
-        teachers["04b_student_from_mistral"] = None if scores else found[-1]
-    if from_llm and not from_llm["llm"]["adapter"]:
-        found.append(_llm(ZERO_SHOT, None, hardware, from_llm["llm"], from_llm, args))
-        teachers["04b_student_from_mistral"] = found[-1]
+    found = _baselines(root / "01_baseline") if "01_baseline" in runs else []
+    teachers, taught_by = _teachers(args, hardware, root, facts, made_again)
+    found += teachers
     for step in filter(runs.__contains__, STUDENTS):
-        student, teacher = short(facts[step]["student"]), short(facts[step]["teacher"])
-        rows = {"model": (f"{student} from {teacher}", STUDENTS[step]), "control": (f"{student} control", CONTROL)}
-        for part, (name, kind) in rows.items():
-            if part == "model" or (root / step / part).is_dir():
-                one = _encoder(name, kind, root / step / part, hardware, facts[step])
-                one.step, one.teacher = step, None if step in made_again else teachers.get(step)
-                one.note = f"its teacher's step was made again: {made_again[step]}" if step in made_again else None
-                if facts[step].get("scores"):
-                    one.note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
-                found.append(one)
+        found += _students(step, facts[step], hardware, root, taught_by.get(step), made_again.get(step))
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
     names = [contender.name for contender in found] + 2 * ["example_id", "label"]
     for contender in found:
         if names.count(contender.name) > 1:
             contender.name = f"{contender.name} ({contender.kind})"
+    return found + [form for student in _to_deploy(args, found) for form in forms(args, student, deployed)]
+
+
+def _baselines(folder: Path) -> list[Contender]:
+    importlib.import_module("common.baseline")  # so that its first model does not pay for scikit-learn
+    found, cpu = [], device.cpu("fp32")
+    for name, part in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
+        found.append(Contender(name, BASELINE, partial(load_bag_of_words, folder / part), folder / part, cpu))
+        found[-1].packages = ("scikit-learn", "numpy")
+    return found
+
+
+def _teachers(
+    args: argparse.Namespace, hardware: Hardware, root: Path, facts: dict[str, dict], made_again: dict[str, str]
+) -> tuple[list[Contender], dict[str, Contender]]:
+    """02's encoder, the LLM with 03's adapter, the LLM as it is if it taught; and who taught, by the student's step."""
+    (white_box, black_box), found, taught_by = STUDENTS, [], {}
+    if "02_roberta" in facts:
+        teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
+        found.append(_encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher))
+        taught_by[white_box] = found[-1]
+    student = facts.get(black_box, {})
+    llm = student.get("llm")  # None too if the student learned from a file of scores: that LLM has no row
+    if "03_mistral" in facts:
+        tuned = llm and llm["adapter"] and black_box not in made_again
+        calibration = student if tuned else UNCALIBRATED
+        found.append(_llm(LLM, root / "03_mistral" / "adapter", hardware, facts["03_mistral"], calibration, args))
+        if llm:
+            taught_by[black_box] = found[-1]
+    if llm and not llm["adapter"]:
+        found.append(_llm(ZERO_SHOT, None, hardware, llm, student, args))
+        taught_by[black_box] = found[-1]
+    return found, taught_by
+
+
+def _students(
+    step: str, facts: dict, hardware: Hardware, root: Path, teacher: Contender | None, again: str | None
+) -> list[Contender]:
+    """The student of a step, and its control if there is one. `again` is what to run if the teacher was made again."""
+    student, scores = short(facts["student"]), facts.get("scores")
+    rows = {
+        "model": (f"{student} from {short(facts['teacher'])}", STUDENTS[step]),
+        "control": (f"{student} control", CONTROL),
+    }
+    found = []
+    for part, (name, kind) in rows.items():
+        if part == "model" or (root / step / part).is_dir():
+            one = _encoder(name, kind, root / step / part, hardware, facts)
+            one.step, one.teacher = step, None if again else teacher
+            one.note = f"its teacher's step was made again: {again}" if again else None
+            if scores:
+                one.note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
+            found.append(one)
+    return found
+
+
+def _to_deploy(args: argparse.Namespace, found: list[Contender]) -> list[Contender]:
+    """The students of which forms are made: by --forms none, all, or the one that validation prefers."""
     students = [one for one in found if one.kind in STUDENTS.values()] if args.forms != "none" else []
     if args.forms == "best" and len(students) > 1:
         files = [artifacts.require(args, one.step, "metrics.json") for one in students]
         figures = [storage.read_json(file)["validation"]["student"] for file in files]
         students = [students[int(np.argmax([scores["accuracy"] for scores in figures]))]]
-    return found + [form for student in students for form in forms(args, student, deployed)]
+    return students
 
 
 def _encoder(name: str, kind: str, folder: Path, hardware: Hardware, facts: dict) -> Contender:

@@ -67,27 +67,12 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
     `predictions` holds the label, and log-odds by model. `compared_with` names by model (its index) the rows that it
     is compared with: `teacher`, `control`, `baseline` and `eager`. Speed-ups are over 02's model.
     """
-    labels = predictions["label"] == 1
     for row, name in table["Model"].items():
         for other, their_name in compared_with.loc[name].dropna().items() if name in compared_with.index else ():
-            if name == their_name or not {name, their_name} <= set(predictions):
-                continue
-            read = predictions[[name, their_name]].notna().all(axis=1)
-            verdicts = predictions.loc[read, [name, their_name]].to_numpy() > 0
-            correct, theirs = (verdicts == labels[read].to_numpy()[:, None]).T
-            difference, low, high = metrics.paired_difference(correct, theirs)
-            for end, value in {"": difference, "_low": low, "_high": high}.items():
-                table.loc[row, f"diff_{other}{end}"] = round(value, 6)
-            p = metrics.mcnemar_p(correct, theirs)
-            if other == "teacher":
-                table.loc[row, "agreement_teacher"] = (verdicts[:, 0] == verdicts[:, 1]).mean().round(6)
-            elif other == "baseline":
-                table.loc[row, "better_than_baseline"] = metrics.verdict(low, high) if p < 0.05 else "not shown"
-            else:
-                table.loc[row, f"mcnemar_p_{other}"] = p
-            if other == "eager":
-                gap = (predictions[name] - predictions[their_name])[read].abs().max()
-                table.loc[row, "largest_gap_eager"] = round(float(gap), 6)
+            if name != their_name and {name, their_name} <= set(predictions):
+                both = predictions[["label", name, their_name]].dropna()
+                for column, value in pair(other, both["label"].to_numpy(), both[[name, their_name]].to_numpy()).items():
+                    table.loc[row, column] = value
     teacher = table[(table["Type"] == ENCODER) & (table["status"] == "ok")]
     if len(teacher):
         # A form is measured on the CPU, so beside a teacher on a GPU its speed-up would be that of the machines.
@@ -103,6 +88,25 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
             lost = -table.loc[row, "diff_eager"] if name != eager else 0.0
             table.loc[row, "recommended"] = "yes" if lost <= TOLERATED_LOSS else "not recommended"
     return table
+
+
+def pair(other: str, labels: np.ndarray, odds: np.ndarray) -> dict[str, float | str]:
+    """A row's columns against its teacher, control, baseline or eager form; `odds` (n, 2) are its own, and theirs."""
+    verdicts = odds > 0
+    correct, theirs = (verdicts == (labels == 1)[:, None]).T
+    difference, low, high = metrics.paired_difference(correct, theirs)
+    ends = {"": difference, "_low": low, "_high": high}
+    columns: dict[str, float | str] = {f"diff_{other}{end}": round(value, 6) for end, value in ends.items()}
+    p = metrics.mcnemar_p(correct, theirs)
+    if other == "teacher":
+        columns["agreement_teacher"] = round(float((verdicts[:, 0] == verdicts[:, 1]).mean()), 6)
+    elif other == "baseline":
+        columns["better_than_baseline"] = metrics.verdict(low, high) if p < 0.05 else "not shown"
+    else:
+        columns[f"mcnemar_p_{other}"] = p
+    if other == "eager":
+        columns["largest_gap_eager"] = round(float(np.abs(odds[:, 0] - odds[:, 1]).max()), 6)
+    return columns
 
 
 def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
@@ -160,8 +164,7 @@ def cascades(
 ) -> tuple[list[dict], list[pd.DataFrame]]:
     """For each student that gains by handing its least sure reviews to its teacher, a row; and every student's curve.
 
-    The joint verdicts become a column of `predictions`, and the row's references one of `compared_with`. Cost is
-    counted, not timed: the student's on all reviews and the teacher's on the share that it reads.
+    The joint verdicts become a column of `predictions`, and the row's references one of `compared_with`.
     """
     rows, curves = [], []
     results = {contender.name: result for contender, _, result in done}
@@ -182,25 +185,37 @@ def cascades(
         curve["ms"] = first.latency.mean() + curve["test_share"] * second.latency.mean()
         joint = f"{name}, then {teacher.name}"
         curves.append(curve.assign(Model=joint))
-        best = curve[curve["chosen"]].iloc[0]
-        if not 0 < best["p_low"] < 1:
+        rule = curve[curve["chosen"]].iloc[0]
+        if not 0 < rule["p_low"] < 1:
             continue
         predictions.loc[test.index, joint] = odds
         compared_with.loc[joint] = compared_with.loc[name]
         quality = metrics.describe(test["label"].to_numpy(), np.stack([-odds / 2, odds / 2], axis=1))
-        both, share = (first.row, second.row), best["test_share"]
-        row = {"Model": joint, "Type": "cascade", "Accuracy": quality["accuracy"], "Latency (ms)": round(best["ms"], 3)}
-        seconds = [1 / one["Throughput (samp/s)"] for one in both]
-        row["Throughput (samp/s)"] = round(1 / (seconds[0] + share * seconds[1]), 2)
-        row |= {key: sum(one[key] for one in both) for key in ("Size (MB)", "Params (M)")}
-        row |= {key: value for key, value in quality.items() if key not in ("accuracy", "nll", "ece")}
-        row |= {"escalated_share": round(share, 4), "p_low": best["p_low"], "p_high": best["p_high"], "status": "ok"}
-        row["note"] = "cost counted from the two rows"
+        row = joint_row(rule, first.row, second.row) | quality | {"Model": joint, "Accuracy": quality["accuracy"]}
         if teacher.kind == ENCODER:
             command = ["python", "predict.py", str(contender.files), "FILE", "--escalate", str(teacher.files)]
-            row["note"] += f": {shlex.join([*command, '--unsure', str(best['p_low']), str(best['p_high'])])}"
-        rows.append(row)
+            row["note"] += f": {shlex.join([*command, '--unsure', str(rule['p_low']), str(rule['p_high'])])}"
+        rows.append(row | {"nll": None, "ece": None})  # the teacher's log-odds are not calibrated
     return rows, curves
+
+
+def joint_row(rule: pd.Series, student: dict, teacher: dict) -> dict:
+    """A cascade's cost from the rows of its two models: the student's on all reviews, the teacher's on a share of them.
+
+    The cost is counted, not timed.
+    """
+    share, seconds = rule["test_share"], [1 / one["Throughput (samp/s)"] for one in (student, teacher)]
+    return {
+        "Type": "cascade",
+        "Latency (ms)": round(rule["ms"], 3),
+        "Throughput (samp/s)": round(1 / (seconds[0] + share * seconds[1]), 2),
+        **{column: student[column] + teacher[column] for column in ("Size (MB)", "Params (M)")},
+        "escalated_share": round(share, 4),
+        "p_low": rule["p_low"],
+        "p_high": rule["p_high"],
+        "note": "cost counted from the two rows",
+        "status": "ok",
+    }
 
 
 def confident_errors(predictions: pd.DataFrame, texts: pd.Series) -> pd.DataFrame:

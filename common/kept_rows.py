@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,9 @@ import pandas as pd
 
 from common import artifacts, data, device, storage
 from common.classifiers import Contender
+from common.measuring import Measured
 
 FORMAT = 2  # of a kept row; raise it when 05 measures something else
-
-
-@dataclass
-class Measured:
-    """What one model gave."""
-
-    row: dict
-    logits: np.ndarray  # (n, 2), of its test reviews
-    latency: np.ndarray  # (passes, reviews) ms
-    sweep: list[dict]
-    injection: list[dict]
 
 
 def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argparse.Namespace) -> Path:

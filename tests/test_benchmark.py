@@ -10,8 +10,8 @@ import torch
 from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import classifiers, comparison, data, device, memory, metrics, models
-from common.kept_rows import Measured
+from common import classifiers, comparison, data, device, measuring, memory, metrics, models
+from common.measuring import Measured
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
 RNG = np.random.default_rng(0)
@@ -34,18 +34,16 @@ def compared(rows: dict[str, tuple[str, float, float]], predictions: pd.DataFram
 
 
 @pytest.fixture
-def clock(script, monkeypatch):
-    """05, and a clock that only `advance` moves."""
+def advance(monkeypatch):
+    """A function that moves 05's clock on by seconds; nothing else does."""
     now = [0.0]
-    benchmark = script("05")
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
-    return benchmark, lambda seconds: now.__setitem__(0, now[0] + seconds)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
 @pytest.fixture
-def timed(clock):
+def timed(advance):
     """05's latencies of one review at a time, of a model whose calls take these seconds; the first one warms up."""
-    benchmark, advance = clock
 
     def measure(calls, texts=("a",), seconds=1e9):
         def score(ids, _):
@@ -53,27 +51,27 @@ def timed(clock):
             return np.zeros((len(ids), 2))
 
         encode = lambda texts: advance(0.1) or texts  # noqa: E731
-        return benchmark.time_one_by_one(classifier(score, encode), list(texts), CPU, seconds=seconds)
+        return measuring.time_one_by_one(classifier(score, encode), list(texts), CPU, seconds=seconds)
 
     return measure
 
 
 def test_passes_repeat_until_the_medians_interval_is_within_3_percent(timed):
     calls = itertools.chain([9.0], np.repeat([1.0, 1.2, 1.0], 3), itertools.repeat(1.1))
-    times, share, half_width = timed(calls, ["a", "b", "c"])
-    assert len(times) > 4 and half_width <= 0.03
+    times, latency = timed(calls, ["a", "b", "c"])
+    assert len(times) > 4 and latency["latency_half_width"] <= 0.03 and latency["latency_quality"] == "ok"
     assert times[:3, 0] == pytest.approx([1100, 1300, 1100])
-    assert share == pytest.approx(0.1 * times.size / times.sum() * 1000)
+    assert latency["Latency (ms)"] == pytest.approx(np.median(times), abs=1e-3)
+    assert latency["tokenisation_share"] == pytest.approx(0.1 * times.size / times.sum() * 1000, abs=1e-4)
 
 
 def test_three_passes_that_agree_by_luck_are_not_enough_and_a_noisy_machine_is_given_up_in_time(timed):
     assert len(timed(itertools.repeat(1.0))[0]) == 4
-    times, _, half_width = timed(itertools.cycle([1.0, 3.0]), seconds=20)
-    assert half_width > 0.03 and 19 < times.sum() / 1000 < 30
+    times, latency = timed(itertools.cycle([1.0, 3.0]), seconds=20)
+    assert latency["latency_quality"] == "noisy" and 19 < times.sum() / 1000 < 30
 
 
-def test_the_sweep_takes_the_smallest_batch_that_is_as_fast_as_the_best_and_ends_when_memory_does(clock):
-    benchmark, advance = clock
+def test_the_sweep_takes_the_smallest_batch_that_is_as_fast_as_the_best_and_ends_when_memory_does(advance):
     rates = {512: 50, 1024: 99, 2048: 100}
 
     def score(ids, batch_tokens):
@@ -81,22 +79,20 @@ def test_the_sweep_takes_the_smallest_batch_that_is_as_fast_as_the_best_and_ends
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         advance(sum(map(len, ids)) / rates[batch_tokens])
 
-    rows = benchmark.sweep_batches(classifier(score), [[1] * 64] * 4000, CPU)
+    rows = measuring.sweep_batches(classifier(score), [[1] * 64] * 4000, CPU)
     assert [(row["batch_tokens"], row["chosen"]) for row in rows] == [(512, False), (1024, True), (2048, False)]
     assert [row["tokens_per_s"] for row in rows] == pytest.approx([50, 99, 100])
 
 
-def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not(script):
-    benchmark = script("05")
-
+def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not():
     def obedient(texts, _):
         return two_columns([5 if text.rstrip().endswith(("is positive.", "film")) else -1 for text in texts])
 
     rows = {
-        row["attack"]: row for row in benchmark.inject(classifier(obedient), ["a film", "another"], data.LABELS, None)
+        row["attack"]: row for row in measuring.inject(classifier(obedient), ["a film", "another"], data.LABELS, None)
     }
-    assert rows[benchmark.ATTACKS[1]]["turned"] == rows["any attack"]["turned"] == 1
-    assert rows[benchmark.ATTACKS[0]]["turned"] == 0  # though any ending turns the first one's verdict
+    assert rows[measuring.ATTACKS[1]]["turned"] == rows["any attack"]["turned"] == 1
+    assert rows[measuring.ATTACKS[0]]["turned"] == 0  # though any ending turns the first one's verdict
     assert rows["any attack"]["ci_low"] == pytest.approx(metrics.wilson_interval(2, 2)[0])
 
 
