@@ -93,7 +93,6 @@ def train_students(
     from common import distill, training
 
     train, labelled, validation = distill.student_datasets(args, reviews, teacher)
-    print(f"student: {len(labelled):,} labelled and {len(train) - len(labelled):,} unlabelled reviews", flush=True)
     weights = {"epochs": args.epochs, "alpha": args.alpha, "feature_weight": args.feature_weight}
     weights["teacher_width"] = width if args.feature_weight > 0 else None
     weights["soft_labels"] = distill.reviews_with_soft_labels(args, reviews)

@@ -228,7 +228,6 @@ def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: dat
     from common import distill, training
 
     train, labelled, validation = distill.student_datasets(args, reviews, teacher)
-    print(f"student: {len(labelled):,} labelled and {len(train) - len(labelled):,} unlabelled reviews", flush=True)
     weights = {"epochs": args.epochs, "alpha": args.alpha}
     weights["soft_labels"] = distill.reviews_with_soft_labels(args, reviews)
     logits = distill.train_student(args, hardware, folder / "model", train, validation, **weights)

@@ -140,6 +140,9 @@ def student_datasets(
     )
     gold = reviews.train["label"].to_numpy()
     hard_labels = np.concatenate([gold, np.full(len(transfer_ids), IGNORED)])
+    one_term = reviews_with_soft_labels(args, reviews) == "transfer"
+    loss = "one loss term each, which --alpha does not weigh" if one_term else f"alpha {args.alpha}"
+    print(f"student: {len(gold):,} labelled and {len(transfer_ids):,} unlabelled reviews, {loss}", flush=True)
     return (
         ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
         ReviewDataset(gold_ids, gold),

@@ -84,7 +84,7 @@ def in_batches(
             outputs.append(forward(*tensors))
     arrays = [in_order(parts, batches) for parts in zip(*outputs)]
     if bad := int((~np.isfinite(arrays[0]).all(axis=1)).sum()):
-        raise FloatingPointError(f"{bad} of {len(ids)} reviews scored NaN or infinite: try --precision fp32")
+        stop(f"{bad} of {len(ids)} reviews scored NaN or infinite: pass --precision fp32, and --force to train again")
     return arrays
 
 
