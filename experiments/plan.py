@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import measuring
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 # Tokens of IMDB's reviews cut at 512, at the 2.5th, 7.5th … 97.5th percentile of 4,000 reviews of each split:
 #   texts = pd.read_parquet(file_of_split)["text"].sample(4000, random_state=0).tolist()
@@ -168,7 +170,7 @@ def make() -> pd.DataFrame:
     train("04b", "student", "04a", both, args["04b"].epochs, 67.0e6)
     add("04b", "student, validation", "04a", validation)
     five = args["05"]
-    swept, attacks = 500, len(script("05").ATTACKS) + 1  # so many reviews fill the batches of the sweep
+    swept, attacks = 500, len(measuring.ATTACKS) + 1  # so many reviews fill the batches of the sweep
     one_by_one = 4 * five.latency_samples  # it is steady after four passes at the earliest
     extra = swept + one_by_one + attacks * five.injection_samples
     add("05", "RoBERTa", "02", count("05", "test") + extra)
