@@ -86,7 +86,8 @@ def save_soft_labels(
         arrays = ("features",) if saved else ()
         scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=saved), arrays=arrays)
         if split == "validation":  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
-            _, logits = scoring.read_scores(soft_labels, split, scoring.LOGITS)
+            script = artifacts.SCRIPTS[STEP]
+            logits, _ = scoring.read_scores(soft_labels, split, scoring.LOGITS, table["example_id"], script)
             training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
     return logits, {
         "feature_layers": layers,

@@ -110,7 +110,8 @@ def score_validation(
         return {"scores": scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)}
 
     scoring.in_chunks(folder, "validation", reviews, scoring.LOG_PROBABILITIES, score, chunk=250)
-    _, log_p = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES)
+    ids, script = reviews["example_id"], artifacts.SCRIPTS[STEP]
+    log_p, _ = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES, ids, script)
     labels = reviews["label"].to_numpy()
     training.refuse_collapse(log_p, labels, COLLAPSED)
     return metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}

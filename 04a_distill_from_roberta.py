@@ -20,8 +20,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from common import artifacts, checks, data, device, export, metrics, models, scoring, settings, storage
+from common import artifacts, checks, data, device, export, metrics, models, scoring, settings
 
 STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
 AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
@@ -54,22 +55,27 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
         if not len(table):
             continue
         artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}.parquet")
-        scoring.refuse_stale(folder, split, weights, "02_finetune_roberta.py")
-        file_ids, scores = scoring.read_scores(folder, split, scoring.LOGITS)
-        rows = distill.teacher_rows(file_ids, table["example_id"], split, "02_finetune_roberta.py")
-        logits.append(scores[rows])
+        scoring.refuse_stale(folder, split, weights, artifacts.SCRIPTS[TEACHER_STEP])
+        scores, rows = read_scores(folder, split, table)
+        logits.append(scores)
         if split == "train":
             distill.refuse_bad_teacher(logits[0], table["label"].to_numpy(), split)
         else:
             distill.refuse_one_class(logits[-1], reviews.train["label"].to_numpy())
         if args.feature_weight > 0:
             file = artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}_features.npy")
-            features.append((storage.read_array(file, len(file_ids)), rows))
+            features.append((np.load(file, mmap_mode="r"), rows))
     teacher = {"teacher_logits": np.concatenate(logits)}
     if features:
         saved = [facts["feature_layers"].index(layer) for layer in student_to_teacher_layers(args, facts)]
         teacher["teacher_features"] = distill.FeatureRows(features, saved)
     return teacher
+
+
+def read_scores(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's logits of a split's reviews, and their rows in 02's file."""
+    script = artifacts.SCRIPTS[TEACHER_STEP]
+    return scoring.read_scores(folder, split, scoring.LOGITS, table["example_id"], script)
 
 
 def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int]:
@@ -120,13 +126,9 @@ def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, l
 
 def save_validation(args: argparse.Namespace, folder: Path, reviews: data.Reviews, logits: dict) -> None:
     """Save the validation log-odds of student, control and teacher."""
-    from common import distill
-
     soft_labels = artifacts.require(args, TEACHER_STEP, "soft_labels")
-    file_ids, scores = scoring.read_scores(soft_labels, "validation", scoring.LOGITS)
-    ids = reviews.validation["example_id"]
-    rows = distill.teacher_rows(file_ids, ids, "validation", "02_finetune_roberta.py")
-    scoring.save_validation(folder, reviews.validation, **logits, teacher=scores[rows])
+    teacher, _ = read_scores(soft_labels, "validation", reviews.validation)
+    scoring.save_validation(folder, reviews.validation, **logits, teacher=teacher)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -144,13 +144,10 @@ def ask_llm(args: argparse.Namespace, reviews: data.Reviews, llm: dict, hardware
 
 def read_scores(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -> dict[str, np.ndarray]:
     """The LLM's (n, 2) label log-probabilities by split, in the order of the reviews."""
-    from common import distill
-
-    log_p = {}
+    log_p, script = {}, artifacts.SCRIPTS[STEP]
     for split in scored_splits(args, reviews):
-        file_ids, scores = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)
-        example_ids = getattr(reviews, split)["example_id"]
-        log_p[split] = scores[distill.teacher_rows(file_ids, example_ids, split, artifacts.SCRIPTS[STEP])]
+        ids = getattr(reviews, split)["example_id"]
+        log_p[split], _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
     return log_p
 
 

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -193,16 +192,6 @@ def train_student(
 def reviews_with_soft_labels(args: argparse.Namespace, reviews: Reviews) -> str:
     """--soft-labels: "all", or "transfer" if there is a transfer set."""
     return args.soft_labels if len(reviews.transfer) else "all"
-
-
-def teacher_rows(file_ids: pd.Index, example_ids: pd.Series, split: str, script: str) -> np.ndarray:
-    """The row of each example_id in a file of soft labels; stops if one is missing or comes twice."""
-    if not file_ids.is_unique:
-        stop(f"the soft labels of {split} hold an example_id twice: run {script} --force")
-    rows = file_ids.get_indexer(example_ids)
-    if missing := int((rows < 0).sum()):
-        stop(f"{missing} of {len(rows)} {split} reviews have no soft label: run {script} with the same sample counts")
-    return rows
 
 
 class FeatureRows:

@@ -200,10 +200,21 @@ def refuse_stale(folder: Path, split: str, origin: dict[str, object], script: st
             stop(f"{folder}/{split}.parquet was made with other {name} ({change}): run {script} --force")
 
 
-def read_scores(folder: Path, split: str, columns: tuple[str, str]) -> tuple[pd.Index, np.ndarray]:
-    """The example_ids and the (n, 2) float32 scores that `in_chunks` wrote."""
+def read_scores(
+    folder: Path, split: str, columns: tuple[str, str], example_ids: pd.Series, script: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The (n, 2) float32 scores that `in_chunks` wrote, in the order of `example_ids`, and their rows in the file.
+
+    Stops, and names the `script` to run, if an example_id is missing or comes twice.
+    """
     table = read_table(folder / f"{split}.parquet")
-    return pd.Index(table["example_id"]), table[list(columns)].to_numpy(np.float32)
+    file_ids = pd.Index(table["example_id"])
+    if not file_ids.is_unique:
+        stop(f"the soft labels of {split} hold an example_id twice: run {script} --force")
+    rows = file_ids.get_indexer(example_ids)
+    if missing := int((rows < 0).sum()):
+        stop(f"{missing} of {len(rows)} {split} reviews have no soft label: run {script} with the same sample counts")
+    return table[list(columns)].to_numpy(np.float32)[rows], rows
 
 
 def save_validation(folder: Path, validation: pd.DataFrame, **logits: np.ndarray) -> None:

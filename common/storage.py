@@ -94,17 +94,6 @@ def intact_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def read_array(path: Path, rows: int) -> np.ndarray:
-    """Memory-map a .npy file of an earlier step; stop unless it has as many rows as its table."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as problem:
-        stop(f"{path} is damaged ({problem}): {REWRITE}")
-    if len(array) != rows:
-        stop(f"{path} has {len(array)} rows and its table has {rows}: {REWRITE}")
-    return array
-
-
 def read_table(path: Path) -> pd.DataFrame:
     """Read a parquet table of an earlier step; stop if it is damaged."""
     try:

@@ -205,16 +205,14 @@ def make_teacher(study: Study, name: str, force: bool = False) -> str:
 
 def encoder_log_odds(study: Study, run: dict, splits: dict, *_: object) -> tuple[dict[str, np.ndarray], str]:
     """02's log-odds by split (its soft labels; of test scored here), and which weights these are."""
-    from common import distill
-
     model, folder = (artifacts.require(study.origin, "02_roberta", part) for part in ("model", "soft_labels"))
     log_odds = {}
     for split, table in splits.items():
         if split == "test":
             log_odds[split] = score(study, model, str(model), run["settings"]["max_length"], split)
             continue
-        in_file, logits = scoring.read_scores(folder, split, scoring.LOGITS)
-        logits = logits[distill.teacher_rows(in_file, table["example_id"], split, "02_finetune_roberta.py")]
+        script = "02_finetune_roberta.py"
+        logits, _ = scoring.read_scores(folder, split, scoring.LOGITS, table["example_id"], script)
         log_odds[split] = logits[:, 1] - logits[:, 0]
     return log_odds, models.weights_digest(model)
 
@@ -241,9 +239,11 @@ def llm_log_odds(
         rows = np.arange(len(table))
         if split == "test":
             rows = np.sort(data.stratified_order(table["label"], args.seed)[: args.llm_test_samples])
-        scoring.in_chunks(folder, split, table.iloc[rows], scoring.LOG_PROBABILITIES, score_texts, chunk=250)
+        part, columns = table.iloc[rows], scoring.LOG_PROBABILITIES
+        scoring.in_chunks(folder, split, part, columns, score_texts, chunk=250)
+        log_p, _ = scoring.read_scores(folder, split, columns, part["example_id"], "experiments/distillation.py")
         log_odds[split] = np.full(len(table), np.nan)
-        log_odds[split][rows] = verbalizer.log_odds(scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES)[1])
+        log_odds[split][rows] = verbalizer.log_odds(log_p)
     memory.free()
     bias = verbalizer.batch_calibration(log_odds["transfer"])
     identity = {name: llm[name] for name in ("prompt", "label_words", "max_length")}
@@ -254,14 +254,11 @@ def llm_log_odds(
 
 def read_soft_labels(study: Study, step: str) -> dict[str, np.ndarray]:
     """A finished teacher's (n, 2) logits of the train and transfer reviews."""
-    from common import distill
-
     table = storage.read_table(artifacts.require(study.args, step, "predictions.parquet"))
     logits = {}
     for split in ("train", "transfer"):
-        part, wanted = table[table["split"] == split], getattr(study.reviews, split)["example_id"]
-        rows = distill.teacher_rows(pd.Index(part["example_id"]), wanted, split, "experiments/distillation.py")
-        logits[split] = verbalizer.teacher_logits(part["log_odds"].to_numpy()[rows])
+        log_odds = table[table["split"] == split].set_index("example_id")["log_odds"]
+        logits[split] = verbalizer.teacher_logits(log_odds[getattr(study.reviews, split)["example_id"]].to_numpy())
     return logits
 
 

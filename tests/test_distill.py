@@ -1,7 +1,6 @@
 import argparse
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
@@ -206,12 +205,6 @@ def test_features_come_from_the_right_file_row_and_layer():
     rows = distill.FeatureRows([(first, np.array([2, 0])), (second, np.array([1]))], layers=[1, 3])
     np.testing.assert_array_equal(rows[0], first[2][[1, 3]])
     np.testing.assert_array_equal(rows[2], second[1][[1, 3]])
-
-
-def test_soft_labels_are_joined_by_example_id_and_a_gap_is_refused(stops):
-    in_file = pd.Index(["train/3", "train/1", "train/2"])
-    assert distill.teacher_rows(in_file, pd.Series(["train/1", "train/3"]), "train", "02.py").tolist() == [1, 0]
-    stops(lambda: distill.teacher_rows(in_file, pd.Series(["train/9"]), "train", "02.py"), "1 of 1", "run 02.py")
 
 
 def test_constant_and_swapped_teachers_are_refused(stops):

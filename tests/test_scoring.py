@@ -121,17 +121,33 @@ def score(texts: list[str]) -> dict[str, np.ndarray]:
     return {"scores": np.stack([numbers, -numbers], 1), "features": numbers[:, None, None].astype(np.float16)}
 
 
+def first_scores(folder, n: int) -> list[float]:
+    ids = reviews_of(n)["example_id"]
+    return scoring.read_scores(folder, "train", scoring.LOGITS, ids, "02.py")[0][:, 0].tolist()
+
+
 FEATURES = ("features",)
 
 
 def test_chunks_join_in_order_into_a_table_and_an_array(tmp_path):
     scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10, arrays=FEATURES)
-    example_ids, scores = scoring.read_scores(tmp_path, "train", scoring.LOGITS)
-    assert example_ids.tolist() == reviews_of(25)["example_id"].tolist()
-    assert scores[:, 0].tolist() == list(range(25))
+    assert pd.read_parquet(tmp_path / "train.parquet")["example_id"].tolist() == reviews_of(25)["example_id"].tolist()
+    assert first_scores(tmp_path, 25) == list(range(25))
     assert np.load(tmp_path / "train_features.npy", mmap_mode="r")[:, 0, 0].tolist() == list(range(25))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.parquet", "train_features.npy"]
     scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, None)  # finished, so nothing is scored again
+
+
+def test_scores_are_joined_by_example_id_and_a_gap_is_refused(tmp_path, stops):
+    table = pd.DataFrame({"example_id": ["train/3", "train/1", "train/2"], "logit_negative": 0.0})
+    table.assign(logit_positive=[3.0, 1.0, 2.0]).to_parquet(tmp_path / "train.parquet")
+
+    def read(*ids: str):
+        return scoring.read_scores(tmp_path, "train", scoring.LOGITS, pd.Series(ids), "02.py")
+
+    scores, rows = read("train/1", "train/3")
+    assert scores.tolist() == [[0, 1], [0, 3]] and rows.tolist() == [1, 0]
+    stops(lambda: read("train/9"), "1 of 1", "run 02.py")
 
 
 def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
@@ -147,7 +163,7 @@ def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
         scoring.in_chunks(tmp_path, "train", reviews_of(40), scoring.LOGITS, interrupted, chunk=10)
     scoring.in_chunks(tmp_path, "train", reviews_of(40), scoring.LOGITS, interrupted, chunk=10)
     assert calls == ["0", "10", "20", "20", "30"]
-    assert scoring.read_scores(tmp_path, "train", scoring.LOGITS)[1][:, 0].tolist() == list(range(40))
+    assert first_scores(tmp_path, 40) == list(range(40))
 
 
 def test_a_scoring_that_is_out_of_time_stops_after_a_chunk_and_continues_to_the_same_scores(tmp_path, monkeypatch):
@@ -170,7 +186,7 @@ def test_a_damaged_chunk_is_scored_again(tmp_path, capsys, content):
     (tmp_path / "train_chunks" / "0000000.npz").write_bytes(content)
     scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10)
     assert "is damaged" in capsys.readouterr().out
-    assert scoring.read_scores(tmp_path, "train", scoring.LOGITS)[1][:, 0].tolist() == list(range(25))
+    assert first_scores(tmp_path, 25) == list(range(25))
 
 
 def test_a_finished_split_is_not_scored_again_unless_it_lacks_an_array(tmp_path):
