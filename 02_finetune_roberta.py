@@ -65,7 +65,7 @@ def save_soft_labels(
 ) -> tuple[np.ndarray, dict]:
     """Save raw logits by example_id for every split, and pooled states of the mapped layers for train and transfer.
 
-    Returns the (n, 2) validation logits, and the facts that 04a needs.
+    Returns the (n, 2) validation logits, and the facts that 04a needs. Stops if the teacher has learned nothing.
     """
     from common import distill, training
 
@@ -79,16 +79,18 @@ def save_soft_labels(
         ids = data.encode(tokenizer, texts, args.max_length)
         return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens, layers)
 
-    for split, saved in (("validation", []), ("train", layers), ("transfer", layers)):
-        table = getattr(reviews, split)
-        split_origin = origin | {"feature_layers": saved, "texts": data.fingerprint(table)}
+    def save(split: str, layers: list[int]) -> None:
+        table, arrays = getattr(reviews, split), ("features",) if layers else ()
+        split_origin = origin | {"feature_layers": layers, "texts": data.fingerprint(table)}
         scoring.delete_unless_made_from(soft_labels, split, split_origin)
-        arrays = ("features",) if saved else ()
-        scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=saved), arrays=arrays)
-        if split == "validation":  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
-            script = artifacts.SCRIPTS[STEP]
-            logits, _ = scoring.read_scores(soft_labels, split, scoring.LOGITS, table["example_id"], script)
-            training.refuse_collapse(logits, table["label"].to_numpy(), COLLAPSED)
+        scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=layers), arrays=arrays)
+
+    save("validation", [])  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
+    validation, script = reviews.validation, artifacts.SCRIPTS[STEP]
+    logits, _ = scoring.read_scores(soft_labels, "validation", scoring.LOGITS, validation["example_id"], script)
+    training.refuse_collapse(logits, validation["label"].to_numpy(), COLLAPSED)
+    for split in ("train", "transfer"):
+        save(split, layers)
     return logits, {
         "feature_layers": layers,
         "teacher_layers": sizes.num_hidden_layers,

@@ -15,7 +15,7 @@ Takes   on two T4s: planned 78 to 101 minutes (results/gpu/plan.csv), not measur
 import argparse
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 from common import artifacts, checks, data, device, llms, memory, metrics, scoring, settings, verbalizer
 
@@ -98,18 +98,13 @@ def finetune(
 
 
 def score_validation(
-    args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, label_ids: list[int], reviews
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, reviews: pd.DataFrame
 ) -> dict[str, float]:
     """The adapter's figures on validation. It is reloaded onto a new 4-bit base, as in 04b and 05."""
     from common import training
 
     model = llms.load_llm(args.mistral_model, hardware, folder / "adapter")
-
-    def score(texts: list[str]) -> dict[str, np.ndarray]:
-        ids = verbalizer.encode_prompts(tokenizer, texts, args.prompt, args.max_length)
-        return {"scores": scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)}
-
-    scoring.in_chunks(folder, "validation", reviews, scoring.LOG_PROBABILITIES, score, chunk=250)
+    scoring.score_prompts(folder, "validation", reviews, model, tokenizer, vars(args), hardware, args.batch_tokens)
     ids, script = reviews["example_id"], artifacts.SCRIPTS[STEP]
     log_p, _ = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES, ids, script)
     labels = reviews["label"].to_numpy()
@@ -130,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     if not device.share((folder / "adapter").exists()):
         finetune(args, hardware, folder, tokenizer, label_ids, reviews)
         memory.free()
-    scores = score_validation(args, hardware, folder, tokenizer, label_ids, reviews.validation)
+    scores = score_validation(args, hardware, folder, tokenizer, reviews.validation)
 
     facts = {
         "labels": data.LABELS,

@@ -20,7 +20,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from common import artifacts, checks, data, device, export, metrics, models, scoring, settings
 
@@ -42,40 +41,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -> dict:
-    """The teacher's arrays for train, then the transfer set: `teacher_logits`, and `teacher_features` from disk."""
+def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -> tuple[dict, np.ndarray]:
+    """The teacher's arrays for train, then the transfer set, and its (n, 2) validation logits.
+
+    The arrays are `teacher_logits`, and `teacher_features`, which stay on disk.
+    """
     from common import distill
 
-    folder = artifacts.require(args, TEACHER_STEP, "soft_labels")
+    folder, script = artifacts.require(args, TEACHER_STEP, "soft_labels"), artifacts.SCRIPTS[TEACHER_STEP]
     model = folder.with_name("model")
     weights = {"weights": models.weights_digest(model)} if model.exists() else {}  # the model itself is not needed
-    logits, features = [], []
-    for split in ("train", "transfer"):
-        table = getattr(reviews, split)
-        if not len(table):
-            continue
-        artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}.parquet")
-        scoring.refuse_stale(folder, split, weights, artifacts.SCRIPTS[TEACHER_STEP])
-        scores, rows = read_scores(folder, split, table)
-        logits.append(scores)
-        if split == "train":
-            distill.refuse_bad_teacher(logits[0], table["label"].to_numpy(), split)
-        else:
-            distill.refuse_one_class(logits[-1], reviews.train["label"].to_numpy())
-        if args.feature_weight > 0:
-            file = artifacts.require(args, TEACHER_STEP, "soft_labels", f"{split}_features.npy")
-            features.append((np.load(file, mmap_mode="r"), rows))
-    teacher = {"teacher_logits": np.concatenate(logits)}
+    tables = {split: getattr(reviews, split) for split in ("validation", "train", "transfer")}
+    logits, features = {}, []
+    for split, table in ((split, table) for split, table in tables.items() if len(table)):
+        scoring.refuse_stale(folder, split, weights, script)
+        logits[split], rows = scoring.read_scores(folder, split, scoring.LOGITS, table["example_id"], script)
+        if args.feature_weight > 0 and split != "validation":
+            features.append((np.load(folder / f"{split}_features.npy", mmap_mode="r"), rows))
+    distill.refuse_bad_teacher(logits["train"], reviews.train["label"].to_numpy(), "train")
+    if "transfer" in logits:
+        distill.refuse_one_class(logits["transfer"], reviews.train["label"].to_numpy())
+    validation = logits.pop("validation")
+    teacher = {"teacher_logits": np.concatenate(list(logits.values()))}
     if features:
         saved = [facts["feature_layers"].index(layer) for layer in student_to_teacher_layers(args, facts)]
         teacher["teacher_features"] = distill.FeatureRows(features, saved)
-    return teacher
-
-
-def read_scores(folder: Path, split: str, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's logits of a split's reviews, and their rows in 02's file."""
-    script = artifacts.SCRIPTS[TEACHER_STEP]
-    return scoring.read_scores(folder, split, scoring.LOGITS, table["example_id"], script)
+    return teacher, validation
 
 
 def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int]:
@@ -100,8 +91,7 @@ def train_students(
 
     train, labelled, validation = distill.student_datasets(args, reviews, teacher)
     weights = {"epochs": args.epochs, "alpha": args.alpha, "feature_weight": args.feature_weight}
-    weights["teacher_width"] = width if args.feature_weight > 0 else None
-    weights["soft_labels"] = distill.reviews_with_soft_labels(args, reviews)
+    weights |= {"soft_labels": args.soft_labels, "teacher_width": width if args.feature_weight > 0 else None}
     logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **weights)}
     training.refuse_collapse(logits["student"], validation.labels, AT_CHANCE)
     if args.control:
@@ -124,13 +114,6 @@ def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, l
         )
 
 
-def save_validation(args: argparse.Namespace, folder: Path, reviews: data.Reviews, logits: dict) -> None:
-    """Save the validation log-odds of student, control and teacher."""
-    soft_labels = artifacts.require(args, TEACHER_STEP, "soft_labels")
-    teacher, _ = read_scores(soft_labels, "validation", reviews.validation)
-    scoring.save_validation(folder, reviews.validation, **logits, teacher=teacher)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     hardware = device.start(args, __file__)
@@ -139,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
     checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
     facts = teacher_run["facts"]
-    teacher = read_teacher(args, reviews, facts)
+    teacher, of_validation = read_teacher(args, reviews, facts)
     inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
     folder = artifacts.begin(args, STEP, inputs)
     device.one_process_per_gpu(args, hardware, __file__, argv)
@@ -150,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = {name: metrics.describe(labels, student_logits) for name, student_logits in logits.items()}
     models_used = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
     write_cards(args, folder, reviews, logits, settings.short(facts["teacher"]))
-    save_validation(args, folder, reviews, logits)
+    scoring.save_validation(folder, reviews.validation, **logits, teacher=of_validation)
     artifacts.finish(args, folder, {"labels": data.LABELS} | models_used, {"validation": scores})
     for name, figures in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(figures)}")

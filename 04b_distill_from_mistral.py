@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from common import artifacts, checks, data, device, export, llms, memory, metrics, models, scoring, settings, verbalizer
-from common.teacher_scores import Teacher, read_teacher, save_scores
+from common.teacher_scores import Teacher, read_file, save_scores
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 CANNOT_TEACH = "this LLM cannot teach: take another, or train it on more reviews with 03_finetune_mistral.py"
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     calibration += "of the three with the best held-out NLL on validation"
     add("--calibration", choices=("auto", "batch", "fitted", "none"), default="auto", help=calibration)
     add("--adapter", action=argparse.BooleanOptionalAction, default=True, help="score with 03's adapter")
-    add("--mistral-model", help="hub name or folder of the causal LM; default for this and the next three: 03's value")
+    add("--mistral-model", help="hub name or folder of the causal LM; default for this and the next three: as in 03")
     add("--prompt", help="question to the LLM, with {review} in the place of the review")
     add("--label-words", nargs=2, metavar="WORD", help="words for negative and positive")
     add("--prompt-length", type=settings.positive_int, help="tokens of the prompt with its review")
@@ -62,7 +62,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher-scores", metavar="FILE", help=scores + "label; needs neither 03 nor an LLM")
     add("--teacher-name", metavar="NAME", help="that LLM's name in tables and cards; default: the file's")
     args = settings.parse(parser, STEP, argv)
-    if args.teacher_scores and (typed := [flag for flag in FLAGS.values() if getattr(args, flag) is not None]):
+    typed = [flag for flag in (*FLAGS.values(), "batch_tokens") if getattr(args, flag) is not None]
+    typed += [] if args.adapter else ["no_adapter"]
+    if args.teacher_scores and typed:
         parser.error(f"--teacher-scores asks no LLM: drop --{typed[0].replace('_', '-')}")
     if args.teacher_name and not args.teacher_scores:
         parser.error("--teacher-name names the LLM of --teacher-scores: pass both")
@@ -85,12 +87,18 @@ def find_llm(args: argparse.Namespace) -> dict:
     return llm | {name: getattr(args, flag) for name, flag in FLAGS.items()} | {"adapter": args.adapter}
 
 
-def check_prompt(base: str, llm: dict):
-    """The LLM's tokenizer and the label words' ids; stops if prompt, words or length do not work."""
-    tokenizer = models.load_tokenizer(base)
-    label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
-    verbalizer.encode_prompts(tokenizer, [""], llm["prompt"], llm["max_length"])
-    return tokenizer, label_ids
+def check_teacher(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
+    """The fingerprint of 03 if its adapter is read; stops if the LLM, its prompt or 03's split does not fit."""
+    inputs = {}
+    if llm["adapter"]:
+        artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
+        artifacts.require(args, TEACHER_STEP, "adapter")
+        inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
+    tokenizer = checks.check_llm(llm["base"], llm["max_length"], reviews.train["text"], "--prompt-length")
+    words, label_ids = llm["label_words"], verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
+    verbalizer.encode_prompts(tokenizer, [""], llm["prompt"], llm["max_length"])  # stops if the length is too short
+    print(f"label words {words} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
+    return inputs
 
 
 def scored_splits(args: argparse.Namespace, reviews: data.Reviews) -> list[str]:
@@ -117,17 +125,10 @@ def save_soft_labels(
         scoring.delete_unless_made_from(folder, split, origin | {"texts": texts})
     if device.share(all(scoring.is_scored(folder, split, len(getattr(reviews, split))) for split in splits)):
         return
-    base = llm["base"]
-    tokenizer, label_ids = check_prompt(base, llm)
-    print(f"label words {llm['label_words']} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
-    model = llms.load_llm(base, hardware, adapter)
-
-    def score(texts: list[str]) -> dict[str, np.ndarray]:
-        ids = verbalizer.encode_prompts(tokenizer, texts, llm["prompt"], llm["max_length"])
-        return {"scores": scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, args.batch_tokens)}
-
+    tokenizer, model = models.load_tokenizer(llm["base"]), llms.load_llm(llm["base"], hardware, adapter)
     for split in splits:
-        scoring.in_chunks(folder, split, getattr(reviews, split), scoring.LOG_PROBABILITIES, score, chunk=250)
+        table = getattr(reviews, split)
+        scoring.score_prompts(folder, split, table, model, tokenizer, llm, hardware, args.batch_tokens)
 
 
 def ask_llm(args: argparse.Namespace, reviews: data.Reviews, llm: dict, hardware, folder: Path) -> Teacher:
@@ -135,20 +136,14 @@ def ask_llm(args: argparse.Namespace, reviews: data.Reviews, llm: dict, hardware
     adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
     save_soft_labels(args, reviews, llm, adapter, hardware, folder)
     memory.free()  # the LLM's memory, for the student
-    log_p = read_scores(args, reviews, folder)
+    log_p = {}
+    for split in scored_splits(args, reviews):
+        ids, script = getattr(reviews, split)["example_id"], artifacts.SCRIPTS[STEP]
+        log_p[split], _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
     mass = check_scores(llm, log_p["validation"], reviews.validation["label"].to_numpy())
     log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
     role = "which scored two label words after each review"
     return Teacher(llm["base"], role, log_odds, {"llm": llm}, CANNOT_TEACH, {"label_mass": mass})
-
-
-def read_scores(args: argparse.Namespace, reviews: data.Reviews, folder: Path) -> dict[str, np.ndarray]:
-    """The LLM's (n, 2) label log-probabilities by split, in the order of the reviews."""
-    log_p, script = {}, artifacts.SCRIPTS[STEP]
-    for split in scored_splits(args, reviews):
-        ids = getattr(reviews, split)["example_id"]
-        log_p[split], _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
-    return log_p
 
 
 def check_scores(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
@@ -201,32 +196,19 @@ def calibrate(
     return chosen, made[chosen], figures
 
 
-def soft_labels(reviews: data.Reviews, log_odds: dict[str, np.ndarray], calibration) -> dict[str, np.ndarray]:
+def teacher_arrays(reviews: data.Reviews, log_odds: dict[str, np.ndarray], calibration) -> dict[str, np.ndarray]:
     """The teacher's calibrated logits for train, then transfer. No loss reads those of a split that was not scored."""
     unread = {split: np.zeros(len(getattr(reviews, split))) for split in ("train", "transfer")}
     odds = np.concatenate([log_odds.get(split, zeros) for split, zeros in unread.items()])
     return {"teacher_logits": calibration.logits(odds)}
 
 
-def check_teacher(args: argparse.Namespace, llm: dict, reviews: data.Reviews) -> dict[str, str]:
-    """The fingerprint of 03 if its adapter is read; stops if the LLM, its prompt or 03's split does not fit."""
-    inputs = {}
-    if llm["adapter"]:
-        artifacts.refuse_conflict(args, artifacts.read_run(args, TEACHER_STEP), reviews.fingerprints)
-        artifacts.require(args, TEACHER_STEP, "adapter")
-        inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
-    checks.check_llm(llm["base"], llm["max_length"], reviews.train["text"], "--prompt-length")
-    check_prompt(llm["base"], llm)
-    return inputs
-
-
 def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: data.Reviews, teacher: dict) -> np.ndarray:
     """Train the student on the teacher's arrays; its (n, 2) validation logits."""
     from common import distill, training
 
-    train, labelled, validation = distill.student_datasets(args, reviews, teacher)
-    weights = {"epochs": args.epochs, "alpha": args.alpha}
-    weights["soft_labels"] = distill.reviews_with_soft_labels(args, reviews)
+    train, _, validation = distill.student_datasets(args, reviews, teacher)
+    weights = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": args.soft_labels}
     logits = distill.train_student(args, hardware, folder / "model", train, validation, **weights)
     training.refuse_collapse(logits, validation.labels, AT_CHANCE)
     return logits
@@ -240,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     if llm:
         inputs = check_teacher(args, llm, reviews)
     else:
-        reviews, teacher, inputs = read_teacher(args, reviews)
+        reviews, teacher, inputs = read_file(args, reviews)
     checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
     folder = artifacts.begin(args, STEP, reviews.fingerprints | inputs, keep=("soft_labels",))
     device.one_process_per_gpu(args, hardware, __file__, argv)
@@ -251,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         save_scores(folder / "teacher_scores", reviews, teacher.log_odds)
     labels = reviews.validation["label"].to_numpy()
     chosen, calibration, figures = calibrate(args.calibration, teacher, labels)
-    logits = train_student(args, hardware, folder, reviews, soft_labels(reviews, teacher.log_odds, calibration))
+    logits = train_student(args, hardware, folder, reviews, teacher_arrays(reviews, teacher.log_odds, calibration))
 
     facts = {"labels": data.LABELS, "student": args.student_model, "teacher": teacher.name, **teacher.facts}
     facts |= {"max_length": args.max_length, "calibration": chosen}

@@ -3,10 +3,10 @@
 
 Latency is the median time of one review, from text to label (MLPerf's SingleStream). The same 200 reviews repeat until
 the median's interval is within 3%; otherwise the row says "noisy". Throughput is the rate of all reviews at once, from
-texts to labels (MLPerf's Offline), in the batches that a sweep finds fastest. Each model warms up first, the clock
-waits for the GPU, and memory is freed between models. Every model reads the same test reviews. The LLM reads a
-stratified part of them, and so do the students' deployable forms, on the CPU. A row is kept from an earlier run if its
-model, reviews, settings and machine are the same.
+texts to labels (MLPerf's Offline), in the smallest batches within 3% of a sweep's fastest. Each model warms up first,
+the clock waits for the GPU, and memory is freed between models. Models read the same test reviews; the LLM, and the
+students' deployable forms on the CPU, read a stratified part of them. A row is kept from an earlier run if its model,
+reviews, settings and machine are the same.
 
 Reads   the test reviews and the finished folders of steps 01 to 04b, any subset of them
 Writes  outputs/05_benchmark/  benchmark.csv  report.html  benchmark.md  accuracy_latency.png  predictions.parquet
@@ -66,7 +66,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=batch_tokens)
     add("--price-per-hour", type=settings.positive, help="price of the machine, for the price of a million reviews")
     add("--report-only", action="store_true", help="draw the report again from the files of the last run")
-    return settings.parse(parser, STEP, argv)
+    args = settings.parse(parser, STEP, argv)
+    if args.report_only and args.price_per_hour:
+        parser.error("--report-only measures and counts nothing: pass --price-per-hour without it, kept rows stay")
+    return args
 
 
 def measure_all(
@@ -105,18 +108,18 @@ def measure_all(
             done.append((contender, part, measured))
             if contender in new:
                 kept_rows.keep(files[name], measured)
+                # Not before a new row is kept: a model that fails would end every run at the same place.
+                if contender is not new[-1] and device.out_of_time():
+                    device.stop_for_time()
         memory.free()
-        # Not before a new row is kept: a model that fails would end every run at the same place.
-        if contender in new and done and done[-1][0] is contender and contender is not new[-1] and device.out_of_time():
-            device.stop_for_time()
     gflops = {f"{one.precision} {one.device}": round(peak / 1e9, 1) for one, peak in peaks.items()}
     facts = {
         "measured_models": len(new),
         "matrix_peak_gflops": gflops,
         "planned_minutes": round(planned, 1),
         "drift": measuring.drift(done, new, args),
+        "measured_minutes": round((time.monotonic() - started) / 60, 1),
     }
-    facts["measured_minutes"] = round((time.monotonic() - started) / 60, 1)
     return done, without, facts
 
 

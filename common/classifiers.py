@@ -18,7 +18,7 @@ BASELINE, CONTROL, ENCODER = "baseline", "control, no teacher", "teacher, fine-t
 EAGER = "form, eager fp32"
 LLM, ZERO_SHOT = "teacher, 4-bit + LoRA", "teacher, 4-bit zero-shot"
 STUDENTS = {"04a_student_from_roberta": "student, white-box", "04b_student_from_mistral": "student, black-box"}
-UNCALIBRATED = {"calibration": "none (no 04b)", "bias": 0.0, "calibration_temperature": 1.0}
+UNCALIBRATED = {"calibration": "none (04b has not calibrated it)", "bias": 0.0, "calibration_temperature": 1.0}
 
 
 @dataclass
@@ -93,7 +93,8 @@ def _teachers(
     args: argparse.Namespace, hardware: Hardware, root: Path, facts: dict[str, dict], made_again: dict[str, str]
 ) -> tuple[list[Contender], dict[str, Contender]]:
     """02's encoder, the LLM with 03's adapter, the LLM as it is if it taught; and who taught, by the student's step."""
-    (white_box, black_box), found, taught_by = STUDENTS, [], {}
+    white_box, black_box, *_ = STUDENTS
+    found, taught_by = [], {}
     if "02_roberta" in facts:
         teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
         found.append(_encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher))

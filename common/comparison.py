@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import metrics, settings, storage
+from common import metrics, settings, storage, verbalizer
 from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
 from common.data import LABELS
 from common.report import COLUMNS, FIELDS, INTERVALS
@@ -47,14 +47,14 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
     table = compare(table.astype(dict.fromkeys(WORDS, object)), predictions, others)
     if args.price_per_hour:
         table["price_per_million"] = (args.price_per_hour / 3600 * 1e6 / table["Throughput (samp/s)"]).round(4)
-    empty = [pd.DataFrame({"Model": []})]
+    empty = pd.DataFrame({"Model": []})
     files = {
         "benchmark.csv": table,
         "predictions.parquet": predictions,
-        "latency.parquet": pd.concat(latency or empty),
-        "sweep.csv": pd.DataFrame(sweep or empty[0]),
-        "injection.csv": pd.DataFrame(injection or empty[0]),
-        "cascade.csv": pd.concat(curves or empty),
+        "latency.parquet": pd.concat(latency) if latency else empty,
+        "sweep.csv": pd.DataFrame(sweep or empty),
+        "injection.csv": pd.DataFrame(injection or empty),
+        "cascade.csv": pd.concat(curves) if curves else empty,
         "errors.csv": confident_errors(predictions, test["text"]),
     }
     for name, content in files.items():
@@ -73,14 +73,7 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
                 both = predictions[["label", name, their_name]].dropna()
                 for column, value in pair(other, both["label"].to_numpy(), both[[name, their_name]].to_numpy()).items():
                     table.loc[row, column] = value
-    teacher = table[(table["Type"] == ENCODER) & (table["status"] == "ok")]
-    if len(teacher):
-        # A form is measured on the CPU, so beside a teacher on a GPU its speed-up would be that of the machines.
-        alike = ~table["Type"].str.startswith("form") | (table.get("device") == teacher.iloc[0].get("device"))
-        of_teacher = teacher["Latency (ms)"].item() / table["Latency (ms)"]
-        table["Speedup (x)"] = of_teacher.where(alike).round(2)
-        of_teacher = table["Throughput (samp/s)"] / teacher["Throughput (samp/s)"].item()
-        table["throughput_speedup"] = of_teacher.where(alike).round(2)
+    add_speedups(table)
     latency = table.set_index("Model")["Latency (ms)"]
     for row, name in table["Model"].items():
         if pd.notna(eager := compared_with["eager"].get(name)):
@@ -88,6 +81,20 @@ def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.Da
             lost = -table.loc[row, "diff_eager"] if name != eager else 0.0
             table.loc[row, "recommended"] = "yes" if lost <= TOLERATED_LOSS else "not recommended"
     return table
+
+
+def add_speedups(table: pd.DataFrame) -> None:
+    """Set the speed-ups over 02's model, of rows of its device: others would show the machines' ratio.
+
+    A cascade has no device. Its latency is a mean, and so is what `cascades` compares it with.
+    """
+    teacher = table[(table["Type"] == ENCODER) & (table["status"] == "ok")]
+    if not len(teacher):
+        return
+    latency, rate, device = (teacher[column].item() for column in ("Latency (ms)", "Throughput (samp/s)", "device"))
+    alike, joint = table["device"] == device, table["Type"] == "cascade"
+    table.loc[alike, "Speedup (x)"] = (latency / table["Latency (ms)"]).round(2)
+    table.loc[alike | joint, "throughput_speedup"] = (table["Throughput (samp/s)"] / rate).round(2)
 
 
 def pair(other: str, labels: np.ndarray, odds: np.ndarray) -> dict[str, float | str]:
@@ -190,9 +197,10 @@ def cascades(
             continue
         predictions.loc[test.index, joint] = odds
         compared_with.loc[joint] = compared_with.loc[name]
-        quality = metrics.describe(test["label"].to_numpy(), np.stack([-odds / 2, odds / 2], axis=1))
+        quality = metrics.describe(test["label"].to_numpy(), verbalizer.teacher_logits(odds))
         row = joint_row(rule, first.row, second.row) | quality | {"Model": joint, "Accuracy": quality["accuracy"]}
         if teacher.kind == ENCODER:
+            row["Speedup (x)"] = round(second.latency.mean() / rule["ms"], 2)
             command = ["python", "predict.py", str(contender.files), "FILE", "--escalate", str(teacher.files)]
             row["note"] += f": {shlex.join([*command, '--unsure', str(rule['p_low']), str(rule['p_high'])])}"
         rows.append(row | {"nll": None, "ece": None})  # the teacher's log-odds are not calibrated
@@ -209,7 +217,7 @@ def joint_row(rule: pd.Series, student: dict, teacher: dict) -> dict:
         "Type": "cascade",
         "Latency (ms)": round(rule["ms"], 3),
         "Throughput (samp/s)": round(1 / (seconds[0] + share * seconds[1]), 2),
-        **{column: student[column] + teacher[column] for column in ("Size (MB)", "Params (M)")},
+        **{column: round(student[column] + teacher[column], 3) for column in ("Size (MB)", "Params (M)")},
         "escalated_share": round(share, 4),
         "p_low": rule["p_low"],
         "p_high": rule["p_high"],

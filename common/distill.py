@@ -30,7 +30,8 @@ def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, lab
     """Cross-entropy summed over a batch's labelled reviews, divided by batch size × labelled share of the whole set.
 
     The divisor is the expected number of labelled reviews, not this batch's number. So the mean over micro-batches and
-    processes equals the mean over the batch, wherever the labelled reviews fall.
+    processes equals the mean over the batch, wherever the labelled reviews fall. With a share of 1 the divisor is the
+    batch size.
     """
     total = F.cross_entropy(student_logits, hard_labels, ignore_index=IGNORED, reduction="sum")
     return total / (len(hard_labels) * labelled_share)
@@ -77,16 +78,16 @@ class Student(nn.Module):
 class DistillationTrainer(training.ReviewTrainer):
     """Minimises alpha·soft + (1 − alpha)·CE + feature_weight·features; no teacher model is loaded.
 
-    The teacher's outputs are arrays of the dataset; the soft term is T²·KL. With `soft_labels` "transfer" each review
-    has one term: CE where it has a gold label, and the soft one elsewhere. Then alpha weighs nothing. For the control,
-    alpha is 0 and the dataset has no teacher.
+    The teacher's outputs are arrays of the dataset; the soft term is T²·KL. With `soft_labels` "transfer", and if there
+    are unlabelled reviews, each has one of the first two terms: CE where there is a gold label, the soft one elsewhere.
+    Then alpha weighs nothing. For the control, alpha is 0 and the dataset has no teacher.
     """
 
     def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_labels="all", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
-        self.one_term = soft_labels == "transfer"
         self.labelled_share = float(np.mean(self.train_dataset.labels != IGNORED))
+        self.one_term = soft_labels == "transfer" and self.labelled_share < 1
         self._terms: dict[str, list[torch.Tensor]] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -97,12 +98,16 @@ class DistillationTrainer(training.ReviewTrainer):
             loss = F.cross_entropy(logits, hard_labels)
             return (loss, outputs) if return_outputs else loss
         terms = {}
-        if self.alpha > 0:
+        if self.one_term:  # a mean over all reviews
             soft = soft_label_loss(logits, inputs["teacher_logits"], self.temperature)
-            terms["kl"] = (soft * (hard_labels == IGNORED)).mean() if self.one_term else self.alpha * soft.mean()
-        if self.one_term or self.alpha < 1:
-            weight, share = (1.0, 1.0) if self.one_term else (1 - self.alpha, self.labelled_share)
-            terms["ce"] = weight * hard_label_loss(logits, hard_labels, share)
+            terms["kl"] = (soft * (hard_labels == IGNORED)).mean()
+            terms["ce"] = hard_label_loss(logits, hard_labels, labelled_share=1.0)
+        else:
+            if self.alpha > 0:
+                soft = soft_label_loss(logits, inputs["teacher_logits"], self.temperature)
+                terms["kl"] = self.alpha * soft.mean()
+            if self.alpha < 1:
+                terms["ce"] = (1 - self.alpha) * hard_label_loss(logits, hard_labels, self.labelled_share)
         if "features" in outputs:
             distance = feature_loss(outputs["features"].float(), inputs["teacher_features"].float())
             terms["features"] = self.feature_weight * distance
@@ -140,7 +145,7 @@ def student_datasets(
     gold = reviews.train["label"].to_numpy()
     hard_labels = np.concatenate([gold, np.full(len(transfer_ids), IGNORED)])
     one_term = reviews_with_soft_labels(args, reviews) == "transfer"
-    loss = "one loss term each, which --alpha does not weigh" if one_term else f"alpha {args.alpha}"
+    loss = "one of the two label losses each, which --alpha does not weigh" if one_term else f"alpha {args.alpha}"
     print(f"student: {len(gold):,} labelled and {len(transfer_ids):,} unlabelled reviews, {loss}", flush=True)
     return (
         ReviewDataset(gold_ids + transfer_ids, hard_labels, **teacher),
@@ -157,13 +162,15 @@ def train_student(
     validation: ReviewDataset | None,
     *,
     epochs: float,
+    alpha: float,
+    feature_weight: float = 0.0,
+    soft_labels: str = "all",
     teacher_width: int | None = None,
-    **weights: float | str,
 ) -> np.ndarray | None:
     """Train a student (or the control: alpha 0, no teacher), save it, and return its (n, 2) validation logits.
 
-    `weights` are DistillationTrainer's alpha, feature_weight and soft_labels. A student that `target` already holds is
-    only scored. If `validation` is None, it keeps the last epoch's weights.
+    `alpha`, `feature_weight` and `soft_labels` are DistillationTrainer's. A student that `target` already holds is only
+    scored. If `validation` is None (experiments/few_labels.py), it keeps the last epoch's weights.
     """
     tokenizer = models.load_tokenizer(args.student_model)
     if not device.share(target.exists()):
@@ -178,8 +185,10 @@ def train_student(
             eval_dataset=None if validation is None else validation.longest_first(),
             data_collator=data.Collator(tokenizer.pad_token_id),
             compute_metrics=training.validation_accuracy,
+            alpha=alpha,
             temperature=args.temperature,
-            **weights,
+            feature_weight=feature_weight,
+            soft_labels=soft_labels,
         )
         training.train(trainer, hardware)
         training.save(student.model, tokenizer, target, checkpoints, args.max_length)

@@ -81,7 +81,9 @@ Two classes, and reviews like those above. Other languages, other subjects and s
 
 def student_rows(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, object]:
     """The rows of a student's card beside those of every model's."""
-    one_term = args.soft_labels == "transfer" and len(reviews.transfer)
+    from common import distill
+
+    one_term = distill.reviews_with_soft_labels(args, reviews) == "transfer"
     loss = {"unlabelled_reviews": f"{len(reviews.transfer):,}", "epochs": args.epochs, "temperature": args.temperature}
     return loss | ({"soft_labels": "of unlabelled reviews alone"} if one_term else {"alpha": args.alpha})
 

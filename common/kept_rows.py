@@ -22,15 +22,16 @@ def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argpar
     the packages that run the model. A base LLM counts by its name, and a folder of one by its files' sizes and times:
     its contents take minutes to read.
     """
-    base, versions = Path(str(contender.facts.get("base"))), artifacts.versions()
+    base = Path(contender.facts["base"]) if "base" in contender.facts else None
+    own, versions = contender.files != base and contender.files.exists(), artifacts.versions()
     names = ("latency_samples", "latency_seconds", "injection_samples", "batch_tokens")
     about = {
         "format": FORMAT,
-        "model": artifacts.digest(contender.files) if contender.files.exists() else None,
+        "model": artifacts.digest(contender.files) if own else None,
         "row": [contender.name, contender.kind, contender.facts],
         "reviews": data.fingerprint(part),
         "settings": {name: getattr(args, name) for name in names},
-        "base": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("*"))],
+        "base": base and [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("*"))],
         "machine": device.environment(contender.hardware) | {name: versions[name] for name in contender.packages},
     }
     return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.npz"

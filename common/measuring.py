@@ -241,7 +241,8 @@ def drift(done: list[tuple[Contender, pd.DataFrame, Measured]], new: list[Conten
     contender, part, before = small[0]
     texts = part["text"].tolist()[: args.latency_samples]
     try:
-        again, *_ = time_one_by_one(contender.load(), texts, contender.hardware, min(30, args.latency_seconds))
+        with contextlib.redirect_stderr(io.StringIO()):
+            again, _ = time_one_by_one(contender.load(), texts, contender.hardware, min(30, args.latency_seconds))
     except (Exception, settings.Stop) as problem:
         print(f"drift was not measured: {problem}", file=sys.stderr)
         return None

@@ -30,7 +30,8 @@ GROUPS = {
                          "SingleStream). A cascade's is a mean: the student's and its share of the teacher's."),
         "latency_p99_ms": ("p99 ms", "{:,.2f}", "Milliseconds that 99% of single reviews do not exceed."),
         "Throughput (samp/s)": ("reviews/s", "{:,.1f}", "Reviews a second, all at once (MLPerf Offline)."),
-        "Speedup (x)": ("x", "{:,.2f}", "Latency of the fine-tuned teacher of step 02 / latency of the row."),
+        "Speedup (x)": ("x", "{:,.2f}", "Latency of the fine-tuned teacher of step 02 / latency of the row, on the "
+                        "same device. A cascade's is of means."),
         "Size (MB)": ("MB", "{:,.2f}", "Megabytes (10^6 bytes) of weights as loaded, or of the ONNX file."),
         "n": ("n", "{:,.0f}", "Test reviews that the row read. Forms and the LLM read fewer."),
         "Type": ("Type", "{}", "What the row is. A form is a student as it is deployed; a cascade is two models."),
@@ -73,7 +74,7 @@ GROUPS = {
         "latency_half_width": ("half width", "{:.4f}", "Half of the 95% interval of the passes' medians / their mean."),
         "latency_quality": ("quality", "{}", "Noisy, if that half width is too large to trust the ratio; else ok."),
         "tokenisation_share": ("tokenising", "{:.4f}", "Share of the latency that the tokenizer takes."),
-        "throughput_speedup": ("x, all at once", "{:,.2f}", "Throughput / throughput of step 02's teacher."),
+        "throughput_speedup": ("x, all at once", "{:,.2f}", "Throughput / that of step 02's teacher, likewise."),
         "batch_tokens": ("tokens a batch", "{:,.0f}", "Most tokens in a bulk batch, padding included; 1 is one "
                          "review at a time."),
         "tokens_per_s": ("tokens/s", "{:,.0f}", "Tokens a second, without padding."),

@@ -13,11 +13,12 @@ from common import data, device, llms, models
 from common.device import Hardware
 from common.settings import stop
 from common.storage import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
-from common.verbalizer import label_log_probabilities
+from common.verbalizer import encode_prompts, label_log_probabilities, label_token_ids
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 LOGITS = ("logit_negative", "logit_positive")  # columns of an encoder's soft labels
 LOG_PROBABILITIES = ("log_p_negative", "log_p_positive")  # columns of an LLM's soft labels: raw, per label word
@@ -68,6 +69,26 @@ def score_llm(
         return in_batches(forward, ids, pad_id, hardware, batch_tokens)[0]
 
 
+def score_prompts(
+    folder: Path,
+    split: str,
+    reviews: pd.DataFrame,
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    llm: dict,
+    hardware: Hardware,
+    batch_tokens: int | None,
+) -> None:
+    """Save an LLM's raw label log-probabilities of a split, `in_chunks`. `llm` has prompt, label_words, max_length."""
+    label_ids = label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
+
+    def score(texts: list[str]) -> dict[str, np.ndarray]:
+        ids = encode_prompts(tokenizer, texts, llm["prompt"], llm["max_length"])
+        return {"scores": score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, batch_tokens)}
+
+    in_chunks(folder, split, reviews, LOG_PROBABILITIES, score, chunk=250)
+
+
 def in_batches(
     forward: Callable, ids: list[np.ndarray], pad_id: int, hardware: Hardware, batch_tokens: int | None
 ) -> list[np.ndarray]:
@@ -84,7 +105,8 @@ def in_batches(
             outputs.append(forward(*tensors))
     arrays = [in_order(parts, batches) for parts in zip(*outputs)]
     if bad := int((~np.isfinite(arrays[0]).all(axis=1)).sum()):
-        stop(f"{bad} of {len(ids)} reviews scored NaN or infinite: pass --precision fp32, and --force to train again")
+        remedy = "pass --precision fp32; if it was fp32, train the model again"
+        stop(f"{bad} of {len(ids)} reviews scored NaN or infinite: {remedy}")
     return arrays
 
 
@@ -156,7 +178,7 @@ def _arrays(files: list[Path], key: str) -> Iterator[np.ndarray]:
 
 
 def is_scored(folder: Path, split: str, n: int, arrays=()) -> bool:
-    """Whether a split's table and its `arrays` are complete; the table of a damaged array is deleted with a notice."""
+    """Whether a split's table and its `arrays` are complete; if one is damaged, the table is deleted with a notice."""
     table = folder / f"{split}.parquet"
     if not table.exists():
         return False

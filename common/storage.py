@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.settings import stop
+from common.settings import Stop, stop
 
 REWRITE = "run the script that wrote it with --force"
 
@@ -45,7 +45,7 @@ def whole(path: Path) -> Iterator[Path]:
             for file in filter(Path.is_file, [temporary, *temporary.rglob("*")]):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-        except Exception:
+        except (Exception, Stop):
             delete(temporary)  # on a full disk it may be as large as all that is missing
             raise
         if path.is_dir():

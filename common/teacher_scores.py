@@ -39,7 +39,7 @@ class Teacher(NamedTuple):
     measured: dict = {}
 
 
-def read_teacher(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.Reviews, Teacher, dict[str, str]]:
+def read_file(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.Reviews, Teacher, dict[str, str]]:
     """The reviews without unlabelled ones that lack a score, the teacher, and fingerprints of what was read of it.
 
     Stops, with what is there and what to do, if the file cannot be read or cannot teach.

@@ -227,21 +227,15 @@ def llm_log_odds(
     args, llm = study.args, run["facts"]
     weights = artifacts.require(study.origin, "03_mistral", "adapter") if adapter else None
     tokenizer, model = models.load_tokenizer(llm["base"]), llms.load_llm(llm["base"], study.hardware, weights)
-    label_ids = verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
-
-    def score_texts(texts: list[str]) -> dict[str, np.ndarray]:
-        ids = verbalizer.encode_prompts(tokenizer, texts, llm["prompt"], llm["max_length"])
-        pad_id, batch_tokens = tokenizer.pad_token_id, args.batch_tokens
-        return {"scores": scoring.score_llm(model, ids, label_ids, pad_id, study.hardware, batch_tokens)}
-
     log_odds = {}
     for split, table in splits.items():
         rows = np.arange(len(table))
         if split == "test":
             rows = np.sort(data.stratified_order(table["label"], args.seed)[: args.llm_test_samples])
-        part, columns = table.iloc[rows], scoring.LOG_PROBABILITIES
-        scoring.in_chunks(folder, split, part, columns, score_texts, chunk=250)
-        log_p, _ = scoring.read_scores(folder, split, columns, part["example_id"], "experiments/distillation.py")
+        part = table.iloc[rows]
+        scoring.score_prompts(folder, split, part, model, tokenizer, llm, study.hardware, args.batch_tokens)
+        ids, script = part["example_id"], "experiments/distillation.py"
+        log_p, _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
         log_odds[split] = np.full(len(table), np.nan)
         log_odds[split][rows] = verbalizer.log_odds(log_p)
     memory.free()
@@ -257,7 +251,7 @@ def read_soft_labels(study: Study, step: str) -> dict[str, np.ndarray]:
     table = storage.read_table(artifacts.require(study.args, step, "predictions.parquet"))
     logits = {}
     for split in ("train", "transfer"):
-        log_odds = table[table["split"] == split].set_index("example_id")["log_odds"]
+        log_odds = table[table["split"] == split].set_index("example_id", verify_integrity=True)["log_odds"]
         logits[split] = verbalizer.teacher_logits(log_odds[getattr(study.reviews, split)["example_id"]].to_numpy())
     return logits
 

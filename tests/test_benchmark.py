@@ -1,5 +1,6 @@
 """What 05 measures: its clock, its sweep, its attacks, memory; and what it says of rows against each other."""
 
+import argparse
 import gc
 import itertools
 
@@ -27,8 +28,10 @@ def two_columns(log_odds) -> np.ndarray:
 
 def compared(rows: dict[str, tuple[str, float, float]], predictions: pd.DataFrame, **others) -> pd.DataFrame:
     """05's comparison of rows of type, ms and reviews/s; `others` name each row's teacher, baseline or eager form."""
-    columns = ["Model", "Type", "Latency (ms)", "Throughput (samp/s)", "status"]
-    table = pd.DataFrame([(name, *row, "ok") for name, row in rows.items()], columns=columns)
+    columns = ["Model", "Type", "Latency (ms)", "Throughput (samp/s)", "device", "status"]
+    devices = others.pop("devices", ["cpu"] * len(rows))
+    table = pd.DataFrame([(name, *row, "cpu", "ok") for name, row in rows.items()], columns=columns)
+    table["device"] = devices
     others = dict.fromkeys(("teacher", "control", "baseline", "eager")) | others
     return comparison.compare(table, predictions, pd.DataFrame(others, index=list(rows))).set_index("Model")
 
@@ -147,6 +150,8 @@ def test_rows_are_compared_on_the_reviews_that_both_read():
     assert row["agreement_teacher"] == pytest.approx((both == theirs).mean(), abs=1e-6)
     assert row["better_than_baseline"] == "yes" and row["diff_baseline_low"] > 0.05
     assert (row["Speedup (x)"], row["throughput_speedup"]) == (3, 2.5)
+    table = compared(rows, predictions, **others, devices=["cpu", "cuda", "cuda"])
+    assert table["Speedup (x)"].isna().tolist() == [True, False, False]  # a CPU's time says nothing beside a GPU's
 
 
 def test_a_cascade_hands_on_the_least_sure_reviews_by_a_rule_that_validation_chose():
@@ -226,3 +231,84 @@ def test_forms_are_of_the_student_on_the_cpu_and_say_which_package_they_lack(scr
     predictions = pd.DataFrame({"label": [1] * 100, "e": 1.0, "bad": [-1.0] + [1.0] * 99})
     rows = compared({"e": ("form", 10.0, 1.0), "bad": ("form", 4.0, 1.0)}, predictions, eager=["e", "e"])
     assert rows["recommended"].tolist() == ["yes", "not recommended"] and rows["speedup_eager"].tolist() == [1, 2.5]
+
+
+def test_the_latencys_columns_are_of_the_times(timed):
+    calls = itertools.chain([9.0], np.repeat([1.0, 1.2, 1.0], 3), itertools.repeat(1.1))
+    times, latency = timed(calls, ["a", "b", "c"])
+    tails = latency["latency_p90_ms"], latency["latency_p99_ms"]
+    assert tails == pytest.approx(np.percentile(times, [90, 99]).tolist(), abs=1e-3) and tails[0] < tails[1]
+    assert (latency["latency_passes"], latency["latency_n"]) == times.shape
+    _, latency = timed(itertools.repeat(1.0), seconds=0.5)
+    assert (latency["latency_passes"], latency["latency_half_width"], latency["latency_quality"]) == (1, None, "noisy")
+
+
+def test_throughput_counts_tokenisation_and_flops_do_not(advance):
+    def score(ids, _):
+        advance(3.0)
+        return np.zeros((len(ids), 2))
+
+    model = classifier(score, lambda texts: advance(1.0) or [[1] * 4] * len(texts))
+    model.flops = (10**9, 0)
+    rate = {"Throughput (samp/s)": 2, "batch_tokens": 512, "tokens_per_s": 8, "padding_share": 0, "gflops": 10.67}
+    assert measuring.score_all(model, ["a"] * 8, 512, CPU, peak=1e11)[1] == rate | {"matrix_peak_share": 0.1067}
+    model.facts["precision"] = "int8"
+    assert measuring.score_all(model, ["a"] * 8, 512, CPU, peak=1e11)[1] == rate
+
+
+def test_a_row_says_how_many_verdicts_any_attack_turns_and_a_form_is_not_attacked(tmp_path):
+    def obedient(texts, _):
+        return two_columns([5 if text.endswith("is positive.") else -1 for text in texts])
+
+    part = pd.DataFrame({"text": ["a film", "another"], "label": [0, 1]})
+    args = argparse.Namespace(batch_tokens=512, latency_samples=1, latency_seconds=1e-9, injection_samples=2)
+    one = classifiers.Contender("m", "student", lambda: classifier(obedient), tmp_path, CPU)
+    measured = measuring.measure(one, part, args, peak=1e9)
+    assert measured.row["injection_turned"] == 1 and measured.injection[0]["turned"] == 0
+    one.student = one
+    measured = measuring.measure(one, part, args, peak=1e9)
+    assert measured.injection == [] and "injection_turned" not in measured.row
+
+
+def test_a_pairs_columns():
+    labels = np.ones(100)
+    theirs = np.where(np.arange(100) < 5, -3.0, 1.0)  # 5 to 0: the interval is above 0, and McNemar's p is 0.06
+    columns = comparison.pair("baseline", labels, np.stack([np.ones(100), theirs], axis=1))
+    assert columns["diff_baseline_low"] > 0 and columns["better_than_baseline"] == "not shown"
+    assert comparison.pair("eager", labels, np.stack([theirs, np.ones(100)], axis=1))["largest_gap_eager"] == 4
+
+
+def test_a_cascades_cost_is_the_students_and_a_share_of_the_teachers(tmp_path):
+    labels = np.tile([0, 1], 500)
+    sure = np.where(labels == 1, 4.0, -4.0)
+    unsure = np.where(np.arange(1000) < 100, np.where(labels == 1, -0.2, 0.2), sure)
+    step, kind = next(iter(classifiers.STUDENTS.items()))
+    teacher = classifiers.Contender("t", classifiers.ENCODER, None, tmp_path, CPU)
+    student = classifiers.Contender("s", kind, None, tmp_path, CPU, step=step, teacher=teacher)
+    (tmp_path / step).mkdir()
+    validation = pd.DataFrame({"label": labels, "student": unsure, "teacher": sure})
+    validation.to_parquet(tmp_path / step / "validation.parquet")
+    (tmp_path / "config.json").write_text("{}")
+    done = []
+    for one, odds, ms, rate in ((teacher, sure, 10.0, 2.0), (student, unsure, 1.0, 10.0)):
+        row = {"Accuracy": 0.9, "Throughput (samp/s)": rate, "Size (MB)": ms, "Params (M)": 3 * ms}
+        done.append((one, None, Measured(row, two_columns(odds), np.full((1, 2), ms), [], [])))
+    predictions = pd.DataFrame({"label": labels, "t": sure, "s": unsure})
+    (row,), _ = comparison.cascades(tmp_path, done, predictions, comparison.references(done))
+    share = row["escalated_share"]
+    assert share == pytest.approx(0.1, abs=0.02) and row["Accuracy"] == 1
+    assert row["Latency (ms)"] == pytest.approx(1 + 10 * share)
+    assert row["Speedup (x)"] == pytest.approx(10 / (1 + 10 * share), abs=0.01)
+    assert row["Throughput (samp/s)"] == pytest.approx(1 / (0.1 + 0.5 * share), abs=0.01)
+    assert (row["Size (MB)"], row["Params (M)"]) == (11, 33)
+    assert row["nll"] is None and row["ece"] is None  # the teacher's log-odds are not calibrated
+    assert f"--unsure {row['p_low']} {row['p_high']}" in row["note"]
+
+
+def test_the_baseline_of_a_comparison_is_the_better_one(tmp_path):
+    done = []
+    for name, accuracy in (("weak", 0.7), ("strong", 0.8)):
+        one = classifiers.Contender(name, classifiers.BASELINE, None, tmp_path, CPU)
+        done.append((one, None, Measured({"Accuracy": accuracy}, np.zeros((1, 2)), np.ones((1, 1)), [], [])))
+    done.append((classifiers.Contender("m", "student", None, tmp_path, CPU), None, done[0][2]))
+    assert comparison.references(done)["baseline"].dropna().to_dict() == {"m": "strong"}

@@ -226,7 +226,8 @@ def test_04a_takes_its_students_layers_from_those_that_02_saved_and_names_missin
     stops(lambda: module.student_to_teacher_layers(args, lacking), "--student-layers")
     reviews = module.data.load_reviews(args, reads=("train", "transfer"))
     facts = {"feature_layers": [2, 4, 6, 8, 10, 12], "teacher_layers": 12}
-    teacher = module.read_teacher(args, reviews, facts)
+    teacher, of_validation = module.read_teacher(args, reviews, facts)
+    assert of_validation.shape == (len(reviews.validation), 2)
     assert teacher["teacher_features"].layers == [2, 5]  # of a student of two layers: 6 and 12
 
 
@@ -592,7 +593,8 @@ def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stop
     args = module.parse_args(flags["04b"])
     reviews = module.data.load_reviews(args, reads=("train", "transfer"))
     facts = read(outputs / "03_mistral", "run.json")["facts"]
-    log_p = module.read_scores(args, reviews, outputs / "04b_student_from_mistral" / "soft_labels")["validation"]
+    folder, ids = outputs / "04b_student_from_mistral" / "soft_labels", reviews.validation["example_id"]
+    log_p, _ = module.scoring.read_scores(folder, "validation", module.scoring.LOG_PROBABILITIES, ids, "04b")
     labels = reviews.validation["label"].to_numpy()
     assert 0 < module.check_scores(facts, log_p, labels) <= 1
     facts["validation_accuracy"] = 0.6
@@ -612,5 +614,6 @@ def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
     facts = {name: value for name, value in facts.items() if name != "llm"} | {"scores": {"file": "x/llm.csv"}}
     runs["04b_student_from_mistral"] = {"facts": facts | {"teacher": "llm"}}
     *_, llm, from_encoder, from_file = module.classifiers.find(args, None, runs, {}, Path("deploy"))
-    assert llm.facts["calibration"] == "none (no 04b)" and from_encoder.teacher and from_encoder.note is None
+    assert llm.facts["calibration"] == "none (04b has not calibrated it)"
+    assert from_encoder.teacher and from_encoder.note is None
     assert (from_file.name, from_file.teacher) == ("1 from llm", None) and "llm.csv" in from_file.note

@@ -27,7 +27,7 @@ def read(data_args, reviews, tmp_path):
             (table.to_parquet if name.endswith("arquet") else table.to_csv)(file, index=False)
         defaults = {"teacher_scores": str(file), "teacher_name": None, "soft_labels": "transfer"}
         args = argparse.Namespace(**vars(data_args) | defaults | flags)
-        return teacher_scores.read_teacher(args, reviews)
+        return teacher_scores.read_file(args, reviews)
 
     return call
 
