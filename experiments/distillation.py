@@ -76,6 +76,7 @@ for terms in ("both", "one"):
 for terms, transfer in (("both", 2000), ("one", 2000), ("one", 4000)):
     recipe = FINAL | {"teacher": "tuned_teacher", "terms": terms, "transfer_samples": transfer, "epochs": 2}
     RUNS[f"short_{terms}_{transfer}"] = recipe
+    RUNS[f"encoder_short_{terms}_{transfer}"] = recipe | {"teacher": "teacher"}
 # Teachers: 02's encoder, and 03's LLM with or without its adapter.
 ADAPTER = {"tuned_teacher": True, "zero_shot_batch_teacher": False}
 TEACHERS = ("teacher", *ADAPTER)
