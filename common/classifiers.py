@@ -135,7 +135,7 @@ def _students(
 
 
 def _to_deploy(args: argparse.Namespace, found: list[Contender]) -> list[Contender]:
-    """The students of which forms are made: by --forms none, all, or the one that validation prefers."""
+    """The students that 05 exports: by --forms none, all, or the one that validation prefers."""
     students = [one for one in found if one.kind in STUDENTS.values()] if args.forms != "none" else []
     if args.forms == "best" and len(students) > 1:
         files = [artifacts.require(args, one.step, "metrics.json") for one in students]

@@ -30,8 +30,7 @@ def hard_label_loss(student_logits: torch.Tensor, hard_labels: torch.Tensor, lab
     """Cross-entropy summed over a batch's labelled reviews, divided by batch size × labelled share of the whole set.
 
     The divisor is the expected number of labelled reviews, not this batch's number. So the mean over micro-batches and
-    processes equals the mean over the batch, wherever the labelled reviews fall. With a share of 1 the divisor is the
-    batch size.
+    processes equals the mean over the batch, wherever the labelled reviews fall.
     """
     total = F.cross_entropy(student_logits, hard_labels, ignore_index=IGNORED, reduction="sum")
     return total / (len(hard_labels) * labelled_share)

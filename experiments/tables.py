@@ -32,7 +32,8 @@ CLAIMS = (  # a student, the teacher whose gap it closes, and the runs that it i
     ("both_8000", "teacher", ("control",)),
     ("tuned_both_16000", "tuned_teacher", ("control", "tuned_teacher")),
     ("short_one_2000", "tuned_teacher", ("short_both_2000",)),
-    ("short_one_4000", "tuned_teacher", ("short_both_2000",)),
+    ("short_one_4000", "tuned_teacher", ("short_both_2000", "short_one_2000")),
+    ("encoder_short_one_2000", "teacher", ("encoder_short_both_2000",)),
 )
 FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm", "frozen_embeddings")
 CASCADED = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 1)  # shares of the reviews that the student hands on
