@@ -61,89 +61,6 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
         storage.write_table(folder / name, content)
 
 
-def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.DataFrame) -> pd.DataFrame:
-    """The table with each row compared with others on the reviews that both models read.
-
-    `predictions` holds the label, and log-odds by model. `compared_with` names by model (its index) the rows that it
-    is compared with: `teacher`, `control`, `baseline` and `eager`. Speed-ups are over 02's model.
-    """
-    for row, name in table["Model"].items():
-        for other, their_name in compared_with.loc[name].dropna().items() if name in compared_with.index else ():
-            if name != their_name and {name, their_name} <= set(predictions):
-                both = predictions[["label", name, their_name]].dropna()
-                for column, value in pair(other, both["label"].to_numpy(), both[[name, their_name]].to_numpy()).items():
-                    table.loc[row, column] = value
-    add_speedups(table)
-    latency = table.set_index("Model")["Latency (ms)"]
-    for row, name in table["Model"].items():
-        if pd.notna(eager := compared_with["eager"].get(name)):
-            table.loc[row, "speedup_eager"] = round(latency[eager] / latency[name], 2)
-            lost = -table.loc[row, "diff_eager"] if name != eager else 0.0
-            table.loc[row, "recommended"] = "yes" if lost <= TOLERATED_LOSS else "not recommended"
-    return table
-
-
-def add_speedups(table: pd.DataFrame) -> None:
-    """Set the speed-ups over 02's model, of rows of its device: others would show the machines' ratio.
-
-    A cascade has no device. Its latency is a mean, and so is what `cascades` compares it with.
-    """
-    teacher = table[(table["Type"] == ENCODER) & (table["status"] == "ok")]
-    if not len(teacher):
-        return
-    latency, rate, device = (teacher[column].item() for column in ("Latency (ms)", "Throughput (samp/s)", "device"))
-    alike, joint = table["device"] == device, table["Type"] == "cascade"
-    table.loc[alike, "Speedup (x)"] = (latency / table["Latency (ms)"]).round(2)
-    table.loc[alike | joint, "throughput_speedup"] = (table["Throughput (samp/s)"] / rate).round(2)
-
-
-def pair(other: str, labels: np.ndarray, odds: np.ndarray) -> dict[str, float | str]:
-    """A row's columns against its teacher, control, baseline or eager form; `odds` (n, 2) are its own, and theirs."""
-    verdicts = odds > 0
-    correct, theirs = (verdicts == (labels == 1)[:, None]).T
-    difference, low, high = metrics.paired_difference(correct, theirs)
-    ends = {"": difference, "_low": low, "_high": high}
-    columns: dict[str, float | str] = {f"diff_{other}{end}": round(value, 6) for end, value in ends.items()}
-    p = metrics.mcnemar_p(correct, theirs)
-    if other == "teacher":
-        columns["agreement_teacher"] = round(float((verdicts[:, 0] == verdicts[:, 1]).mean()), 6)
-    elif other == "baseline":
-        columns["better_than_baseline"] = metrics.verdict(low, high) if p < 0.05 else "not shown"
-    else:
-        columns[f"mcnemar_p_{other}"] = p
-    if other == "eager":
-        columns["largest_gap_eager"] = round(float(np.abs(odds[:, 0] - odds[:, 1]).max()), 6)
-    return columns
-
-
-def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """The student first, its least sure reviews to the teacher: a row a share, and the test log-odds of the chosen one.
-
-    Both tables hold label, and log-odds: student (calibrated) and teacher. The chosen share is the smallest with which
-    the cascade is as accurate on validation as the teacher alone. Test chooses nothing. The rule has six digits: a
-    review whose probability of "positive" is from p_low to p_high is handed on.
-    """
-    from scipy.special import expit
-
-    doubt = expit(-validation["student"].abs())  # the probability of the verdict that the student rejects
-    rows, odds = [], []
-    for share in SHARES:
-        row = {"share": share, "p_low": round(float(doubt.quantile(1 - share)), 6) if 0 < share < 1 else 1 - share}
-        row["p_high"] = round(1 - row["p_low"], 6)
-        for split, table in (("validation", validation), ("test", test)):
-            handed_on = expit(table["student"]).between(row["p_low"], row["p_high"]) & (share > 0)
-            joint = table["teacher"].where(handed_on, table["student"])
-            row[f"{split}_accuracy"] = float(((joint > 0) == (table["label"] == 1)).mean())
-            row[f"{split}_share"] = float(handed_on.mean())
-        rows.append(row)
-        odds.append(joint.to_numpy())
-    curve = pd.DataFrame(rows)
-    accuracy = curve["validation_accuracy"]
-    chosen = int((accuracy >= accuracy.iloc[-1]).idxmax())
-    curve["chosen"] = curve.index == chosen
-    return curve, odds[chosen]
-
-
 def references(done: list) -> pd.DataFrame:
     """By model, the rows that it is compared with: teacher, control, the better baseline, and eager for a form.
 
@@ -207,6 +124,34 @@ def cascades(
     return rows, curves
 
 
+def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
+    """The student first, its least sure reviews to the teacher: a row a share, and the test log-odds of the chosen one.
+
+    Both tables hold label, and log-odds: student (calibrated) and teacher. The chosen share is the smallest with which
+    the cascade is as accurate on validation as the teacher alone. Test chooses nothing. The rule has six digits: a
+    review whose probability of "positive" is from p_low to p_high is handed on.
+    """
+    from scipy.special import expit
+
+    doubt = expit(-validation["student"].abs())  # the probability of the verdict that the student rejects
+    rows, odds = [], []
+    for share in SHARES:
+        row = {"share": share, "p_low": round(float(doubt.quantile(1 - share)), 6) if 0 < share < 1 else 1 - share}
+        row["p_high"] = round(1 - row["p_low"], 6)
+        for split, table in (("validation", validation), ("test", test)):
+            handed_on = expit(table["student"]).between(row["p_low"], row["p_high"]) & (share > 0)
+            joint = table["teacher"].where(handed_on, table["student"])
+            row[f"{split}_accuracy"] = float(((joint > 0) == (table["label"] == 1)).mean())
+            row[f"{split}_share"] = float(handed_on.mean())
+        rows.append(row)
+        odds.append(joint.to_numpy())
+    curve = pd.DataFrame(rows)
+    accuracy = curve["validation_accuracy"]
+    chosen = int((accuracy >= accuracy.iloc[-1]).idxmax())
+    curve["chosen"] = curve.index == chosen
+    return curve, odds[chosen]
+
+
 def joint_row(rule: pd.Series, student: dict, teacher: dict) -> dict:
     """A cascade's cost from the rows of its two models: the student's on all reviews, the teacher's on a share of them.
 
@@ -224,6 +169,66 @@ def joint_row(rule: pd.Series, student: dict, teacher: dict) -> dict:
         "note": "cost counted from the two rows",
         "status": "ok",
     }
+
+
+def compare(table: pd.DataFrame, predictions: pd.DataFrame, compared_with: pd.DataFrame) -> pd.DataFrame:
+    """The table with each row compared with others on the reviews that both models read.
+
+    `predictions` holds the label, and log-odds by model. `compared_with` names by model (its index) the rows that it
+    is compared with: `teacher`, `control`, `baseline` and `eager`. Speed-ups are over 02's model.
+    """
+    for row, name in table["Model"].items():
+        for other, their_name in compared_with.loc[name].dropna().items() if name in compared_with.index else ():
+            if name != their_name and {name, their_name} <= set(predictions):
+                both = predictions[["label", name, their_name]].dropna()
+                for column, value in pair(other, both["label"].to_numpy(), both[[name, their_name]].to_numpy()).items():
+                    table.loc[row, column] = value
+    add_speedups(table)
+    recommend(table, compared_with["eager"])
+    return table
+
+
+def pair(other: str, labels: np.ndarray, odds: np.ndarray) -> dict[str, float | str]:
+    """A row's columns against its teacher, control, baseline or eager form; `odds` (n, 2) are its own, and theirs."""
+    verdicts = odds > 0
+    correct, theirs = (verdicts == (labels == 1)[:, None]).T
+    difference, low, high = metrics.paired_difference(correct, theirs)
+    ends = {"": difference, "_low": low, "_high": high}
+    columns: dict[str, float | str] = {f"diff_{other}{end}": round(value, 6) for end, value in ends.items()}
+    p = metrics.mcnemar_p(correct, theirs)
+    if other == "teacher":
+        columns["agreement_teacher"] = round(float((verdicts[:, 0] == verdicts[:, 1]).mean()), 6)
+    elif other == "baseline":
+        columns["better_than_baseline"] = metrics.verdict(low, high) if p < 0.05 else "not shown"
+    else:
+        columns[f"mcnemar_p_{other}"] = p
+    if other == "eager":
+        columns["largest_gap_eager"] = round(float(np.abs(odds[:, 0] - odds[:, 1]).max()), 6)
+    return columns
+
+
+def add_speedups(table: pd.DataFrame) -> None:
+    """Set the speed-ups over 02's model, of rows of its device: others would show the machines' ratio.
+
+    A cascade has no device. Its latency is a mean, and so is what `cascades` compares it with.
+    """
+    teacher = table[(table["Type"] == ENCODER) & (table["status"] == "ok")]
+    if not len(teacher):
+        return
+    latency, rate, device = (teacher[column].item() for column in ("Latency (ms)", "Throughput (samp/s)", "device"))
+    alike, joint = table["device"] == device, table["Type"] == "cascade"
+    table.loc[alike, "Speedup (x)"] = (latency / table["Latency (ms)"]).round(2)
+    table.loc[alike | joint, "throughput_speedup"] = (table["Throughput (samp/s)"] / rate).round(2)
+
+
+def recommend(table: pd.DataFrame, eager_forms: pd.Series) -> None:
+    """Set each form's speed-up over the eager fp32 form of its student, and whether it loses too much against it."""
+    latency = table.set_index("Model")["Latency (ms)"]
+    for row, name in table["Model"].items():
+        if pd.notna(eager := eager_forms.get(name)):
+            table.loc[row, "speedup_eager"] = round(latency[eager] / latency[name], 2)
+            lost = -table.loc[row, "diff_eager"] if name != eager else 0.0
+            table.loc[row, "recommended"] = "yes" if lost <= TOLERATED_LOSS else "not recommended"
 
 
 def confident_errors(predictions: pd.DataFrame, texts: pd.Series) -> pd.DataFrame:
