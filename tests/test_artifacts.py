@@ -26,16 +26,17 @@ INPUTS = {"dataset/train": "aa"}
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_write_replaces_the_old_file_or_folder_whole_or_not_at_all(tmp_path, kind):
-    for content in ("old", "half", "new"):
-        with suppress(RuntimeError), storage.whole(tmp_path / "model") as temporary:
+    problems = {"half": RuntimeError, "refused": lambda: settings.Stop("a user error")}
+    for content in ("old", "half", "refused", "new"):
+        with suppress(RuntimeError, settings.Stop), storage.whole(tmp_path / "model") as temporary:
             if kind == "folder":
                 temporary.mkdir()
             (temporary / "weights" if kind == "folder" else temporary).write_text(content)
-            if content == "half":
-                raise RuntimeError
+            if content in problems:
+                raise problems[content]()
         file = tmp_path / "model" / "weights" if kind == "folder" else tmp_path / "model"
         assert file.read_text() == ("new" if content == "new" else "old")
-    assert names(tmp_path) == ["model"]
+        assert names(tmp_path) == ["model"]
 
 
 FORCED = {"force": True, "epochs": 5}

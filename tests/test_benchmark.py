@@ -312,3 +312,11 @@ def test_the_baseline_of_a_comparison_is_the_better_one(tmp_path):
         done.append((one, None, Measured({"Accuracy": accuracy}, np.zeros((1, 2)), np.ones((1, 1)), [], [])))
     done.append((classifiers.Contender("m", "student", None, tmp_path, CPU), None, done[0][2]))
     assert comparison.references(done)["baseline"].dropna().to_dict() == {"m": "strong"}
+
+
+def test_a_third_student_is_found_by_its_line_in_students(script, monkeypatch):
+    monkeypatch.setitem(classifiers.STUDENTS, "04c_student", "student, third")
+    runs = {"04c_student": {"facts": {"student": "s", "teacher": "t", "max_length": 8}}}
+    args = script("05").parse_args(["--forms", "none"])
+    (one,) = classifiers.find(args, CPU, runs, {}, data.Path("deploy"))
+    assert (one.name, one.kind, one.teacher) == ("s from t", "student, third", None)
