@@ -104,7 +104,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(trainer):
 
 
 def test_with_one_term_per_review_gold_labels_teach_the_labelled_and_the_teacher_the_rest(trainer):
-    trainer.one_term, trainer.feature_weight = True, 0.0
+    trainer.one_term, trainer.feature_weight, trainer.alpha = True, 0.0, 0.0  # alpha weighs nothing here
     rows = [trainer.train_dataset[row] for row in range(12)]
     for row in rows:  # what 04b has for a review that its LLM has not read
         row["teacher_logits"] = row["teacher_logits"] if row["labels"] == distill.IGNORED else np.zeros(2, np.float32)
