@@ -79,6 +79,11 @@ for terms, transfer in (("both", 2000), ("one", 2000), ("one", 4000)):
     recipe = FINAL | {"teacher": "tuned_teacher", "terms": terms, "transfer_samples": transfer, "epochs": 2}
     RUNS[f"short_{terms}_{transfer}"] = recipe
     RUNS[f"encoder_short_{terms}_{transfer}"] = recipe | {"teacher": "teacher"}
+# How much unlabelled text? The encoder's student again, beside a control of the same arithmetic.
+RUNS["short_control"] = CONTROL
+for transfer in (8000, 32000):
+    recipe = FINAL | {"transfer_samples": transfer, "epochs": 2}
+    RUNS[f"encoder_short_both_{transfer}"] = recipe
 # Teachers: 02's encoder, and 03's LLM with or without its adapter.
 ADAPTER = {"tuned_teacher": True, "zero_shot_batch_teacher": False}
 TEACHERS = ("teacher", *ADAPTER)
