@@ -80,8 +80,7 @@ for terms, transfer in (("both", 2000), ("one", 2000), ("one", 4000)):
 # How much unlabelled text? The encoder's student again, beside a control of the same arithmetic.
 RUNS["short_control"] = CONTROL
 for transfer in (8000, 32000):
-    recipe = FINAL | {"transfer_samples": transfer, "epochs": 2}
-    RUNS[f"encoder_short_both_{transfer}"] = recipe
+    RUNS[f"encoder_short_both_{transfer}"] = FINAL | {"transfer_samples": transfer, "epochs": 2}
 # Teachers: 02's encoder, and 03's LLM with or without its adapter.
 ADAPTER = {"tuned_teacher": True, "zero_shot_batch_teacher": False}
 TEACHERS = ("teacher", *ADAPTER)
@@ -290,43 +289,7 @@ def train(study: Study, args: argparse.Namespace, rows: dict, target: Path, soft
     ids = [study.ids(tokenizer, args.max_length, split)[row] for split, kept in rows.items() for row in kept]
     dataset, terms = data.ReviewDataset(ids, hard, **arrays), "transfer" if args.terms == "one" else "all"
     how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": terms}
-    if args.teacher:
-        _keep_average(Path(args.output_dir) / "averaged" / f"{args.run}-{args.seed}")
     distill.train_student(args, study.hardware, target, dataset, validation, **how)
-
-
-def _keep_average(folder: Path) -> None:
-    """Save, beside training, the mean of the weights over the last quarter of the steps, and the last weights."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import TrainerCallback
-
-    from common import training
-
-    original = getattr(training.train, "original", training.train)
-
-    class Average(TrainerCallback):
-        total, steps = None, 0
-
-        def on_step_end(self, _, state, control, model, **kwargs):
-            if state.global_step <= 0.75 * state.max_steps:
-                return
-            now = {name: value.detach().double() for name, value in model.model.state_dict().items()}
-            self.total = now if self.total is None else {name: self.total[name] + now[name] for name in now}
-            self.steps += 1
-            if state.global_step == state.max_steps:
-                folder.mkdir(parents=True, exist_ok=True)
-                mean = {name: (value / self.steps).float().contiguous() for name, value in self.total.items()}
-                last = {name: value.detach().clone().contiguous() for name, value in model.model.state_dict().items()}
-                save_file(mean, folder / f"mean_of_{self.steps}_of_{state.max_steps}.safetensors")
-                save_file(last, folder / "last.safetensors")
-
-    def train(trainer, hardware):
-        trainer.add_callback(Average())
-        original(trainer, hardware)
-
-    train.original = original
-    training.train = train
 
 
 def make_student(study: Study, name: str, run: dict, seed: int, reads_validation: bool = True) -> None:
