@@ -3,14 +3,17 @@
 
 At each number of labels, those of validation included: the control, fine-tuned on the labels alone; a student of the
 encoder and one of the LLM, both tuned on the same labels, both with unlabelled reviews; 01's NB-SVM; and what a user
-would pick instead, a logistic regression on the encoder's frozen embeddings. Without labels the
-LLM teaches as it is, calibrated on the transfer set. With fewer than 500 labels no student reads validation, and its
-last epoch is kept. Seed 1 draws the labels by seed 42, seed 2 by 43, and so on; test stays the same. 01, 02 and 03 of
-each draw have run before with its subsets, in --teachers-from/LABELS-DRAW (0 labels: that with most of them).
+would pick instead, a logistic regression on the encoder's frozen embeddings, or SetFit. SetFit runs only if it is named
+in --runs: it wants an environment of its own (pip install setfit==1.2.0 "transformers<5"), and few labels, as it trains
+on pairs. Without labels the LLM teaches as it is, calibrated on the transfer set. With fewer than 500 labels no student
+reads validation, and its last epoch is kept. Seed 1 draws the labels by seed 42, seed 2 by 43, and so on; test stays
+the same. 01, 02 and 03 of each draw have run before with its subsets, in --teachers-from/LABELS-DRAW (0 labels: that
+with most of them).
 
     common="--dataset path/to/imdb --output-dir outputs/few_labels --student-model outputs/weights/minilm-l6"
     python experiments/few_labels.py $common --labels 50 --seeds 1 2 3
     python experiments/few_labels.py $common --runs frozen_embeddings --roberta-model outputs/weights/mpnet-base
+    python experiments/few_labels.py $common --runs setfit --labels 50 --roberta-model outputs/weights/mpnet-base
     python experiments/tables.py results/few_labels --collect outputs/few_labels/runs --read-test
 """
 
@@ -29,23 +32,24 @@ from experiments import distillation
 
 LABELS = {0: (1000, 2000), 50: (16, 34), 500: (100, 400), 3000: (1000, 2000)}  # reviews of validation and of train
 RUNS = ("control", "student_of_encoder", "student_of_llm", "nb_svm", "frozen_embeddings")
+ALTERNATIVES = ("frozen_embeddings", "setfit")
 EMBEDDINGS_CS = [10.0**power for power in range(-2, 4)]  # inverse L2 penalties; embeddings have length 1
 READS_VALIDATION = 500  # fewer labels are too few to choose an epoch by
 FIRST_DRAW = 42
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = distillation.make_parser(__doc__, RUNS)
-    parser.set_defaults(max_transfer_samples=4000)
+    parser = distillation.make_parser(__doc__, (*RUNS, "setfit"))
+    parser.set_defaults(max_transfer_samples=4000, runs=list(RUNS))
     add = parser.add_argument
     add("--labels", nargs="+", type=int, choices=LABELS, default=list(LABELS), help="numbers of labels")
-    add("--roberta-model", help="folder of the encoder whose frozen embeddings are tried")
+    add("--roberta-model", help="folder of the encoder of frozen_embeddings and setfit")
     add("--embedded-test-samples", type=settings.positive_int, default=500, help="test reviews that it embeds")
     args = settings.parse(parser, "few_labels", argv)
     if any(getattr(args, name) != parser.get_default(name) for name in ("max_train_samples", "validation_samples")):
         parser.error("--labels decides the subsets: leave out --max-train-samples and --validation-samples")
-    if "frozen_embeddings" in args.runs and not Path(args.roberta_model).is_dir():
-        parser.error("frozen_embeddings needs --roberta-model, a folder: pass it, or --runs without frozen_embeddings")
+    if needs := [name for name in ALTERNATIVES if name in args.runs and not Path(args.roberta_model).is_dir()]:
+        parser.error(f"{needs[0]} needs --roberta-model, a folder: pass it, or --runs without {needs[0]}")
     return args
 
 
@@ -102,30 +106,61 @@ def embed(study: distillation.Study, reviews: pd.DataFrame) -> pd.DataFrame:
     return known.loc[reviews["example_id"]]
 
 
-def make_frozen_embeddings(study: distillation.Study) -> None:
-    """The test predictions of a logistic regression on frozen embeddings of all labelled reviews, as a run.
+def frozen_embeddings(study: distillation.Study, labelled: pd.DataFrame, test: pd.DataFrame) -> tuple[np.ndarray, dict]:
+    """Test log-odds of a logistic regression on frozen embeddings of the labelled reviews, and its C.
 
-    Five-fold cross-validation chooses C by log-loss: accuracy on 50 labels has steps of 2 points. An encoder is slow on
-    a CPU, so --embedded-test-samples of test are read, and the others have NaN.
+    Five-fold cross-validation chooses C by log-loss: accuracy on 50 labels has steps of 2 points.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
 
+    test, embedded = embed(study, test), embed(study, labelled)
+    model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": EMBEDDINGS_CS}, scoring="neg_log_loss", cv=5)
+    model.fit(embedded.to_numpy(), labelled["label"])
+    return model.decision_function(test.to_numpy()), {"c": model.best_params_["C"]}
+
+
+def setfit(study: distillation.Study, labelled: pd.DataFrame, test: pd.DataFrame) -> tuple[np.ndarray, dict]:
+    """Test log-odds of SetFit (Tunstall et al. 2022) with its library's defaults: one epoch over pairs of reviews.
+
+    It reads the tokens that the students read: head and tail of a review.
+    """
+    import datasets
+    from setfit import SetFitModel, Trainer, TrainingArguments
+
+    args = study.args
+    model = SetFitModel.from_pretrained(args.roberta_model, labels=list(data.LABELS))
+    model.model_body.max_seq_length = args.max_length
+    cut = [
+        model.model_body.tokenizer.batch_decode(
+            data.encode(model.model_body.tokenizer, part["text"].tolist(), args.max_length), skip_special_tokens=True
+        )
+        for part in (labelled, test)
+    ]
+    pairs = datasets.Dataset.from_dict({"text": cut[0], "label": labelled["label"].tolist()})
+    how = {"save_strategy": "no", "report_to": "none", "seed": study.origin.seed}
+    Trainer(model, TrainingArguments(args.output_dir, **how), train_dataset=pairs).train()
+    return np.log(model.predict_proba(cut[1], as_numpy=True)) @ [-1, 1], {}
+
+
+def make_alternative(study: distillation.Study, name: str) -> None:
+    """The test predictions of `frozen_embeddings` or `setfit`, fitted to all labelled reviews, as a run.
+
+    An encoder is slow on a CPU, so --embedded-test-samples of test are read, and the others have NaN.
+    """
     args, reviews = study.args, study.reviews
-    flags = {name: getattr(args, name) for name in ("max_length", "embedded_test_samples")}
-    flags = distillation.settings_of(study, "frozen_embeddings", study.origin.seed, **flags)
+    flags = {flag: getattr(args, flag) for flag in ("max_length", "embedded_test_samples")}
+    flags = distillation.settings_of(study, name, study.origin.seed, **flags)
     inputs = study.fingerprints("train", "validation", "test")
     inputs["encoder"] = models.weights_digest(Path(args.roberta_model))
-    folder = distillation.begun(flags, f"runs/{study.column('frozen_embeddings', flags.seed)}", inputs)
+    folder = distillation.begun(flags, f"runs/{study.column(name, flags.seed)}", inputs)
     if folder is None:
         return
     rows = np.sort(data.stratified_order(reviews.test["label"], args.seed)[: args.embedded_test_samples])
-    test, labelled = embed(study, reviews.test.iloc[rows]), pd.concat([reviews.train, reviews.validation])
-    model = GridSearchCV(LogisticRegression(max_iter=1000), {"C": EMBEDDINGS_CS}, scoring="neg_log_loss", cv=5)
-    model.fit(embed(study, labelled).to_numpy(), labelled["label"])
-    odds = np.full(len(reviews.test), np.nan)
-    odds[rows] = model.decision_function(test.to_numpy())
-    facts = {"gold": len(labelled), "transfer": 0, "teacher": "", "c": model.best_params_["C"]}
+    labelled, odds = pd.concat([reviews.train, reviews.validation]), np.full(len(reviews.test), np.nan)
+    fit = setfit if name == "setfit" else frozen_embeddings
+    odds[rows], facts = fit(study, labelled, reviews.test.iloc[rows])
+    facts |= {"gold": len(labelled), "transfer": 0, "teacher": ""}
     distillation.finish(flags, folder, {"test": reviews.test}, {"test": odds}, **facts)
 
 
@@ -138,8 +173,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{labels} labels: {name}, seed {seed}", flush=True)
             if name == "nb_svm":
                 distillation.make_nb_svm(study)
-            elif name == "frozen_embeddings":
-                make_frozen_embeddings(study)
+            elif name in ALTERNATIVES:
+                make_alternative(study, name)
             else:
                 sizes = len(study.reviews.train), len(study.reviews.transfer)
                 run = recipe(name, labels, *sizes, args.batch_size)

@@ -35,7 +35,7 @@ CLAIMS = (  # a student, the teacher whose gap it closes, and the runs that it i
     ("short_one_4000", "tuned_teacher", ("short_both_2000", "short_one_2000")),
     ("encoder_short_one_2000", "teacher", ("encoder_short_both_2000",)),
 )
-FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm", "frozen_embeddings")
+FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm", "frozen_embeddings", "setfit")
 CASCADED = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 1)  # shares of the reviews that the student hands on
 MADE = "validation.csv white_box.csv black_box.csv claims.csv cascade.csv few_labels.csv few_labels.png".split()
 # runs.csv, in this order. `labels`: gold labels in all, where a table compares numbers of them.

@@ -254,7 +254,7 @@ def test_frozen_embeddings_are_means_of_length_1_each_review_embedded_once_and_p
     study.args.embedded_test_samples = 4
     embedded, real = [], scoring.score_encoder
     monkeypatch.setattr(scoring, "score_encoder", lambda *args: embedded.extend(args[1]) or real(*args))
-    few_labels.make_frozen_embeddings(study)
+    few_labels.make_alternative(study, "frozen_embeddings")
     assert len(embedded) == 4 + 16
     row, predictions = tables.read_finished(folder_of(study, "frozen_embeddings-16-42"))
     assert (row["gold"], row["transfer"], row["teacher"]) == ("16", "0", "")
