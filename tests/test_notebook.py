@@ -102,8 +102,9 @@ def test_steps_share_the_hours_since_the_settings_first_run_and_a_session_withou
     assert "args" not in out and "before 01_works.py was finished" in out
 
 
-def test_only_what_is_missing_is_installed_and_torch_is_held(cells, names, monkeypatch, capsys):
-    (names["project"] / "requirements.txt").write_text("torch>=2.6\nno-such-package>=1\nnumpy>=2.0\n")
+def test_only_what_is_missing_or_too_old_is_installed_and_torch_is_held(cells, names, monkeypatch, capsys):
+    requirements = names["project"] / "requirements.txt"
+    requirements.write_text("torch>=2.6\nno-such-package>=1\nscikit-learn>=99\nnumpy>=2.0\n")
     commands = []
 
     def run(command, **_):
@@ -112,10 +113,14 @@ def test_only_what_is_missing_is_installed_and_torch_is_held(cells, names, monke
 
     monkeypatch.setattr(subprocess, "run", run)
     exec(cells["install"], names)
-    *_, missing, torch = commands[0]
-    assert missing == "no-such-package>=1" and torch.startswith("torch==")
+    *_, attached, missing, too_old, torch = commands[0]
+    assert (missing, too_old) == ("no-such-package>=1", "scikit-learn>=99") and torch.startswith("torch==")
+    assert attached.startswith("--")  # so that numpy is not installed
     assert "no-such-package>=1" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="pip download .*no-such-package>=1.*attach it"):
+        exec(cells["install"], names)
+    requirements.write_text("torch>=99\n")
+    with pytest.raises(ModuleNotFoundError, match="torch is missing or too old"):
         exec(cells["install"], names)
 
 
