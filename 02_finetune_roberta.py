@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def finetune(
-    args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware: device.Hardware, folder: Path
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, tokenizer
 ) -> None:
     """Fine-tune the encoder and save the weights of its best epoch on validation."""
     from common import training
@@ -61,7 +61,7 @@ def finetune(
 
 
 def save_soft_labels(
-    args: argparse.Namespace, reviews: data.Reviews, tokenizer, hardware, folder: Path
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, tokenizer
 ) -> tuple[np.ndarray, dict]:
     """Save raw logits by example_id for every split, and pooled states of the mapped layers for train and transfer.
 
@@ -106,10 +106,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints, keep=("soft_labels",))
     device.one_process_per_gpu(args, hardware, __file__, argv)
     if not device.share((folder / "model").exists()):
-        finetune(args, reviews, tokenizer, hardware, folder)
+        finetune(args, hardware, folder, reviews, tokenizer)
         memory.free()
 
-    logits, layer_facts = save_soft_labels(args, reviews, tokenizer, hardware, folder)
+    logits, layer_facts = save_soft_labels(args, hardware, folder, reviews, tokenizer)
     export.describe_model(
         args, folder / "model", "A fine-tuned encoder.", args.roberta_model, reviews, logits, epochs=args.epochs
     )

@@ -67,9 +67,9 @@ def finetune(
     args: argparse.Namespace,
     hardware: device.Hardware,
     folder: Path,
+    reviews: data.Reviews,
     tokenizer,
     label_ids: list[int],
-    reviews: data.Reviews,
 ) -> None:
     """Train the adapters and save the best epoch's on validation."""
     from common import training
@@ -98,7 +98,7 @@ def finetune(
 
 
 def score_validation(
-    args: argparse.Namespace, hardware: device.Hardware, folder: Path, tokenizer, reviews: pd.DataFrame
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: pd.DataFrame, tokenizer
 ) -> dict[str, float]:
     """The adapter's figures on validation. It is reloaded onto a new 4-bit base, as in 04b and 05."""
     from common import training
@@ -123,9 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
     if not device.share((folder / "adapter").exists()):
-        finetune(args, hardware, folder, tokenizer, label_ids, reviews)
+        finetune(args, hardware, folder, reviews, tokenizer, label_ids)
         memory.free()
-    scores = score_validation(args, hardware, folder, tokenizer, reviews.validation)
+    scores = score_validation(args, hardware, folder, reviews.validation, tokenizer)
 
     facts = {
         "labels": data.LABELS,

@@ -110,7 +110,7 @@ def scored_splits(args: argparse.Namespace, reviews: data.Reviews) -> list[str]:
 
 
 def save_soft_labels(
-    args: argparse.Namespace, reviews: data.Reviews, llm: dict, adapter: Path | None, hardware, folder: Path
+    args: argparse.Namespace, hardware, folder: Path, reviews: data.Reviews, llm: dict, adapter: Path | None
 ) -> None:
     """Save the LLM's raw label log-probabilities by example_id, for every split.
 
@@ -131,10 +131,10 @@ def save_soft_labels(
         scoring.score_prompts(folder, split, table, model, tokenizer, llm, hardware, args.batch_tokens)
 
 
-def ask_llm(args: argparse.Namespace, reviews: data.Reviews, llm: dict, hardware, folder: Path) -> Teacher:
+def ask_llm(args: argparse.Namespace, hardware, folder: Path, reviews: data.Reviews, llm: dict) -> Teacher:
     """The LLM as a teacher, with the log-odds of all splits that it scores."""
     adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
-    save_soft_labels(args, reviews, llm, adapter, hardware, folder)
+    save_soft_labels(args, hardware, folder, reviews, llm, adapter)
     memory.free()  # the LLM's memory, for the student
     log_p = {}
     for split in scored_splits(args, reviews):
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
     if llm:
-        teacher = ask_llm(args, reviews, llm, hardware, folder / "soft_labels")
+        teacher = ask_llm(args, hardware, folder / "soft_labels", reviews, llm)
     else:
         save_scores(folder / "teacher_scores", reviews, teacher.log_odds)
     labels = reviews.validation["label"].to_numpy()
