@@ -119,6 +119,7 @@ def save_soft_labels(
     """
     origin = {"weights": models.weights_digest(adapter) if adapter else "no adapter"}
     origin |= {name: llm[name] for name in ("base", "prompt", "label_words", "max_length")}
+    origin |= {"base_files": models.sampled_digest(llm["base"])}
     splits = scored_splits(args, reviews)
     for split in splits:
         texts = data.fingerprint(getattr(reviews, split))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, data, device, storage
+from common import artifacts, data, device, models, storage
 from common.classifiers import Contender
 from common.measuring import Measured
 
@@ -19,11 +19,10 @@ def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argpar
     """Where a contender's row on the reviews `part` is kept.
 
     The name is a digest of all that the row depends on: the model's files, the reviews, the settings, the machine and
-    the packages that run the model. A base LLM counts by its name, and a folder of one by its files' sizes and times:
-    its contents take minutes to read.
+    the packages that run the model. A base LLM counts by its name, and a folder of one by parts of its files.
     """
-    base = Path(contender.facts["base"]) if "base" in contender.facts else None
-    own, versions = contender.files != base and contender.files.exists(), artifacts.versions()
+    base, versions = contender.facts.get("base"), artifacts.versions()
+    own = contender.files.exists() and (base is None or contender.files != Path(base))
     names = ("latency_samples", "latency_seconds", "injection_samples", "batch_tokens")
     about = {
         "format": FORMAT,
@@ -31,7 +30,7 @@ def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argpar
         "row": [contender.name, contender.kind, contender.facts],
         "reviews": data.fingerprint(part),
         "settings": {name: getattr(args, name) for name in names},
-        "base": base and [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.glob("*"))],
+        "base": base and models.sampled_digest(base),
         "machine": device.environment(contender.hardware) | {name: versions[name] for name in contender.packages},
     }
     return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.npz"

@@ -33,6 +33,21 @@ def test_parameters_and_bytes_are_counted(tiny):
     assert models.count(model) == (parameters, 4 * parameters)
 
 
+def test_a_large_file_is_known_by_its_name_its_size_its_ends_and_its_middle(tmp_path):
+    content, file = bytearray(8 * 2**20), tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    digests = [models.sampled_digest(str(tmp_path))]
+    for place in (0, len(content) // 2, len(content) - 1):
+        content[place] ^= 1
+        file.write_bytes(content)
+        digests.append(models.sampled_digest(str(tmp_path)))
+    file.write_bytes(content[: 2 * 2**20] + content[2 * 2**20 - 1 :])
+    digests.append(models.sampled_digest(str(tmp_path)))
+    file.rename(tmp_path / "other.safetensors")
+    digests.append(models.sampled_digest(str(tmp_path)))
+    assert len(set(digests)) == len(digests) == 6 and models.sampled_digest("a/hub-name") is None
+
+
 def test_a_folder_that_is_no_model_and_a_missing_folder_are_told_apart(tmp_path, stops):
     stops(lambda: models.load_tokenizer(str(tmp_path)), "no config.json")
     stops(lambda: models.load_classifier("./nowhere"), "does not exist")

@@ -533,6 +533,34 @@ def test_the_llm_scores_again_only_damaged_soft_labels_and_another_number_of_rev
     assert len(pd.read_parquet(folder / "transfer.parquet")) == 40
 
 
+def test_another_llm_in_the_place_of_an_untuned_one_scores_anew(outputs, flags, script, tiny, tmp_path, monkeypatch):
+    module, base, asked = script("04b"), tmp_path / "llm", []
+    args = module.parse_args(flags["04b"])
+    reviews = module.data.load_reviews(args, reads=("train", "transfer"))
+    llm = read(outputs / "03_mistral", "run.json")["facts"] | {"base": str(base), "adapter": False}
+    shutil.copytree(tiny / "mistral", base)
+
+    def score(folder, split, table, *_):
+        asked.append(split)
+        scores = dict.fromkeys(module.scoring.LOG_PROBABILITIES, -1.0)
+        module.scoring.write_table(folder / f"{split}.parquet", table[["example_id"]].assign(**scores))
+
+    monkeypatch.setattr(module.scoring, "score_prompts", score)
+    monkeypatch.setattr(module.llms, "load_llm", lambda *_: None)
+
+    def ask() -> list[str]:
+        asked.clear()
+        module.save_soft_labels(args, None, tmp_path / "soft_labels", reviews, llm, None)
+        return list(asked)
+
+    assert ask() == ["validation", "transfer"]
+    for file in base.iterdir():
+        file.touch()
+    assert ask() == []
+    change_last_byte(base / "model.safetensors")
+    assert ask() == ["validation", "transfer"]
+
+
 def change_last_byte(file: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
