@@ -110,12 +110,12 @@ def main(argv: list[str] | None = None) -> None:
         memory.free()
 
     logits, layer_facts = save_soft_labels(args, hardware, folder, reviews, tokenizer)
-    export.describe_model(
+    export.add_temperature_and_card(
         args, folder / "model", "A fine-tuned encoder.", args.roberta_model, reviews, logits, epochs=args.epochs
     )
     scores = metrics.describe(reviews.validation["label"].to_numpy(), logits)
 
-    facts = {"labels": data.LABELS, "teacher": args.roberta_model, "max_length": args.max_length} | layer_facts
+    facts = {"teacher": args.roberta_model, "max_length": args.max_length} | layer_facts
     artifacts.finish(args, folder, facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
     print(f"next: {settings.next_command('03_finetune_mistral.py')}")

@@ -20,7 +20,6 @@ import pandas as pd
 from common import artifacts, checks, data, device, llms, memory, metrics, scoring, settings, verbalizer
 
 STEP = "03_mistral"
-COLLAPSED = "pass --force with a smaller --learning-rate or more --epochs"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -108,7 +107,7 @@ def score_validation(
     ids, script = reviews["example_id"], artifacts.SCRIPTS[STEP]
     log_p, _ = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES, ids, script)
     labels = reviews["label"].to_numpy()
-    training.refuse_collapse(log_p, labels, COLLAPSED)
+    training.refuse_collapse(log_p, labels)
     return metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}
 
 
@@ -117,8 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train",))
     tokenizer = checks.check_llm(args.mistral_model, args.max_length, reviews.train["text"])
-    label_ids = verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words)
-    verbalizer.encode_prompts(tokenizer, [""], args.prompt, args.max_length)  # stops if --max-length is too short
+    label_ids = checks.check_prompt(tokenizer, args.prompt, args.label_words, args.max_length)
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
@@ -128,11 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     scores = score_validation(args, hardware, folder, reviews.validation, tokenizer)
 
     facts = {
-        "labels": data.LABELS,
         "base": args.mistral_model,
         "prompt": args.prompt,
         "label_words": args.label_words,
-        "label_token_ids": label_ids,
         "max_length": args.max_length,
         "validation_accuracy": scores["accuracy"],
     }

@@ -24,7 +24,6 @@ import numpy as np
 from common import artifacts, checks, data, device, export, metrics, models, scoring, settings
 
 STEP, TEACHER_STEP = "04a_student_from_roberta", "02_roberta"
-AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,12 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--feature-weight", type=settings.non_negative, default=0.1, help="weight of the hidden-state term; 0: no term")
     add("--control", action=argparse.BooleanOptionalAction, default=True, help="train a control too, with no teacher")
-    args = settings.parse(parser, STEP, argv)
-    if args.alpha == 0 and args.feature_weight == 0:
-        parser.error(
-            "--alpha 0 with --feature-weight 0 uses no teacher, which only the control does: raise one of them"
-        )
-    return args
+    return settings.parse(parser, STEP, argv)
 
 
 def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -> tuple[dict, np.ndarray]:
@@ -91,14 +85,16 @@ def train_students(
 
     train, labelled, validation = distill.student_datasets(args, reviews, teacher)
     weights = {"epochs": args.epochs, "alpha": args.alpha, "feature_weight": args.feature_weight}
-    weights |= {"soft_labels": args.soft_labels, "teacher_width": width if args.feature_weight > 0 else None}
+    weights |= {"soft_labels": settings.reviews_with_soft_labels(args, len(reviews.transfer))}
+    weights |= {"teacher_width": width if args.feature_weight > 0 else None}
     logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **weights)}
-    training.refuse_collapse(logits["student"], validation.labels, AT_CHANCE)
+    training.refuse_collapse(logits["student"], validation.labels)
     if args.control:
         weights = {"epochs": args.epochs * len(train) / len(labelled), "alpha": 0.0}  # as many steps as the student
         print(f"control: {len(labelled):,} labelled reviews, up to {weights['epochs']:.1f} epochs", flush=True)
         logits["control"] = distill.train_student(args, hardware, folder / "control", labelled, validation, **weights)
-        training.refuse_collapse(logits["control"], validation.labels, f"the control is no measure; {AT_CHANCE}")
+        remedy = f"the control is no measure; {training.TRAIN_OTHERWISE}"
+        training.refuse_collapse(logits["control"], validation.labels, remedy)
     return logits
 
 
@@ -106,10 +102,12 @@ def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, l
     """Describe the student and the control, each in its folder."""
     role = f"A student of {teacher}: it learned from gold labels and from the teacher's soft labels."
     rows = export.student_rows(args, reviews) | {"feature_weight": args.feature_weight}
-    export.describe_model(args, folder / "model", role, args.student_model, reviews, logits["student"], **rows)
+    export.add_temperature_and_card(
+        args, folder / "model", role, args.student_model, reviews, logits["student"], **rows
+    )
     if args.control:
         role, epochs = "A control: the student without a teacher.", "the best of as many steps as the student's"
-        export.describe_model(
+        export.add_temperature_and_card(
             args, folder / "control", role, args.student_model, reviews, logits["control"], epochs=epochs
         )
 
@@ -119,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     hardware = device.start(args, __file__)
     teacher_run = artifacts.read_run(args, TEACHER_STEP)
     reviews = data.load_reviews(args, reads=("train", "transfer"))
+    settings.refuse_no_teacher(args, len(reviews.transfer))
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
     checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
     facts = teacher_run["facts"]
@@ -134,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     models_used = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
     write_cards(args, folder, reviews, logits, settings.short(facts["teacher"]))
     scoring.save_validation(folder, reviews.validation, **logits, teacher=of_validation)
-    artifacts.finish(args, folder, {"labels": data.LABELS} | models_used, {"validation": scores})
+    artifacts.finish(args, folder, models_used, {"validation": scores})
     for name, figures in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(figures)}")
     print(f"next: {settings.next_command('04b_distill_from_mistral.py', 'student_model')}")

@@ -33,12 +33,11 @@ from common.teacher_scores import Teacher, read_file, save_scores
 
 STEP, TEACHER_STEP = "04b_student_from_mistral", "03_mistral"
 CANNOT_TEACH = "this LLM cannot teach: take another, or train it on more reviews with 03_finetune_mistral.py"
-AT_CHANCE = "pass --force with a smaller --learning-rate or more --epochs"
 LOW_LABEL_MASS = 0.5
 # 03 decides four flags. FLAGS maps their names in 03's facts to this script's; DEFAULTS are their values without 03.
 FLAGS = {"base": "mistral_model", "prompt": "prompt", "label_words": "label_words", "max_length": "prompt_length"}
 DEFAULTS = {"prompt": verbalizer.PROMPT, "label_words": list(verbalizer.LABEL_WORDS), "max_length": 512}
-OTHER_TEACHER = 0.03  # another precision changes the accuracy by less, another base by more
+MOST_ACCURACY_CHANGE = 0.03  # another precision changes the accuracy by less, another base by more
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,8 +67,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--teacher-scores asks no LLM: drop --{typed[0].replace('_', '-')}")
     if args.teacher_name and not args.teacher_scores:
         parser.error("--teacher-name names the LLM of --teacher-scores: pass both")
-    if args.alpha == 0:
-        parser.error("--alpha 0 uses no teacher, which only 04a's control does: raise it")
     return args
 
 
@@ -95,22 +92,23 @@ def check_teacher(args: argparse.Namespace, llm: dict, reviews: data.Reviews) ->
         artifacts.require(args, TEACHER_STEP, "adapter")
         inputs[TEACHER_STEP] = artifacts.fingerprint(args, TEACHER_STEP)
     tokenizer = checks.check_llm(llm["base"], llm["max_length"], reviews.train["text"], "--prompt-length")
-    words, label_ids = llm["label_words"], verbalizer.label_token_ids(tokenizer, llm["prompt"], llm["label_words"])
-    verbalizer.encode_prompts(tokenizer, [""], llm["prompt"], llm["max_length"])  # stops if the length is too short
-    print(f"label words {words} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
+    checks.check_prompt(tokenizer, llm["prompt"], llm["label_words"], llm["max_length"])
     return inputs
 
 
 def scored_splits(args: argparse.Namespace, reviews: data.Reviews) -> list[str]:
     """The splits that the LLM scores; train only if its soft labels are learned."""
-    from common import distill
-
-    train = ["train"] if distill.reviews_with_soft_labels(args, reviews) == "all" else []
+    train = ["train"] if settings.reviews_with_soft_labels(args, len(reviews.transfer)) == "all" else []
     return ["validation", *train, *(["transfer"] if len(reviews.transfer) else [])]
 
 
 def save_soft_labels(
-    args: argparse.Namespace, hardware, folder: Path, reviews: data.Reviews, llm: dict, adapter: Path | None
+    args: argparse.Namespace,
+    hardware: device.Hardware,
+    folder: Path,
+    reviews: data.Reviews,
+    llm: dict,
+    adapter: Path | None,
 ) -> None:
     """Save the LLM's raw label log-probabilities by example_id, for every split.
 
@@ -132,7 +130,9 @@ def save_soft_labels(
         scoring.score_prompts(folder, split, table, model, tokenizer, llm, hardware, args.batch_tokens)
 
 
-def ask_llm(args: argparse.Namespace, hardware, folder: Path, reviews: data.Reviews, llm: dict) -> Teacher:
+def ask_llm(
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, llm: dict
+) -> Teacher:
     """The LLM as a teacher, with the log-odds of all splits that it scores."""
     adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
     save_soft_labels(args, hardware, folder, reviews, llm, adapter)
@@ -142,7 +142,7 @@ def ask_llm(args: argparse.Namespace, hardware, folder: Path, reviews: data.Revi
         ids, script = getattr(reviews, split)["example_id"], artifacts.SCRIPTS[STEP]
         log_p[split], _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
     mass = check_scores(llm, log_p["validation"], reviews.validation["label"].to_numpy())
-    log_odds = {split: verbalizer.log_odds(scores) for split, scores in log_p.items()}
+    log_odds = {split: metrics.log_odds(scores) for split, scores in log_p.items()}
     role = "which scored two label words after each review"
     return Teacher(llm["base"], role, log_odds, {"llm": llm}, CANNOT_TEACH, {"label_mass": mass})
 
@@ -154,7 +154,7 @@ def check_scores(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
     if mass < LOW_LABEL_MASS:
         print("warning: the LLM prefers other words to the label words; its ranking may still be good")
     accuracy, recorded = metrics.accuracy(labels, log_p.argmax(axis=1)), llm.get("validation_accuracy")
-    if recorded is not None and abs(accuracy - recorded) > max(OTHER_TEACHER, 2 / len(labels)):
+    if recorded is not None and abs(accuracy - recorded) > max(MOST_ACCURACY_CHANGE, 2 / len(labels)):
         settings.stop(
             f"the LLM's validation accuracy is {accuracy:.3f} here and was {recorded:.3f} in 03: "
             f"is {llm['base']} still the base that the adapter was trained on?"
@@ -185,7 +185,7 @@ def calibrate(
         print(f"teacher on validation: {figures['teacher']}; calibration {chosen}")
     else:
         for name, one in made.items():
-            figures[f"teacher_{name}"] = scores = metrics.describe(gold, verbalizer.teacher_logits(one.held_out))
+            figures[f"teacher_{name}"] = scores = metrics.describe(gold, metrics.two_logits(one.held_out))
             used = f" (in use: minus {one.bias:.3f}, divided by {one.temperature:.3f})" if name == chosen else ""
             print(
                 f"teacher on validation, calibration {name}: accuracy {metrics.in_words(scores)}, "
@@ -197,21 +197,29 @@ def calibrate(
     return chosen, made[chosen], figures
 
 
-def teacher_arrays(reviews: data.Reviews, log_odds: dict[str, np.ndarray], calibration) -> dict[str, np.ndarray]:
+def teacher_arrays(
+    reviews: data.Reviews, log_odds: dict[str, np.ndarray], calibration: verbalizer.Calibration
+) -> dict[str, np.ndarray]:
     """The teacher's calibrated logits for train, then transfer. No loss reads those of a split that was not scored."""
     unread = {split: np.zeros(len(getattr(reviews, split))) for split in ("train", "transfer")}
     odds = np.concatenate([log_odds.get(split, zeros) for split, zeros in unread.items()])
     return {"teacher_logits": calibration.logits(odds)}
 
 
-def train_student(args: argparse.Namespace, hardware, folder: Path, reviews: data.Reviews, teacher: dict) -> np.ndarray:
+def train_student(
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, teacher: dict
+) -> np.ndarray:
     """Train the student on the teacher's arrays; its (n, 2) validation logits."""
     from common import distill, training
 
     train, _, validation = distill.student_datasets(args, reviews, teacher)
-    weights = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": args.soft_labels}
+    weights = {
+        "epochs": args.epochs,
+        "alpha": args.alpha,
+        "soft_labels": settings.reviews_with_soft_labels(args, len(reviews.transfer)),
+    }
     logits = distill.train_student(args, hardware, folder / "model", train, validation, **weights)
-    training.refuse_collapse(logits, validation.labels, AT_CHANCE)
+    training.refuse_collapse(logits, validation.labels)
     return logits
 
 
@@ -224,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs = check_teacher(args, llm, reviews)
     else:
         reviews, teacher, inputs = read_file(args, reviews)
+    settings.refuse_no_teacher(args, len(reviews.transfer))
     checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
     folder = artifacts.begin(args, STEP, reviews.fingerprints | inputs, keep=("soft_labels",))
     device.one_process_per_gpu(args, hardware, __file__, argv)
@@ -236,12 +245,12 @@ def main(argv: list[str] | None = None) -> None:
     chosen, calibration, figures = calibrate(args.calibration, teacher, labels)
     logits = train_student(args, hardware, folder, reviews, teacher_arrays(reviews, teacher.log_odds, calibration))
 
-    facts = {"labels": data.LABELS, "student": args.student_model, "teacher": teacher.name, **teacher.facts}
+    facts = {"student": args.student_model, "teacher": teacher.name, **teacher.facts}
     facts |= {"max_length": args.max_length, "calibration": chosen}
     facts |= {"bias": calibration.bias, "calibration_temperature": calibration.temperature}
     measured = {"student": metrics.describe(labels, logits), "calibration": chosen} | teacher.measured | figures
     role, rows = f"A student of {settings.short(teacher.name)}, {teacher.role}.", export.student_rows(args, reviews)
-    export.describe_model(args, folder / "model", role, args.student_model, reviews, logits, **rows)
+    export.add_temperature_and_card(args, folder / "model", role, args.student_model, reviews, logits, **rows)
     of_validation = calibration.logits(teacher.log_odds["validation"])  # NaN where a file has no score
     scoring.save_validation(folder, reviews.validation, student=logits, teacher=of_validation)
     artifacts.finish(args, folder, facts, {"validation": measured})

@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure_all(
-    contenders: list[Contender], test: pd.DataFrame, args: argparse.Namespace, folder: Path
+    args: argparse.Namespace, folder: Path, contenders: list[Contender], test: pd.DataFrame
 ) -> tuple[list[tuple[Contender, pd.DataFrame, Measured]], list[dict], dict]:
     """Measure each contender, or take what an earlier run kept of it.
 
@@ -82,7 +82,7 @@ def measure_all(
     """
     order = data.stratified_order(test["label"], args.seed)
     parts = {one.name: test.iloc[order[: one.samples or len(test)]] for one in contenders}
-    files = {one.name: kept_rows.file_of(folder / "rows", one, parts[one.name], args) for one in contenders}
+    files = {one.name: kept_rows.file_of(args, folder / "rows", one, parts[one.name]) for one in contenders}
     kept = {name: kept_rows.read(file) for name, file in files.items()}
     new = [one for one in contenders if kept[one.name] is None and not one.absent]
     peaks = {hardware: device.matrix_peak(hardware) for hardware in {one.hardware for one in new}}
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     work = artifacts.begin(args, STEP, inputs, keep=() if args.force else KEPT, again=True)
 
     contenders = classifiers.find(args, hardware, runs, made_again, work / "deploy")
-    done, without, facts = measure_all(contenders, reviews.test, args, work)
+    done, without, facts = measure_all(args, work, contenders, reviews.test)
 
     if facts["measured_models"] or not (work / "environment.json").exists():
         storage.write_json(work / "environment.json", device.environment(hardware) | facts)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, classifiers, data, device, files, models, settings, storage
+from common import artifacts, classifiers, data, device, files, metrics, models, settings, storage
 
 CHUNK = 4000  # reviews in memory at once
 
@@ -39,8 +39,7 @@ class Judge:
         """The calibrated probability that each review is positive."""
         from scipy.special import expit
 
-        logits = self.model.logits(texts)
-        return expit((logits[:, 1] - logits[:, 0]) / self.temperature)
+        return expit(metrics.log_odds(self.model.logits(texts)) / self.temperature)
 
 
 def load(name: str, folder: str, hardware: device.Hardware) -> Judge:
@@ -50,7 +49,7 @@ def load(name: str, folder: str, hardware: device.Hardware) -> Judge:
     if temperature is None:
         settings.stop(f"{folder} is no model of 02, 04a or 04b (its config.json has no calibration_temperature)")
     artifacts.verify(Path(folder))
-    return Judge(name, classifiers.load_encoder(Path(folder), hardware), temperature)
+    return Judge(name, classifiers.encoder_classifier(Path(folder), hardware), temperature)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

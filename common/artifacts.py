@@ -174,7 +174,7 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
     files = [name for name in _files(folder) if not name.endswith(FOR_PEOPLE)]
     run = read_json(folder / "started.json") | {
         "settings": dict(sorted(vars(args).items())),
-        "facts": facts,
+        "facts": {"labels": LABELS} | facts,
         "seed": args.seed,
         "versions": versions(),
         "git_commit": _commit(),

@@ -1,4 +1,4 @@
-"""What is tried of a named model before any work.
+"""Checks of a model, by name, before any work.
 
 - Both kinds: the config is no encoder-decoder's. The tokenizer obeys its tokenizer.json and knows the reviews' letters.
   The length fits the positions.
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import data, device, llms, models
+from common import data, device, llms, models, verbalizer
 from common.device import Hardware
 from common.settings import stop
 
@@ -65,6 +65,16 @@ def check_llm(
     elif not dict(own).get("load_in_4bit", dict(own).get("_load_in_4bit")):
         stop(f"{name} was saved quantised ({dict(own).get('quant_method')}), not in bitsandbytes' 4 bits: pass another")
     return tokenizer
+
+
+def check_prompt(
+    tokenizer: "PreTrainedTokenizerFast", prompt: str, label_words: tuple[str, str], max_length: int
+) -> list[int]:
+    """The label words' token ids; stops if a word is no single token, or the prompt leaves no room for a review."""
+    label_ids = verbalizer.label_token_ids(tokenizer, prompt, label_words)
+    verbalizer.encode_prompts(tokenizer, [""], prompt, max_length)
+    print(f"label words {list(label_words)} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
+    return label_ids
 
 
 def _config_and_tokenizer(

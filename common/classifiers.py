@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, export, llms, models, scoring, storage, verbalizer
+from common import artifacts, data, device, export, llms, metrics, models, scoring, storage, verbalizer
 from common.device import Hardware
 from common.settings import short
 
@@ -84,8 +83,8 @@ def _baselines(folder: Path) -> list[Contender]:
     importlib.import_module("common.baseline")  # so that its first model does not pay for scikit-learn
     found, cpu = [], device.cpu("fp32")
     for name, part in (("TF-IDF + naive Bayes", "naive_bayes"), ("NB-SVM (logistic)", "nb_svm")):
-        found.append(Contender(name, BASELINE, partial(load_bag_of_words, folder / part), folder / part, cpu))
-        found[-1].packages = ("scikit-learn", "numpy")
+        load, packages = partial(baseline_classifier, folder / part), ("scikit-learn", "numpy")
+        found.append(Contender(name, BASELINE, load, folder / part, cpu, packages=packages))
     return found
 
 
@@ -93,7 +92,7 @@ def _teachers(
     args: argparse.Namespace, hardware: Hardware, root: Path, facts: dict[str, dict], made_again: dict[str, str]
 ) -> tuple[list[Contender], dict[str, Contender]]:
     """02's encoder, the LLM with 03's adapter, the LLM as it is if it taught; and who taught, by the student's step."""
-    white_box, black_box, *_ = STUDENTS
+    white_box, black_box = "04a_student_from_roberta", "04b_student_from_mistral"
     found, taught_by = [], {}
     if "02_roberta" in facts:
         teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
@@ -104,11 +103,11 @@ def _teachers(
     if "03_mistral" in facts:
         tuned = llm and llm["adapter"] and black_box not in made_again
         calibration = student if tuned else UNCALIBRATED
-        found.append(_llm(LLM, root / "03_mistral" / "adapter", hardware, facts["03_mistral"], calibration, args))
+        found.append(_llm(args, hardware, LLM, root / "03_mistral" / "adapter", facts["03_mistral"], calibration))
         if llm:
             taught_by[black_box] = found[-1]
     if llm and not llm["adapter"]:
-        found.append(_llm(ZERO_SHOT, None, hardware, llm, student, args))
+        found.append(_llm(args, hardware, ZERO_SHOT, None, llm, student))
         taught_by[black_box] = found[-1]
     return found, taught_by
 
@@ -125,12 +124,11 @@ def _students(
     found = []
     for part, (name, kind) in rows.items():
         if part == "model" or (root / step / part).is_dir():
-            one = _encoder(name, kind, root / step / part, hardware, facts)
-            one.step, one.teacher = step, None if again else teacher
-            one.note = f"its teacher's step was made again: {again}" if again else None
+            note = f"its teacher's step was made again: {again}" if again else None
             if scores:
-                one.note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
-            found.append(one)
+                note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
+            of = {"step": step, "teacher": None if again else teacher, "note": note}
+            found.append(_encoder(name, kind, root / step / part, hardware, facts, **of))
     return found
 
 
@@ -144,16 +142,18 @@ def _to_deploy(args: argparse.Namespace, found: list[Contender]) -> list[Contend
     return students
 
 
-def _encoder(name: str, kind: str, folder: Path, hardware: Hardware, facts: dict) -> Contender:
+def _encoder(name: str, kind: str, folder: Path, hardware: Hardware, facts: dict, **more: object) -> Contender:
     max_length = facts["max_length"]
-    load = partial(load_encoder, folder, hardware, max_length)
-    return Contender(name, kind, load, folder, hardware, {"max_length": max_length})
+    load = partial(encoder_classifier, folder, hardware, max_length)
+    return Contender(name, kind, load, folder, hardware, {"max_length": max_length}, **more)
 
 
-def _llm(kind: str, adapter: Path | None, hardware: Hardware, llm: dict, calibration: dict, args) -> Contender:
+def _llm(
+    args: argparse.Namespace, hardware: Hardware, kind: str, adapter: Path | None, llm: dict, calibration: dict
+) -> Contender:
     llm = {key: llm[key] for key in ("base", "prompt", "label_words", "max_length")}
     calibration = {key: calibration[key] for key in UNCALIBRATED}
-    load, files = partial(load_llm, adapter, hardware, llm, calibration), adapter or Path(llm["base"])
+    load, files = partial(llm_classifier, adapter, hardware, llm, calibration), adapter or Path(llm["base"])
     one = Contender(short(llm["base"]), kind, load, files, hardware, llm | calibration, samples=args.max_llm_samples)
     one.packages += ("peft", "bitsandbytes")
     return one
@@ -168,7 +168,7 @@ def forms(args: argparse.Namespace, student: Contender, deployed: Path) -> list[
     for precision in export.ONNX_FILES:
         name = f"ONNX {precision}"
         form = _encoder(f"{student.name}, {name}", f"form, {name}", student.files, found[0].hardware, student.facts)
-        form.load = partial(load_onnx, target, precision, student.facts["max_length"])
+        form.load = partial(onnx_classifier, target, precision, student.facts["max_length"])
         form.prepare, form.absent = partial(deploy, student.files, target), export.missing_for_onnx()
         form.packages += ("onnx", "onnxruntime")
         found.append(form)
@@ -177,7 +177,7 @@ def forms(args: argparse.Namespace, student: Contender, deployed: Path) -> list[
     return found
 
 
-def load_bag_of_words(folder: Path) -> Classifier:
+def baseline_classifier(folder: Path) -> Classifier:
     """A model of 01."""
     from common.baseline import load_baseline
 
@@ -186,7 +186,7 @@ def load_bag_of_words(folder: Path) -> Classifier:
     return Classifier(model.count_ngrams, lambda counts, _: model.score(counts), *model.count(), facts=facts)
 
 
-def load_encoder(folder: Path, hardware: Hardware, max_length: int | None = None) -> Classifier:
+def encoder_classifier(folder: Path, hardware: Hardware, max_length: int | None = None) -> Classifier:
     """A model of 02, 04a or 04b. Without `max_length` it reads the length that its tokenizer carries."""
     tokenizer, model = models.load_tokenizer(str(folder)), models.load_classifier(str(folder))
     parameters, weight_bytes = models.count(model)
@@ -201,7 +201,7 @@ def load_encoder(folder: Path, hardware: Hardware, max_length: int | None = None
     return Classifier(encode, score, parameters, weight_bytes, flops, facts)
 
 
-def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: dict) -> Classifier:
+def llm_classifier(adapter: Path | None, hardware: Hardware, llm: dict, calibration: dict) -> Classifier:
     """The 4-bit LLM of 03 with its adapter, or zero-shot. `llm` names base, prompt, label_words and max_length.
 
     `calibration` is 04b's: its name, its bias and its calibration_temperature.
@@ -212,8 +212,8 @@ def load_llm(adapter: Path | None, hardware: Hardware, llm: dict, calibration: d
 
     def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
         log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, batch_tokens)
-        log_odds = verbalizer.log_odds(log_p)
-        return verbalizer.teacher_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
+        log_odds = metrics.log_odds(log_p)
+        return metrics.two_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
 
     kind = llms.quantisation(model)["type"]
     facts = {"precision": f"{kind}, {hardware.precision}", "device": hardware.device, "max_length": max_length}
@@ -231,16 +231,13 @@ def deploy(model_folder: Path, target: Path) -> None:
         name: versions[name] for name in ("torch", "onnx", "onnxruntime")
     }
     written = {"made_from": origin, "digest": artifacts.digest(target, but=record.name)}
-    try:
-        if json.loads(record.read_text()) == written:
-            return
-    except (OSError, ValueError):  # absent, or damaged
-        pass
+    if storage.intact_json(record) == written:
+        return
     export.export_onnx(model_folder, target)
     storage.write_json(record, written | {"digest": artifacts.digest(target, but=record.name)})
 
 
-def load_onnx(folder: Path, precision: str, max_length: int) -> Classifier:
+def onnx_classifier(folder: Path, precision: str, max_length: int) -> Classifier:
     """A student that `deploy` has written, run by ONNX Runtime on the CPU. `precision` is one of export.ONNX_FILES."""
     import torch
 

@@ -11,9 +11,9 @@ from common.settings import stop
 
 UNLABELLED = -1
 # Names are compared without case. The first one of a table's columns wins.
-TEXTS = "text review sentence content review_text reviewtext review_body body reviews comment tweet document phrase"
-TEXTS += " text_a"
-LABELS = "label sentiment polarity target class labels category is_positive rating stars star_rating overall score"
+TEXT_NAMES = "text review sentence content review_text reviewtext review_body body reviews comment tweet document"
+TEXT_NAMES += " phrase text_a"
+LABEL_NAMES = "label sentiment polarity target class labels category is_positive rating stars star_rating overall score"
 SYNONYMS = {
     **dict.fromkeys(("neg", "bad"), "negative"),
     **dict.fromkeys(("pos", "good"), "positive"),
@@ -37,8 +37,8 @@ def plain_label(label: object) -> str:
     return SYNONYMS.get(text, text)
 
 
-def find(table: pd.DataFrame, typed: str | None, common: str, owner: str, flag: str) -> object | None:
-    """The column that a flag names, or else the first of the common names; None if there is neither.
+def find(table: pd.DataFrame, typed: str | None, common: str, owner: str, flag: str | None = None) -> object | None:
+    """The column that was typed with `flag`, or else the first of the common names; None if there is neither.
 
     Stops if the typed one is not there. If several could be meant, it prints which one is read.
     """
@@ -48,13 +48,14 @@ def find(table: pd.DataFrame, typed: str | None, common: str, owner: str, flag: 
         return typed if typed in table else next(name for name in table if plain_name(name) == plain_name(typed))
     found = [name for wanted in common.split() for name in table if plain_name(name) == wanted]
     if len(found) > 1:
-        print(f"{owner}: reads the column {found[0]}, not {', '.join(map(str, found[1:]))}; {flag} changes it")
+        remedy = f"pass {flag}" if flag else "leave that one out"
+        print(f"{owner}: reads the column {found[0]}, not {', '.join(map(str, found[1:]))}: {remedy} to change it")
     return found[0] if found else None
 
 
 def find_text(table: pd.DataFrame, typed: str | None, owner: str) -> object:
     """The column of the texts; stops if there is none."""
-    column = find(table, typed, TEXTS, owner, "--text-column")
+    column = find(table, typed, TEXT_NAMES, owner, "--text-column")
     if column is None:
         remedy = "pass --text-column, or let the first line name each column, as in text,label"
         stop(f"{owner} has the columns {_shown(table)}, and none is named text: {remedy}")
@@ -71,7 +72,7 @@ def text_and_label(table: pd.DataFrame, owner: str, args: argparse.Namespace, sp
     text, label = find_text(table, args.text_column, owner), None
     lacks = args.label_column is not None and plain_name(args.label_column) not in map(plain_name, table)
     if split != "transfer" and not (split == "test" and lacks):
-        label = find(table, args.label_column, LABELS, owner, "--label-column")
+        label = find(table, args.label_column, LABEL_NAMES, owner, "--label-column")
         if label is None and split != "test":
             remedy = "pass --label-column, or call a file without labels unsupervised"
             stop(f"{owner} has the columns {_shown(table)}, and none is named label: {remedy}")

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import metrics, settings, storage, verbalizer
+from common import metrics, settings, storage
 from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
 from common.data import LABELS
-from common.report import COLUMNS, FIELDS, INTERVALS
+from common.report import COLUMNS, FIELDS, INTERVALS, TOLERATED_LOSS
 
 SHARES = (*np.round(np.arange(0, 0.51, 0.01), 2), 1.0)  # of the reviews that a cascade hands to the teacher
 ERRORS = 100  # a model
 WORDS = ("better_than_baseline", "recommended")  # what `compare` says in words
-TOLERATED_LOSS = 0.003  # of a form's accuracy against eager fp32
 
 
 def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, done: list, without: list[dict]) -> None:
@@ -26,7 +25,7 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
     predictions, latency, sweep, injection = test[["example_id", "label"]].copy(), [], [], []
     for contender, part, measured in done:
         name, (passes, n) = contender.name, measured.latency.shape
-        predictions.loc[part.index, name] = measured.logits[:, 1] - measured.logits[:, 0]
+        predictions.loc[part.index, name] = metrics.log_odds(measured.logits)
         timed = {
             "pass": np.repeat(np.arange(passes) + 1, n),
             "example_id": np.tile(part["example_id"].iloc[:n], passes),
@@ -97,7 +96,7 @@ def cascades(
         if contender.kind not in STUDENTS.values() or teacher is None or teacher.name not in results:
             continue
         second = results[teacher.name]
-        temperature = storage.read_json(contender.files / "config.json").get("calibration_temperature", 1.0)
+        temperature = storage.read_json(contender.files / "config.json")["calibration_temperature"]
         try:
             validation = storage.read_table(file)
         except settings.Stop:  # which has said that the file is damaged: this student has no cascade
@@ -114,7 +113,7 @@ def cascades(
             continue
         predictions.loc[test.index, joint] = odds
         compared_with.loc[joint] = compared_with.loc[name]
-        quality = metrics.describe(test["label"].to_numpy(), verbalizer.teacher_logits(odds))
+        quality = metrics.describe(test["label"].to_numpy(), metrics.two_logits(odds))
         row = joint_row(rule, first.row, second.row) | quality | {"Model": joint, "Accuracy": quality["accuracy"]}
         if teacher.kind == ENCODER:
             row["Speedup (x)"] = round(second.latency.mean() / rule["ms"], 2)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import data, device, metrics, models, scoring, training
+from common import data, device, metrics, models, scoring, settings, training
 from common.data import LABELS, ReviewDataset, Reviews
 from common.settings import stop
 
@@ -77,16 +77,16 @@ class Student(nn.Module):
 class DistillationTrainer(training.ReviewTrainer):
     """Minimises alpha·soft + (1 − alpha)·CE + feature_weight·features; no teacher model is loaded.
 
-    The teacher's outputs are arrays of the dataset; the soft term is T²·KL. With `soft_labels` "transfer", and if there
-    are unlabelled reviews, each has one of the first two terms: CE where there is a gold label, the soft one elsewhere.
-    Then alpha weighs nothing. For the control, alpha is 0 and the dataset has no teacher.
+    The teacher's outputs are arrays of the dataset; the soft term is T²·KL. With `soft_labels` "transfer", each review
+    has one of the first two terms: CE where there is a gold label, the soft one elsewhere. Then alpha weighs nothing.
+    For the control, alpha is 0 and the dataset has no teacher.
     """
 
     def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_labels="all", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
         self.labelled_share = float(np.mean(self.train_dataset.labels != IGNORED))
-        self.one_term = soft_labels == "transfer" and self.labelled_share < 1
+        self.one_term = soft_labels == "transfer"
         self._terms: dict[str, list[torch.Tensor]] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -143,7 +143,7 @@ def student_datasets(
     )
     gold = reviews.train["label"].to_numpy()
     hard_labels = np.concatenate([gold, np.full(len(transfer_ids), IGNORED)])
-    one_term = reviews_with_soft_labels(args, reviews) == "transfer"
+    one_term = settings.reviews_with_soft_labels(args, len(reviews.transfer)) == "transfer"
     loss = "one of the two label losses each, which --alpha does not weigh" if one_term else f"alpha {args.alpha}"
     print(f"student: {len(gold):,} labelled and {len(transfer_ids):,} unlabelled reviews, {loss}", flush=True)
     return (
@@ -197,11 +197,6 @@ def train_student(
     return scoring.score_encoder(model, validation.ids, tokenizer.pad_token_id, hardware, None)["scores"]
 
 
-def reviews_with_soft_labels(args: argparse.Namespace, reviews: Reviews) -> str:
-    """--soft-labels: "all", or "transfer" if there is a transfer set."""
-    return args.soft_labels if len(reviews.transfer) else "all"
-
-
 class FeatureRows:
     """The teacher's pooled states by training row, read from memory-mapped files on demand.
 
@@ -222,7 +217,7 @@ class FeatureRows:
 def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: str) -> None:
     """Stop when soft labels cannot teach: not finite, constant, or the opposite of the gold labels."""
     _refuse_not_finite(teacher_logits, split)
-    if float(np.ptp(teacher_logits[:, 1] - teacher_logits[:, 0])) < 1e-6:
+    if float(np.ptp(metrics.log_odds(teacher_logits))) < 1e-6:
         stop(f"the teacher's logits on {split} are constant: run the teacher's step again with --force")
     if metrics.errors_above_chance(labels, teacher_logits) < -2:
         scores = metrics.describe(labels, teacher_logits)

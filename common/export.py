@@ -81,14 +81,12 @@ Two classes, and reviews like those above. Other languages, other subjects and s
 
 def student_rows(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, object]:
     """The rows of a student's card beside those of every model's."""
-    from common import distill
-
-    one_term = distill.reviews_with_soft_labels(args, reviews) == "transfer"
+    one_term = settings.reviews_with_soft_labels(args, len(reviews.transfer)) == "transfer"
     loss = {"unlabelled_reviews": f"{len(reviews.transfer):,}", "epochs": args.epochs, "temperature": args.temperature}
     return loss | ({"soft_labels": "of unlabelled reviews alone"} if one_term else {"alpha": args.alpha})
 
 
-def describe_model(
+def add_temperature_and_card(
     args: argparse.Namespace,
     folder: Path,
     role: str,
@@ -142,20 +140,9 @@ def missing_for_onnx() -> str | None:
 def export_onnx(model_folder: Path, target: Path) -> None:
     """Write a saved encoder's ONNX form to `target`, whole or not at all: ONNX_FILES, config and tokenizer.
 
-    TorchScript at opset 20, fused attention and scales per channel were chosen in a trial with MiniLM-L6 on IMDB, on a
-    processor with AVX512-VNNI and without BF16. Its script was not kept, so take these ratios as its reasons: CPU
-    seconds of one thread, of eager fp32 over the form's, in batches of 2,048 tokens / one review at a time.
-
-    | form                                                    | ratio       | mean error of a logit |
-    | fp32: TorchScript, opset 20 (opset 17: 0.85 / 1.29)     | 1.00 / 1.32 | 0.000                 |
-    | fp32: dynamo, opset 23                                  | 0.75 / 0.97 | 0.000                 |
-    | int8: TorchScript, fused attention, scales per channel  | 1.69 / 2.12 | 0.031                 |
-    | int8: dynamo, opset 23, scales per channel              | 1.54 / 1.79 | 0.032                 |
-    | int8: TorchScript, not fused, scales per channel        | 1.40 / 1.72 | 0.028                 |
-    | int8: TorchScript, not fused, scales per tensor         | 1.36 / 1.70 | 0.084                 |
-
-    What 05 measured of the chosen files stands in results/deploy. The fp32 file has standard operations only.
-    transformers 5.0 slices its mask, so there attention is not fused.
+    TorchScript at opset 20, fused attention and scales per channel were the fastest in a trial that was not kept.
+    results/deploy has what 05 measured. The fp32 file has standard operations only. transformers 5.0 slices its mask,
+    so there attention is not fused.
     """
     from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -217,9 +204,8 @@ def _refuse_difference(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
 def onnx_logits(file: Path, threads: int) -> Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]:
     """A function from a batch's input_ids and attention_mask to its logits, by one of ONNX_FILES.
 
-    In int8 a batch shares the scales of its activations, so a review's logits depend on its companions. In the trial of
-    `export_onnx` they moved by 0.031 on average and turned 2 labels of 500. So score int8 one review at a time. The
-    fp32 file does not depend on the batch.
+    In int8 a batch shares the scales of its activations, so a review's logits depend on its companions: score one
+    review at a time. The fp32 file does not depend on the batch.
     """
     import onnxruntime
     import torch

@@ -313,7 +313,7 @@ def _encoding(file: Path) -> str:
 
 def _dialect(file: Path) -> dict:
     """read_csv's encoding, separator, quotes and escapes."""
-    encoding, known = _encoding(file), {*columns.TEXTS.split(), *columns.LABELS.split()}
+    encoding, known = _encoding(file), {*columns.TEXT_NAMES.split(), *columns.LABEL_NAMES.split()}
     with io.TextIOWrapper(_open(file), encoding) as lines:
         header = next((line for line in lines if line.strip()), "")
         names = {mark: next(csv.reader([header], delimiter=mark, skipinitialspace=True), []) for mark in ",;|\t"}

@@ -15,7 +15,7 @@ from common.measuring import Measured
 FORMAT = 2  # of a kept row; raise it when 05 measures something else
 
 
-def file_of(folder: Path, contender: Contender, part: pd.DataFrame, args: argparse.Namespace) -> Path:
+def file_of(args: argparse.Namespace, folder: Path, contender: Contender, part: pd.DataFrame) -> Path:
     """Where a contender's row on the reviews `part` is kept.
 
     The name is a digest of all that the row depends on: the model's files, the reviews, the settings, the machine and

@@ -18,6 +18,17 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """log p(positive) − log p(negative), (n,) float64, of (n, 2) logits or log-probabilities."""
+    return logits[:, 1].astype(np.float64) - logits[:, 0]
+
+
+def two_logits(log_odds: np.ndarray, bias: float = 0.0, temperature: float = 1.0) -> np.ndarray:
+    """(n, 2) float32 logits whose log-odds are (log_odds − bias) / temperature."""
+    half = (log_odds - bias) / temperature / 2
+    return np.stack([-half, half], axis=1).astype(np.float32)
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities of (n, classes) logits, in float64."""
     from scipy.special import log_softmax
@@ -103,8 +114,8 @@ def errors_above_chance(labels: np.ndarray, logits: np.ndarray) -> float:
 def absent_class(logits: np.ndarray, labels: np.ndarray) -> int | None:
     """The class that (n, 2) logits of unlabelled reviews hardly ever predict; None if there is none.
 
-    It has less than 4% of the verdicts that other reviews' gold `labels` let expect: of balanced classes less than 2%,
-    of 95 to 5 less than 0.2% of all. Where fewer than 20 verdicts are expected, their absence may be chance.
+    It gets less than 4% of the verdicts that its share of the gold `labels` predicts. Of 1,000 reviews that is under 20
+    where half are of this class, and under 2 where 5% are. Below 20 expected verdicts nothing is absent.
     """
     expected = len(logits) * np.bincount(labels, minlength=2) / len(labels)
     found = np.bincount(logits.argmax(axis=1), minlength=2)

@@ -1,17 +1,15 @@
 """05's tables, its advice and its report.html, made from the files of 05 alone."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
 from common import metrics, pictures, storage
-from common.pictures import draw_accuracy_latency
+from common.classifiers import EAGER, ENCODER
 from common.settings import stop
 from common.storage import whole
 
@@ -20,6 +18,7 @@ INTERVALS = {"Accuracy": ("ci_low", "ci_high"), "injection_turned": ("injection_
     f"diff_{other}": (f"diff_{other}_low", f"diff_{other}_high")
     for other in ("baseline", "control", "teacher", "eager")
 }
+TOLERATED_LOSS = 0.003  # of a form's accuracy against eager fp32
 PAIRED = "on the reviews that both read, with the 95% interval of paired differences"
 # The report's tables: for each column of benchmark.csv its head, its format, and what it means.
 GROUPS = {
@@ -46,7 +45,8 @@ GROUPS = {
         "agreement_teacher": ("agrees with teacher", "{:.4f}", "Share of reviews with the teacher's verdict."),
     },
     "Deployable forms": {
-        "recommended": ("recommended", "{}", "Yes, unless it loses more than 0.3 points against eager fp32."),
+        "recommended": ("recommended", "{}",
+            f"Yes, unless it loses more than {100 * TOLERATED_LOSS:.1f} points against eager fp32."),
         "diff_eager": ("minus eager fp32", "{:+.4f}", f"Accuracy minus that of the eager fp32 form, {PAIRED}."),
         "mcnemar_p_eager": ("p, eager", "{:.2g}", "Exact two-sided p against the eager fp32 form (McNemar 1947)."),
         "largest_gap_eager": ("largest gap", "{:.4f}", "Largest difference of a review's log-odds from eager fp32's."),
@@ -234,7 +234,7 @@ def best_student(kinds: dict[str, pd.DataFrame]) -> list[str]:
             if other == "baseline":  # McNemar's test has a say there too
                 verdict = cell(best, "better_than_baseline") or verdict
             verdicts.append(f"Better than {whose} {other}: {verdict} ({difference}).")
-    teachers = kinds["teacher"].loc[kinds["teacher"]["Type"] == "teacher, fine-tuned", "Model"]
+    teachers = kinds["teacher"].loc[kinds["teacher"]["Type"] == ENCODER, "Model"]
     one, many = (cell(best, column) for column in ("Speedup (x)", "throughput_speedup"))
     ratio = "Its speed-up over a teacher was not measured."
     if one and many and len(teachers):
@@ -255,7 +255,7 @@ def best_form(forms: pd.DataFrame) -> list[str]:
     line, good = "No form is recommended.", forms[forms["recommended"] == "yes"].sort_values("Latency (ms)")
     for _, row in good.head(1).iterrows():
         line = f"The fastest recommended form here is {row['Model']}: {cell(row, 'Latency (ms)')} ms{where(row)}"
-        if row["Type"] != "form, eager fp32" and cell(row, "speedup_eager"):
+        if row["Type"] != EAGER and cell(row, "speedup_eager"):
             line += f", {cell(row, 'speedup_eager')}x as fast as eager fp32, {cell(row, 'diff_eager')} in accuracy"
         line += f", n {cell(row, 'n')}."
     if len(bad := forms[forms["recommended"] == "not recommended"]):
@@ -361,7 +361,7 @@ def machine(environment: dict) -> str:
 def read(folder: Path) -> pd.DataFrame:
     """The benchmark's table; stops if it is damaged."""
     try:
-        table = read_table(folder / "benchmark.csv")
+        table = read_csv(folder / "benchmark.csv")
     except ValueError as problem:  # pandas' errors are ValueErrors
         stop(f"{folder / 'benchmark.csv'} is damaged ({problem}): run 05_benchmark.py")
     if "status" not in table or table["status"].isna().any():
@@ -369,7 +369,7 @@ def read(folder: Path) -> pd.DataFrame:
     return table
 
 
-def read_table(file: Path) -> pd.DataFrame:
+def read_csv(file: Path) -> pd.DataFrame:
     """A CSV of 05. A model may be named by a number, or NA."""
     return pd.read_csv(file, dtype={"Model": str}, keep_default_na=False, na_values=[""])
 
@@ -378,12 +378,10 @@ def write_report(folder: Path) -> None:
     """Write benchmark.md, accuracy_latency.png and report.html from the other files of 05 in `folder`."""
     table, files = read(folder), {}
     for name in ("latency.parquet", "predictions.parquet", "sweep.csv", "cascade.csv", "injection.csv"):
-        file, load = folder / name, read_table if name.endswith("csv") else storage.read_table
+        file, load = folder / name, read_csv if name.endswith("csv") else storage.read_table
         there = file.exists() and file.stat().st_size > 2  # pandas reads no CSV without columns
         files[file.stem] = load(file) if there else None
-    environment = {}
-    with suppress(OSError, ValueError):  # absent or damaged: one line of the report less
-        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    environment = storage.intact_json(folder / "environment.json") or {}
     days = sorted(set(table["measured_at"].dropna().astype(str).str[:10])) if "measured_at" in table else []
     facts = [" to ".join(dict.fromkeys([*days[:1], *days[-1:]])), machine(environment)]
     groups = "".join(group_table(table, group) for group in GROUPS)
@@ -399,6 +397,6 @@ def write_report(folder: Path) -> None:
     ]
     with whole(folder / "benchmark.md") as temporary:
         temporary.write_text(as_markdown(table), encoding="utf-8")
-    draw_accuracy_latency(table, folder / "accuracy_latency.png")
+    pictures.draw_accuracy_latency(table, folder / "accuracy_latency.png")
     with whole(folder / "report.html") as temporary:
         temporary.write_text("\n".join(parts) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common import data, device, llms, models
+from common import data, device, llms, metrics, models
 from common.device import Hardware
 from common.settings import stop
 from common.storage import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
@@ -178,19 +178,13 @@ def _arrays(files: list[Path], key: str) -> Iterator[np.ndarray]:
 
 
 def is_scored(folder: Path, split: str, n: int, arrays=()) -> bool:
-    """Whether a split's table and its `arrays` are complete; if one is damaged, the table is deleted with a notice."""
-    table = folder / f"{split}.parquet"
-    if not table.exists():
-        return False
+    """Whether a split's table and its `arrays` are there and have n rows."""
     try:
-        lengths = {len(pd.read_parquet(table))}
+        lengths = {len(pd.read_parquet(folder / f"{split}.parquet"))}
         files = [folder / f"{split}_{key}.npy" for key in arrays]
         lengths |= {len(np.load(file, mmap_mode="r", allow_pickle=False)) for file in files}
-    except (OSError, ValueError, EOFError):
-        lengths = set()
-    if lengths != {n} and device.rank() == 0:
-        print(f"{table} or its arrays are damaged: scoring {split} again")
-        table.unlink()
+    except (OSError, ValueError, EOFError):  # absent, or damaged
+        return False
     return lengths == {n}
 
 
@@ -241,6 +235,6 @@ def read_scores(
 
 def save_validation(folder: Path, validation: pd.DataFrame, **logits: np.ndarray) -> None:
     """Write validation.parquet: the log-odds of each named (n, 2) logits, from which 05 chooses a cascade's rule."""
-    odds = {name: scores[:, 1] - scores[:, 0] for name, scores in logits.items()}
+    odds = {name: metrics.log_odds(scores) for name, scores in logits.items()}
     table = validation[["example_id", "label"]].assign(**odds)
     device.first_alone(lambda: write_table(folder / "validation.parquet", table))

@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 # How a review set is read. The fingerprints of the reviews say what came of it.
 READING = ("text_column", "label_column", "negative_labels", "positive_labels")
-# These decide how or where a result is computed: at most its last digits. A finished step stays finished.
+# These decide how or where a result is computed, not which one is asked for. A finished step stays finished.
 NOT_COMPARED = {
     "preset", "output_dir", "force", "precision", "num_processes", "micro_batch_size", "batch_tokens",
     "gradient_checkpointing", "max_hours", *READING,
@@ -186,6 +186,18 @@ def add_student_flags(parser: argparse.ArgumentParser) -> None:
     alpha = "weight of the soft labels where a review has both terms; 1 - alpha is cross-entropy's"
     add("--alpha", type=fraction, default=0.9, help=alpha)
     add("--temperature", type=positive, default=2.0, help="temperature of both softmaxes in the KL term")
+
+
+def reviews_with_soft_labels(args: argparse.Namespace, unlabelled: int) -> str:
+    """--soft-labels: "all", or "transfer" if there are `unlabelled` reviews."""
+    return args.soft_labels if unlabelled else "all"
+
+
+def refuse_no_teacher(args: argparse.Namespace, unlabelled: int) -> None:
+    """Stop when no term of a student's loss reads the teacher: that is 04a's control."""
+    one_term = reviews_with_soft_labels(args, unlabelled) == "transfer"
+    if not one_term and args.alpha == 0 and not getattr(args, "feature_weight", 0):
+        stop("with --alpha 0 the loss uses no teacher, which only 04a's control does: raise --alpha")
 
 
 def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) -> argparse.Namespace:

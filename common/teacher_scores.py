@@ -11,14 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from common import columns, data, device, files, metrics, scoring, storage, verbalizer
+from common import columns, data, device, files, metrics, scoring, storage
 from common.settings import stop
 
 # The columns of a file, from the most informative one on. Names are compared as columns.plain_name does.
 LOG_ODDS, P_POSITIVE = "log_odds logodds logit", "p_positive p_pos prob_positive positive_probability"
 ANSWERS = "prediction predicted_label answer"  # they come before the reviews' own labels
 REMEDY = "these scores cannot teach: check that texts and scores of the file belong together"
-LEFT_OUT = "leaving that one out"
 NEEDED = "name one of them log_odds, p_positive (0 to 1) or label"
 LEAST_P = 1e-4  # APIs round a probability to 0 or 1, whose log-odds are infinite
 LABEL_P = 0.95  # of a bare label: LLMs judge 92 to 96 of 100 reviews right; a fitted calibration rescales it
@@ -42,6 +41,7 @@ class Teacher(NamedTuple):
 def read_file(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.Reviews, Teacher, dict[str, str]]:
     """The reviews without unlabelled ones that lack a score, the teacher, and fingerprints of what was read of it.
 
+    Sets `args.soft_labels` to "transfer" if labelled reviews learn from their gold label alone.
     Stops, with what is there and what to do, if the file cannot be read or cannot teach.
     """
     file = Path(args.teacher_scores).expanduser()
@@ -95,7 +95,7 @@ def _keep_scored(
 def save_scores(folder: Path, reviews: data.Reviews, log_odds: dict[str, np.ndarray]) -> None:
     """Write the matched scores as an LLM's soft labels are: raw log-probabilities by example_id, a file a split."""
     for split, odds in log_odds.items():
-        logs = metrics.log_softmax(verbalizer.teacher_logits(odds)).astype(np.float32)
+        logs = metrics.log_softmax(metrics.two_logits(odds)).astype(np.float32)
         table = getattr(reviews, split)[["example_id"]].assign(**dict(zip(scoring.LOG_PROBABILITIES, logs.T))).dropna()
         if len(table):
             device.first_alone(partial(storage.write_table, folder / f"{split}.parquet", table))
@@ -112,8 +112,8 @@ def _keys(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[st
     """What rows are matched by (text, or else example_id), and that of each row, as duplicates are compared."""
     if not len(table):
         stop(f"{owner} holds no rows: write one a review, as in text,p_positive")
-    text = columns.find(table, None, _names(args.text_column, columns.TEXTS), owner, LEFT_OUT)
-    example_id = columns.find(table, None, "example_id", owner, "")
+    text = columns.find(table, None, _names(args.text_column, columns.TEXT_NAMES), owner)
+    example_id = columns.find(table, None, "example_id", owner)
     if text is None and example_id is None:
         shown = ", ".join(map(str, table.columns[:12]))
         stop(f"{owner} has the columns {shown}, and none is text or example_id: rename one so")
@@ -129,8 +129,8 @@ def _names(typed: str | None, common: str) -> str:
 
 def _scores(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[object, pd.Series, Callable]:
     """The most informative column, its values without failed answers, and the log-odds of such values."""
-    names = f"{LOG_ODDS} {P_POSITIVE} {ANSWERS} {_names(args.label_column, columns.LABELS)}"
-    column = columns.find(table, None, names, owner, LEFT_OUT)
+    names = f"{LOG_ODDS} {P_POSITIVE} {ANSWERS} {_names(args.label_column, columns.LABEL_NAMES)}"
+    column = columns.find(table, None, names, owner)
     if column is None:
         shown = ", ".join(map(str, table.columns[:12]))
         stop(f"{owner} has the columns {shown}, and none is a score: {NEEDED}")

@@ -20,6 +20,7 @@ from common.device import Hardware
 from common.settings import stop
 from common.storage import explained, intact_json, whole
 
+TRAIN_OTHERWISE = "pass --force with a smaller --learning-rate or more --epochs"
 # For `training_arguments` when there are no validation reviews: the last weights are kept.
 WITHOUT_VALIDATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
 
@@ -50,7 +51,8 @@ class ReviewTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, callbacks=[RecordFiles, SaveOften, MaxHours, RefuseNaN, Progress], **kwargs)
-        # The loss is a micro-batch mean, so Trainer must divide it. It believes otherwise of models with **kwargs.
+        # The loss is a micro-batch mean, so Trainer must divide it. It believes otherwise of models with **kwargs
+        # (test_distill.py: gradients of accumulated micro-batches).
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # prints dictionaries
 
@@ -67,7 +69,8 @@ class ReviewTrainer(Trainer):
         return super().get_train_dataloader()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        # Trainer fails on the gradient scaler of an fp16 checkpoint when training continues in another precision.
+        # Trainer fails on the gradient scaler of an fp16 checkpoint when training continues in another precision
+        # (test_training.py: an interrupted fp16 run).
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
@@ -271,11 +274,12 @@ def save(
     device.first_alone(write)
 
 
-def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str) -> None:
+def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str = TRAIN_OTHERWISE) -> None:
     """Stop when a model's (n, 2) validation logits predict one class only, or are no better than chance.
 
-    Better than chance means a balanced accuracy more than two standard errors above one half. So a model is refused
-    that follows the majority, and one is only warned of that knows both classes but is right less often than that.
+    Better than chance means a balanced accuracy more than two standard errors above one half. A model that follows the
+    majority is refused. One that beats chance, but is less accurate than always saying the frequent class, gets a
+    warning.
     """
     scores, only, common = metrics.describe(labels, logits), metrics.only_class(logits), int(labels.mean() >= 0.5)
     share, majority, minority = scores["majority_share"], LABELS[common], LABELS[1 - common]

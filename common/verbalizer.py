@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PROMPT = "[INST] Is the sentiment of this movie review positive or negative?\n\n{review} [/INST] Sentiment:"
 LABEL_WORDS = ("negative", "positive")  # by label: 0, 1
 MIN_UNLABELLED, MIN_OF_A_CLASS = 200, 10  # reviews for batch calibration, and of each class for a fitted one
-TOLERATED_LOSS = 0.005  # of a teacher's accuracy, by the calibration that is chosen for it
+TOLERATED_ACCURACY = 0.005  # of a teacher's accuracy, by the calibration that is chosen for it
 
 
 def prompt_parts(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> tuple[list[int], str]:
@@ -82,11 +82,6 @@ def label_log_probabilities(logits: "torch.Tensor", label_ids: list[int]) -> "to
     return logits.float().log_softmax(dim=-1)[:, label_ids]
 
 
-def log_odds(log_probabilities: np.ndarray) -> np.ndarray:
-    """log p(positive) − log p(negative) of (n, 2) label log-probabilities."""
-    return log_probabilities[:, 1].astype(np.float64) - log_probabilities[:, 0]
-
-
 def label_mass(log_probabilities: np.ndarray) -> float:
     """Mean of p(positive) + p(negative): the share of the LLM's probability that goes to the two label words."""
     return float(np.exp(log_probabilities.astype(np.float64)).sum(axis=1).mean())
@@ -104,7 +99,7 @@ class Calibration(NamedTuple):
 
     def logits(self, log_odds: np.ndarray) -> np.ndarray:
         """(n, 2) calibrated logits of (n,) raw log-odds."""
-        return teacher_logits(log_odds, self.bias, self.temperature)
+        return metrics.two_logits(log_odds, self.bias, self.temperature)
 
 
 class CannotFit(Exception):
@@ -141,16 +136,16 @@ def best_calibration(
 ) -> str:
     """The name of the calibration with the best held-out NLL on validation.
 
-    One that loses more than TOLERATED_LOSS of the teacher's held-out accuracy is passed over, even if all others would
-    be refused. Of the rest, one with which the teacher would be refused comes last.
+    One that costs more than TOLERATED_ACCURACY of held-out accuracy comes last, and before it one with which 04b would
+    stop (`refuse_collapse`, `refuse_one_class`).
     """
-    held_out = {name: teacher_logits(one.held_out) for name, one in made.items()}
+    held_out = {name: metrics.two_logits(one.held_out) for name, one in made.items()}
     accuracies = {name: metrics.accuracy(labels, logits.argmax(axis=1)) for name, logits in held_out.items()}
 
     def rank(name: str) -> tuple[bool, bool, float]:
         at_chance = metrics.errors_above_chance(labels, made[name].logits(log_odds)) < 2
         refused = at_chance or metrics.absent_class(made[name].logits(unlabelled), labels) is not None
-        worse = accuracies["none"] - accuracies[name] > TOLERATED_LOSS + 1e-9
+        worse = accuracies["none"] - accuracies[name] > TOLERATED_ACCURACY + 1e-9
         return worse, refused, metrics.nll(labels, held_out[name])
 
     return min(made, key=rank)
@@ -202,9 +197,3 @@ def out_of_fold(log_odds: np.ndarray, labels: np.ndarray, folds: int = 5) -> np.
         bias, temperature = fitted_calibration(log_odds[others], labels[others])
         calibrated[fold] = (log_odds[fold] - bias) / temperature
     return calibrated
-
-
-def teacher_logits(log_odds: np.ndarray, bias: float = 0.0, calibration_temperature: float = 1.0) -> np.ndarray:
-    """(n, 2) logits with the calibrated log-odds (log_odds − bias) / calibration_temperature."""
-    half = (log_odds - bias) / calibration_temperature / 2
-    return np.stack([-half, half], axis=1).astype(np.float32)

@@ -36,6 +36,7 @@ from common import (
     device,
     llms,
     memory,
+    metrics,
     models,
     scoring,
     settings,
@@ -57,30 +58,31 @@ FINAL = {
     "epochs": 4,  # which gained most in levers.csv
 }
 CONTROL = FINAL | {"teacher": "", "terms": "", "alpha": 0.0, "epochs": 6}
+TUNED, SHORT = FINAL | {"teacher": "tuned_teacher"}, FINAL | {"epochs": 2}
 RUNS = {
     "control": CONTROL,
     "control_longer": CONTROL | {"epochs": 20},  # 1,260 steps: as many as final takes at 8,000 unlabelled reviews
     "logits": FINAL | {"epochs": 2},
     "final": FINAL,
     "final_longer": FINAL | {"epochs": 14},  # 4,382 steps: as many as final takes at 32,000 unlabelled reviews
-    "tuned": FINAL | {"teacher": "tuned_teacher"},
+    "tuned": TUNED,
     "zero_shot_batch": FINAL | {"teacher": "zero_shot_batch_teacher"},
+    # How much unlabelled text?
+    "both_2000": FINAL | {"transfer_samples": 2000},
+    "both_8000": FINAL | {"transfer_samples": 8000},
+    "both_32000": FINAL | {"transfer_samples": 32000},
+    "both_all": FINAL,
+    "tuned_both_16000": TUNED | {"transfer_samples": 16000},
+    "short_control": CONTROL,
+    "encoder_short_both_2000": SHORT | {"transfer_samples": 2000},
+    "encoder_short_both_8000": SHORT | {"transfer_samples": 8000},
+    "encoder_short_both_32000": SHORT | {"transfer_samples": 32000},
+    # Whose soft labels? Half of what the LLM reads in short_both_2000 is labelled.
+    "encoder_short_one_2000": SHORT | {"transfer_samples": 2000, "terms": "one"},
+    "short_both_2000": TUNED | {"transfer_samples": 2000, "epochs": 2},
+    "short_one_2000": TUNED | {"transfer_samples": 2000, "epochs": 2, "terms": "one"},
+    "short_one_4000": TUNED | {"transfer_samples": 4000, "epochs": 2, "terms": "one"},
 }
-# Whose soft labels, and how much unlabelled text? "tuned_one_8000": the LLM's student of 8,000, one term per review.
-for terms in ("both", "one"):
-    for transfer in (2000, 8000, 10000, 16000, 32000, "all"):
-        recipe = FINAL | {"terms": terms, "transfer_samples": 0 if transfer == "all" else transfer}
-        RUNS[f"{terms}_{transfer}"] = recipe
-        RUNS[f"tuned_{terms}_{transfer}"] = recipe | {"teacher": "tuned_teacher"}
-# The same question where time is short: half of what the LLM reads is labelled, as by 04b's defaults.
-for terms, transfer in (("both", 2000), ("one", 2000), ("one", 4000)):
-    recipe = FINAL | {"teacher": "tuned_teacher", "terms": terms, "transfer_samples": transfer, "epochs": 2}
-    RUNS[f"short_{terms}_{transfer}"] = recipe
-    RUNS[f"encoder_short_{terms}_{transfer}"] = recipe | {"teacher": "teacher"}
-# How much unlabelled text? The encoder's student again, beside a control of the same arithmetic.
-RUNS["short_control"] = CONTROL
-for transfer in (8000, 32000):
-    RUNS[f"encoder_short_both_{transfer}"] = FINAL | {"transfer_samples": transfer, "epochs": 2}
 # Teachers: 02's encoder, and 03's LLM with or without its adapter.
 ADAPTER = {"tuned_teacher": True, "zero_shot_batch_teacher": False}
 TEACHERS = ("teacher", *ADAPTER)
@@ -128,7 +130,7 @@ def make_parser(description: str, runs: Iterable[str]) -> argparse.ArgumentParse
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
     add("--llm-test-samples", type=settings.positive_int, default=2000, help="test reviews that an LLM reads")
     add("--teachers-from", help="the --output-dir of 01, 02 and 03; default: this one's")
-    add("--runs", nargs="+", choices=list(runs), default=list(runs), help="which runs to make")
+    add("--runs", nargs="+", choices=list(runs), help="which runs to make")
     add("--seeds", nargs="+", type=settings.positive_int, default=[1], help="seeds of training; --seed draws subsets")
     return parser
 
@@ -147,7 +149,7 @@ def finish(args, folder: Path, splits: dict[str, pd.DataFrame], log_odds: dict[s
     """Write a run's predictions.parquet (example_id, split, label, log_odds), and last its run.json."""
     tables = [table.drop(columns="text").assign(split=name, log_odds=log_odds[name]) for name, table in splits.items()]
     storage.write_table(folder / "predictions.parquet", pd.concat(tables, ignore_index=True))
-    artifacts.finish(args, folder, {"labels": data.LABELS} | facts)
+    artifacts.finish(args, folder, facts)
 
 
 def settings_of(study: Study, run: str, seed: int, **recipe: object) -> argparse.Namespace:
@@ -171,7 +173,7 @@ def score(study: Study, model_folder: Path, tokenizer: str, max_length: int, spl
     model = models.prepare_for_scoring(models.load_classifier(str(model_folder)), study.hardware)
     ids, batch_tokens = study.ids(tokenizer, max_length, split), study.args.batch_tokens
     logits = scoring.score_encoder(model, ids, pad_id, study.hardware, batch_tokens)["scores"]
-    return logits[:, 1] - logits[:, 0]
+    return metrics.log_odds(logits)
 
 
 def make_teacher(study: Study, name: str, force: bool = False) -> str:
@@ -200,7 +202,7 @@ def make_teacher(study: Study, name: str, force: bool = False) -> str:
     log_odds, weights = score_splits(study, run, splits, folder, ADAPTER.get(name))
     gold = len(reviews.train) if ADAPTER.get(name, True) else 0
     if gold:  # nothing is promised of an untuned LLM
-        logits = {split: verbalizer.teacher_logits(odds) for split, odds in log_odds.items()}
+        logits = {split: metrics.two_logits(odds) for split, odds in log_odds.items()}
         distill.refuse_bad_teacher(logits["train"], reviews.train["label"].to_numpy(), "train")
         if len(reviews.transfer):
             distill.refuse_one_class(logits["transfer"], reviews.train["label"].to_numpy())
@@ -218,7 +220,7 @@ def encoder_log_odds(study: Study, run: dict, splits: dict, *_: object) -> tuple
             continue
         script = "02_finetune_roberta.py"
         logits, _ = scoring.read_scores(folder, split, scoring.LOGITS, table["example_id"], script)
-        log_odds[split] = logits[:, 1] - logits[:, 0]
+        log_odds[split] = metrics.log_odds(logits)
     return log_odds, models.weights_digest(model)
 
 
@@ -242,7 +244,7 @@ def llm_log_odds(
         ids, script = part["example_id"], "experiments/distillation.py"
         log_p, _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
         log_odds[split] = np.full(len(table), np.nan)
-        log_odds[split][rows] = verbalizer.log_odds(log_p)
+        log_odds[split][rows] = metrics.log_odds(log_p)
     memory.free()
     bias = verbalizer.batch_calibration(log_odds["transfer"])
     identity = {name: llm[name] for name in ("prompt", "label_words", "max_length")}
@@ -257,7 +259,7 @@ def read_soft_labels(study: Study, step: str) -> dict[str, np.ndarray]:
     logits = {}
     for split in ("train", "transfer"):
         log_odds = table[table["split"] == split].set_index("example_id", verify_integrity=True)["log_odds"]
-        logits[split] = verbalizer.teacher_logits(log_odds[getattr(study.reviews, split)["example_id"]].to_numpy())
+        logits[split] = metrics.two_logits(log_odds[getattr(study.reviews, split)["example_id"]].to_numpy())
     return logits
 
 
@@ -322,7 +324,7 @@ def make_student(study: Study, name: str, run: dict, seed: int, reads_validation
     odds = {split: score(study, folder / "model", args.student_model, args.max_length, split) for split in splits}
     if reads_validation and run["teacher"] != "zero_shot_batch_teacher":  # an untuned LLM, which promises nothing
         remedy = f"{name} is no measure; change the cause and pass --force"
-        logits = verbalizer.teacher_logits(odds["validation"])
+        logits = metrics.two_logits(odds["validation"])
         training.refuse_collapse(logits, reviews.validation["label"].to_numpy(), remedy)
     finish(args, folder, splits, odds, **facts)
     memory.free()
@@ -340,11 +342,14 @@ def make_nb_svm(study: Study) -> None:
         test = study.reviews.test
         logits = model.logits(test["text"])
         facts = {"gold": len(study.reviews.train), "transfer": 0, "teacher": ""}
-        finish(args, folder, {"test": test}, {"test": logits[:, 1] - logits[:, 0]}, **facts)
+        finish(args, folder, {"test": test}, {"test": metrics.log_odds(logits)}, **facts)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = settings.parse(make_parser(__doc__, [*RUNS, "nb_svm", *TEACHERS]), "distillation", argv)
+    parser = make_parser(__doc__, [*RUNS, "nb_svm", *TEACHERS])
+    args = settings.parse(parser, "distillation", argv)
+    if not args.runs:
+        parser.error("--runs is missing: name the runs to make")
     hardware = device.detect(args)
     origin = argparse.Namespace(**vars(args) | {"output_dir": args.teachers_from or args.output_dir})
     study = Study(args, hardware, data.load_reviews(args, reads=("train", "transfer", "test")), origin)

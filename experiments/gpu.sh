@@ -2,7 +2,7 @@
 # For a GPU at hand, also on a machine without network. From the top folder, with the parts in outputs/gpu/parts:
 #     bash experiments/gpu.sh true_size    # three minutes: what the real sizes cost, a T4's conditions first
 #     bash experiments/gpu.sh imdb         # the scripts on all of IMDB at 512 tokens, the encoder beside the LLM
-#     bash experiments/gpu.sh study        # students by number of unlabelled reviews and by loss, three seeds
+#     bash experiments/gpu.sh study        # students by number of unlabelled reviews, three seeds
 #     bash experiments/gpu.sh imdb --tiny  # the same on a CPU in two minutes, from tiny parts that it makes itself
 # `python experiments/real_weights.py --parts` makes the parts; true_size reads packages.zip.* and parts.json alone.
 # Each ends after HOURS and keeps what is finished; the same command continues. The results go to OUT.
@@ -67,22 +67,17 @@ imdb() {
     return $code
 }
 
-study() {  # of 2,000 labels at 128 tokens; the students of one seed and one teacher in one process
+study() {  # of 2,000 labels at 128 tokens; the students of one seed in one process
     join
     local outputs=$data/study
     local shared=(--output-dir "$outputs" "${subset[@]}" --max-length 128) students=() one code=0
     local distil=(experiments/distillation.py "${student[@]}" "${shared[@]}" "${faster[@]}" --max-transfer-samples all)
-    distil+=(--llm-test-samples 5000 --batch-tokens 32768)
+    distil+=(--batch-tokens 32768)
     shared+=("${small[@]}")
-    run 0 02_finetune_roberta.py "${encoder[@]}" --batch-size 16 --micro-batch-size 16 "${shared[@]}" &
-    run 0 03_finetune_mistral.py "${llm[@]}" --batch-size 16 --micro-batch-size 16 "${shared[@]}"
-    wait $!
-    run 0 "${distil[@]}" --runs teacher tuned_teacher
+    run 0 02_finetune_roberta.py "${encoder[@]}" --batch-size 16 --micro-batch-size 16 "${shared[@]}"
+    run 0 "${distil[@]}" --runs teacher
     for one in 1 2 3; do
-        run 0 "${distil[@]}" --seeds $one --runs control both_8000 one_8000 one_10000 both_2000 both_32000 both_all &
-        students+=($!)
-        run 0 "${distil[@]}" --seeds $one --runs tuned_both_16000 tuned_one_16000 tuned_both_8000 tuned_one_8000 \
-            tuned_one_10000 tuned_one_all &
+        run 0 "${distil[@]}" --seeds $one --runs control both_2000 both_8000 both_32000 both_all &
         students+=($!)
     done
     for one in "${students[@]}"; do wait "$one" || code=$?; done

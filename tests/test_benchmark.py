@@ -288,7 +288,7 @@ def test_a_cascades_cost_is_the_students_and_a_share_of_the_teachers(tmp_path):
     (tmp_path / step).mkdir()
     validation = pd.DataFrame({"label": labels, "student": unsure, "teacher": sure})
     validation.to_parquet(tmp_path / step / "validation.parquet")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"calibration_temperature": 1.0}')
     done = []
     for one, odds, ms, rate in ((teacher, sure, 10.0, 2.0), (student, unsure, 1.0, 10.0)):
         row = {"Accuracy": 0.9, "Throughput (samp/s)": rate, "Size (MB)": ms, "Params (M)": 3 * ms}

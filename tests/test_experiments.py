@@ -13,13 +13,13 @@ import torch
 import transformers
 from conftest import ROOT
 
-from common import artifacts, baseline, data, device, distill, llms, models, scoring, storage, verbalizer
+from common import artifacts, baseline, data, device, distill, llms, metrics, models, scoring, storage, verbalizer
 from experiments import distillation, few_labels, tables
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
 GOLD = [1, 0] * 4
 SAYS = np.array([2.0, -2.0] * 4, np.float32)  # a teacher's log-odds
-SOFT = {split: verbalizer.teacher_logits(SAYS) for split in ("train", "transfer")}
+SOFT = {split: metrics.two_logits(SAYS) for split in ("train", "transfer")}
 ALONE, TAUGHT = distillation.CONTROL | {"epochs": 8}, distillation.FINAL | {"epochs": 8}
 # Their code is that of row["commit"].
 FINISHED = set(
@@ -139,7 +139,7 @@ def test_a_run_trains_by_its_recipe_on_its_own_reviews(study, monkeypatch):
 
     control = trained_with(study, monkeypatch, "control", soft={})
     assert (control["epochs"], control["alpha"], len(control["train"])) == (6, 0.0, 8) and not control["train"].arrays
-    assert trained_with(study, monkeypatch, "tuned_one_8000")["soft_labels"] == "transfer"
+    assert trained_with(study, monkeypatch, "short_one_2000")["soft_labels"] == "transfer"
     assert trained_with(study, monkeypatch, "final", reads_validation=False)["validation"] is None
     soft_alone = trained_with(study, monkeypatch, "final", labelled="none")["train"].labels.tolist()
     assert soft_alone == [distill.IGNORED] * 8
@@ -191,7 +191,7 @@ def llm_says(study, split: str, adapter: Path | None = None) -> np.ndarray:
     texts = getattr(study.reviews, split)["text"].tolist()
     ids = verbalizer.encode_prompts(tokenizer, texts, verbalizer.PROMPT, 96)
     words = verbalizer.label_token_ids(tokenizer, verbalizer.PROMPT, verbalizer.LABEL_WORDS)
-    return verbalizer.log_odds(scoring.score_llm(llm, ids, words, tokenizer.pad_token_id, CPU, 256))
+    return metrics.log_odds(scoring.score_llm(llm, ids, words, tokenizer.pad_token_id, CPU, 256))
 
 
 def teacher_log_odds(study, name: str, split: str) -> np.ndarray:

@@ -207,7 +207,7 @@ def test_a_typed_column_goes_before_common_names_and_of_two_candidates_the_read_
     with pytest.raises(SystemExit):
         data.load_reviews(args, ("test",))
     said = capsys.readouterr()
-    assert "test.csv: reads the column review, not Content; --text-column changes it" in said.out
+    assert "test.csv: reads the column review, not Content: pass --text-column to change it" in said.out
     assert "all labels are '5'" in said.err
 
 

@@ -25,7 +25,7 @@ def model(tiny, tmp_path):
     labels = np.arange(40) % 2
     logits = np.stack([-(labels - 0.4), labels - 0.4], axis=1) * np.tile([3.0, 3.0, -1.0, -1.0], 10)[:, None]
     tables = {name: pd.DataFrame({"label": labels}) for name in ("train", "validation")}
-    export.describe_model(args, folder, "A student.", "org/base", argparse.Namespace(**tables), logits)
+    export.add_temperature_and_card(args, folder, "A student.", "org/base", argparse.Namespace(**tables), logits)
     return folder, labels, logits
 
 

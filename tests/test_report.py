@@ -91,7 +91,7 @@ def test_no_control_stands_on_the_front_as_only_noise_makes_it_faster_than_its_s
     drawn, front = [], pictures.pareto_front
     monkeypatch.setattr(pictures, "pareto_front", lambda rows: drawn.append(front(rows)) or drawn[-1])
     table.loc[table["Type"] == "control, no teacher", "Latency (ms)"] = 3.0
-    report.draw_accuracy_latency(table, tmp_path / "picture.png")
+    pictures.draw_accuracy_latency(table, tmp_path / "picture.png")
     assert drawn[0]["Model"].tolist() == [ODD, "demo-distilbert from demo-roberta", "demo-roberta"]
 
 
@@ -99,7 +99,7 @@ def test_no_name_in_the_picture_covers_another_or_leaves_it(table, tmp_path, mon
     table.loc[0, "Model"], table.loc[1, "Model"] = "a-folder-with-a-name-" * 8, r"a_b$\frac$"
     placed, label = [], pictures.label_points
     monkeypatch.setattr(pictures, "label_points", lambda axes, *rest: placed.append((axes, label(axes, *rest))))
-    report.draw_accuracy_latency(table, tmp_path / "picture.png")
+    pictures.draw_accuracy_latency(table, tmp_path / "picture.png")
     ((axes, boxes),) = placed
     assert len(boxes) == 7
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import data, device, llms, models, scoring, verbalizer
+from common import data, device, llms, metrics, models, scoring, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 CPU = device.Hardware("cpu", "fp32", "test")
@@ -74,7 +74,7 @@ def test_in_bf16_log_odds_are_not_rounded_to_the_steps_of_large_logits(tiny):
     labels = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS)
     states = []
     spy = head.register_forward_hook(lambda _, given, logits: states.append(given[0][:, -1]))
-    made = verbalizer.log_odds(scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, bf16, 4000))
+    made = metrics.log_odds(scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, bf16, 4000))
     spy.remove()
     with torch.inference_mode():
         both = head.weight[labels].double()

@@ -59,8 +59,6 @@ def test_help_shows_every_default_and_imports_no_torch():
         ("02", ["--seed", "-3"], "at least 0"),
         ("02", ["--negative-labels", "1", "2"], "belong together"),
         ("02", ["--max-hours", "soon"], "invalid number of hours"),
-        ("04a", ["--alpha", "0", "--feature-weight", "0"], "control"),
-        ("04b", ["--alpha", "0"], "control"),
     ],
 )
 def test_a_wrong_value_is_told_with_exit_code_2(number, flags, words, script, capsys):
@@ -85,8 +83,23 @@ def test_the_next_command_carries_what_the_scripts_must_share(script):
     assert settings.next_command("04b.py", "max_train_samples") == "python 04b.py --max-train-samples all"
 
 
-def test_hidden_states_alone_are_a_teachers_too(script):
-    assert script("04a").parse_args(["--alpha", "0"]).feature_weight > 0
+@pytest.mark.parametrize(
+    ("number", "flags", "unlabelled", "refused"),
+    [
+        ("04a", ["--feature-weight", "0"], 9, True),
+        ("04a", [], 9, False),  # hidden states are a teacher's too
+        ("04a", ["--feature-weight", "0", "--soft-labels", "transfer"], 9, False),
+        ("04b", [], 9, False),  # one term a review, which alpha does not weigh
+        ("04b", [], 0, True),
+        ("04b", ["--soft-labels", "all"], 9, True),
+    ],
+)
+def test_alpha_0_is_refused_where_the_loss_would_use_no_teacher(number, flags, unlabelled, refused, script, stops):
+    args = script(number).parse_args(["--alpha", "0", *flags])
+    if refused:
+        stops(lambda: settings.refuse_no_teacher(args, unlabelled), "--alpha 0", "control")
+    else:
+        settings.refuse_no_teacher(args, unlabelled)
 
 
 def test_settings_that_differ_from_the_defaults_come_first(script, capsys):

@@ -113,18 +113,18 @@ def test_log_probabilities_are_over_the_whole_vocabulary():
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.1, 0.2]]))
     log_p = verbalizer.label_log_probabilities(logits, [2, 1]).numpy()
     assert np.exp(log_p) == pytest.approx(np.array([[0.1, 0.2]]), abs=1e-6)
-    assert verbalizer.log_odds(log_p) == pytest.approx([np.log(2)])
+    assert metrics.log_odds(log_p) == pytest.approx([np.log(2)])
     assert verbalizer.label_mass(log_p) == pytest.approx(0.3)
 
 
 def test_batch_calibration_centres_the_log_odds():
     log_p = np.log(np.array([[0.1, 0.4], [0.2, 0.4], [0.3, 0.4]], dtype=np.float32))
-    bias = verbalizer.batch_calibration(verbalizer.log_odds(log_p))
+    bias = verbalizer.batch_calibration(metrics.log_odds(log_p))
     assert bias == pytest.approx((np.log(4) + np.log(2) + np.log(4 / 3)) / 3)
-    logits = verbalizer.teacher_logits(verbalizer.log_odds(log_p), bias)
+    logits = metrics.two_logits(metrics.log_odds(log_p), bias)
     assert (logits[:, 1] - logits[:, 0]).mean() == pytest.approx(0, abs=1e-6)
     assert logits.argmax(axis=1).tolist() == [1, 0, 0]
-    raw = verbalizer.teacher_logits(verbalizer.log_odds(log_p))
+    raw = metrics.two_logits(metrics.log_odds(log_p))
     softmax = np.exp(raw) / np.exp(raw).sum(axis=1, keepdims=True)
     assert softmax[0] == pytest.approx([0.2, 0.8], abs=1e-6)
 
@@ -154,7 +154,7 @@ def test_out_of_fold_figures_do_not_flatter_a_calibration_of_noise():
     log_odds[:3] = 40 * (2 * labels[:3] - 1)  # a few lucky outliers
     calibrated = verbalizer.out_of_fold(log_odds, labels)
     bias, temperature = verbalizer.fitted_calibration(log_odds, labels)
-    logits = [verbalizer.teacher_logits(of) for of in (calibrated, (log_odds - bias) / temperature)]
+    logits = [metrics.two_logits(of) for of in (calibrated, (log_odds - bias) / temperature)]
     assert metrics.nll(labels, logits[0]) > metrics.nll(labels, logits[1])
 
 
@@ -223,6 +223,6 @@ def test_a_calibration_that_is_asked_for_and_impossible_stops_with_its_reason(st
 def test_auto_passes_over_a_calibration_with_which_the_teacher_would_be_refused():
     labels, log_odds = np.repeat([0, 1], [20, 380]), np.repeat([-0.1, 1.0, -0.1, 1.0], [12, 8, 60, 320])
     made = verbalizer.calibrations(log_odds, labels, np.empty(0))
-    held_out = {name: metrics.nll(labels, verbalizer.teacher_logits(one.held_out)) for name, one in made.items()}
+    held_out = {name: metrics.nll(labels, metrics.two_logits(one.held_out)) for name, one in made.items()}
     assert held_out["fitted"] < held_out["none"] and metrics.only_class(made["fitted"].logits(log_odds)) == 1
     assert verbalizer.best_calibration(made, log_odds, labels, np.empty(0)) == "none"
