@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, checks, data, device, export, memory, metrics, models, scoring, settings
+from common import artifacts, checks, data, device, encoding, export, memory, metrics, models, scoring, settings
 
 STEP = "02_roberta"
 COLLAPSED = "pass --force with a smaller --learning-rate or a larger --warmup-fraction"
@@ -45,7 +45,7 @@ def finetune(
     device.seed_everything(args.seed)
     model = models.load_classifier(args.roberta_model, tokenizer)
     train, validation = (
-        data.ReviewDataset(data.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
+        encoding.ReviewDataset(encoding.encode(tokenizer, part["text"].tolist(), args.max_length), part["label"])
         for part in (reviews.train, reviews.validation)
     )
     trainer = training.ReviewTrainer(
@@ -53,7 +53,7 @@ def finetune(
         args=training.training_arguments(args, hardware, folder / "checkpoints", len(train)),
         train_dataset=train,
         eval_dataset=validation.longest_first(),
-        data_collator=data.Collator(tokenizer.pad_token_id),
+        data_collator=encoding.Collator(tokenizer.pad_token_id),
         compute_metrics=training.validation_accuracy,
     )
     training.train(trainer, hardware)
@@ -76,7 +76,7 @@ def save_soft_labels(
     soft_labels = folder / "soft_labels"
 
     def score(texts: list[str], layers: list[int]) -> dict[str, np.ndarray]:
-        ids = data.encode(tokenizer, texts, args.max_length)
+        ids = encoding.encode(tokenizer, texts, args.max_length)
         return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, args.batch_tokens, layers)
 
     def save(split: str, layers: list[int]) -> None:

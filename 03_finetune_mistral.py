@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from common import artifacts, checks, data, device, llms, memory, metrics, scoring, settings, verbalizer
+from common import artifacts, checks, data, device, encoding, llms, memory, metrics, scoring, settings, verbalizer
 
 STEP = "03_mistral"
 
@@ -74,7 +74,7 @@ def finetune(
     from common import training
 
     train, validation = (
-        data.ReviewDataset(
+        encoding.ReviewDataset(
             verbalizer.encode_prompts(tokenizer, part["text"].tolist(), args.prompt, args.max_length), part["label"]
         )
         for part in (reviews.train, reviews.validation)
@@ -89,7 +89,7 @@ def finetune(
         args=training.training_arguments(args, hardware, checkpoints, len(train)),
         train_dataset=train,
         eval_dataset=validation.longest_first(),
-        data_collator=data.Collator(tokenizer.pad_token_id),
+        data_collator=encoding.Collator(tokenizer.pad_token_id),
         compute_metrics=training.validation_accuracy,
     )
     training.train(trainer, hardware)

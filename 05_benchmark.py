@@ -34,6 +34,7 @@ from common import (
     data,
     device,
     kept_rows,
+    machine,
     measuring,
     memory,
     report,
@@ -85,7 +86,7 @@ def measure_all(
     files = {one.name: kept_rows.file_of(args, folder / "rows", one, parts[one.name]) for one in contenders}
     kept = {name: kept_rows.read(file) for name, file in files.items()}
     new = [one for one in contenders if kept[one.name] is None and not one.absent]
-    peaks = {hardware: device.matrix_peak(hardware) for hardware in {one.hardware for one in new}}
+    peaks = {hardware: machine.matrix_peak(hardware) for hardware in {one.hardware for one in new}}
     planned = measuring.planned_minutes(new, parts, peaks, args)
     print(f"{len(new)} of {len(contenders)} models to measure: planned {planned:.0f} minutes", flush=True)
     done, without, started = [], [], time.monotonic()
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     done, without, facts = measure_all(args, work, contenders, reviews.test)
 
     if facts["measured_models"] or not (work / "environment.json").exists():
-        storage.write_json(work / "environment.json", device.environment(hardware) | facts)
+        storage.write_json(work / "environment.json", machine.environment(hardware) | facts)
     comparison.write_tables(args, work, reviews.test, done, without)
     table = show(work)
     failed = table[table["status"].str.startswith("failed")]

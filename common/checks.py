@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import data, device, llms, models, verbalizer
+from common import device, encoding, llms, models, verbalizer
 from common.device import Hardware
 from common.settings import stop
 
@@ -168,10 +168,10 @@ def _try_encoder(name: str, tokenizer: "PreTrainedTokenizerFast", max_length: in
     kind, sizes = model.config.model_type, model.config.get_text_config()
     full = device.cpu("fp32")
     precision = hardware if hardware.device == "cpu" else full
-    short, longer, longest = data.encode(tokenizer, ["dull", models.PROBE, "dull " * max_length], max_length)
+    short, longer, longest = encoding.encode(tokenizer, ["dull", models.PROBE, "dull " * max_length], max_length)
 
     def run(ids: "list", precision: Hardware = full, **more: bool) -> "torch.Tensor":
-        input_ids, mask = data.pad(ids, tokenizer.pad_token_id)
+        input_ids, mask = encoding.pad(ids, tokenizer.pad_token_id)
         with models.refused(name, precision), precision.autocast():
             return model(input_ids=input_ids, attention_mask=mask, **more)
 

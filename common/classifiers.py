@@ -9,7 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, data, device, export, llms, metrics, models, scoring, storage, verbalizer
+from common import (
+    artifacts,
+    device,
+    encoding,
+    export,
+    llms,
+    machine,
+    metrics,
+    models,
+    scoring,
+    storage,
+    verbalizer,
+)
 from common.device import Hardware
 from common.settings import short
 
@@ -162,7 +174,7 @@ def _llm(
 def forms(args: argparse.Namespace, student: Contender, deployed: Path) -> list[Contender]:
     """The forms in which a student can be deployed, each on the CPU."""
     found, target = [], deployed / student.name.replace(" ", "-")
-    for precision in ("fp32", "bf16") if device.cpu_has_bf16() else ("fp32",):
+    for precision in ("fp32", "bf16") if machine.cpu_has_bf16() else ("fp32",):
         name, cpu = f"eager {precision}", device.cpu(precision)
         found.append(_encoder(f"{student.name}, {name}", f"form, {name}", student.files, cpu, student.facts))
     for precision in export.ONNX_FILES:
@@ -197,7 +209,7 @@ def encoder_classifier(folder: Path, hardware: Hardware, max_length: int | None 
         return scoring.score_encoder(model, ids, tokenizer.pad_token_id, hardware, batch_tokens)["scores"]
 
     facts = {"precision": hardware.precision, "device": hardware.device, "max_length": max_length}
-    encode = partial(data.encode, tokenizer, max_length=max_length)
+    encode = partial(encoding.encode, tokenizer, max_length=max_length)
     return Classifier(encode, score, parameters, weight_bytes, flops, facts)
 
 
@@ -249,6 +261,6 @@ def onnx_classifier(folder: Path, precision: str, max_length: int) -> Classifier
 
     parameters, flops = models.planned_size(str(folder))
     facts = {"precision": precision, "device": "cpu", "max_length": max_length}
-    encode = partial(data.encode, tokenizer, max_length=max_length)
+    encode = partial(encoding.encode, tokenizer, max_length=max_length)
     alone = 1 if precision == "int8" else None  # one review at a time: a batch would share its scales
     return Classifier(encode, score, parameters, file.stat().st_size, flops, facts, alone)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from common import data, device, metrics, models, scoring, settings, training
-from common.data import LABELS, ReviewDataset, Reviews
+from common import device, encoding, metrics, models, scoring, settings, training
+from common.data import LABELS, Reviews
+from common.encoding import ReviewDataset
 from common.settings import stop
 
 IGNORED = -100  # the label of a review without a gold label, as in torch's cross_entropy
@@ -138,7 +139,7 @@ def student_datasets(
     """
     tokenizer = models.load_tokenizer(args.student_model)
     gold_ids, transfer_ids, validation_ids = (
-        data.encode(tokenizer, table["text"].tolist(), args.max_length)
+        encoding.encode(tokenizer, table["text"].tolist(), args.max_length)
         for table in (reviews.train, reviews.transfer, reviews.validation)
     )
     gold = reviews.train["label"].to_numpy()
@@ -182,7 +183,7 @@ def train_student(
             args=training.training_arguments(args, hardware, checkpoints, len(train), **overrides),
             train_dataset=train,
             eval_dataset=None if validation is None else validation.longest_first(),
-            data_collator=data.Collator(tokenizer.pad_token_id),
+            data_collator=encoding.Collator(tokenizer.pad_token_id),
             compute_metrics=training.validation_accuracy,
             alpha=alpha,
             temperature=args.temperature,

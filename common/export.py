@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import artifacts, data, device, metrics, models, settings, storage
+from common import artifacts, data, device, encoding, metrics, models, settings, storage
 
 if TYPE_CHECKING:
     import torch
@@ -177,8 +177,8 @@ def _trace(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", file:
     import torch
 
     model.set_attn_implementation("eager")  # the optimizer knows its pattern
-    ids = data.encode(tokenizer, [CHECKED_TEXT, CHECKED_TEXT * 2], tokenizer.model_max_length)
-    batch = dict(zip(("input_ids", "attention_mask"), data.pad(ids, tokenizer.pad_token_id)))
+    ids = encoding.encode(tokenizer, [CHECKED_TEXT, CHECKED_TEXT * 2], tokenizer.model_max_length)
+    batch = dict(zip(("input_ids", "attention_mask"), encoding.pad(ids, tokenizer.pad_token_id)))
     axes = dict.fromkeys(batch, {0: "batch", 1: "length"}) | {"logits": {0: "batch"}}
     with torch.inference_mode():
         torch.onnx.export(
@@ -191,9 +191,9 @@ def _refuse_difference(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
     """Stop unless the file's logits are the model's, on texts of other lengths and numbers than it was traced with."""
     import torch
 
-    ids = data.encode(tokenizer, [CHECKED_TEXT * times for times in (1, 3, 9, 60)], tokenizer.model_max_length)
+    ids = encoding.encode(tokenizer, [CHECKED_TEXT * times for times in (1, 3, 9, 60)], tokenizer.model_max_length)
     for rows in (ids, ids[:1], ids[1:3]):
-        batch = data.pad(rows, tokenizer.pad_token_id)
+        batch = encoding.pad(rows, tokenizer.pad_token_id)
         with torch.inference_mode():
             difference = float((model(*batch).logits - onnx_logits(file, 1)(*batch)).abs().max())
         if not difference <= MAX_DIFFERENCE:  # NaN too

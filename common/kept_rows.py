@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, data, device, models, storage
+from common import artifacts, data, machine, models, storage
 from common.classifiers import Contender
 from common.measuring import Measured
 
@@ -31,7 +31,7 @@ def file_of(args: argparse.Namespace, folder: Path, contender: Contender, part: 
         "reviews": data.fingerprint(part),
         "settings": {name: getattr(args, name) for name in names},
         "base": base and models.sampled_digest(base),
-        "machine": device.environment(contender.hardware) | {name: versions[name] for name in contender.packages},
+        "machine": machine.environment(contender.hardware) | {name: versions[name] for name in contender.packages},
     }
     return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.npz"
 

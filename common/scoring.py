@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common import data, device, llms, metrics, models
+from common import device, encoding, llms, metrics, models
 from common.device import Hardware
 from common.settings import stop
 from common.storage import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
@@ -99,7 +99,7 @@ def in_batches(
     outputs = []  # stay on the device until the end, so that no batch waits for a copy
     with torch.inference_mode(), hardware.autocast():
         for rows in batches:
-            tensors = data.pad([ids[row] for row in rows], pad_id)
+            tensors = encoding.pad([ids[row] for row in rows], pad_id)
             if hardware.device == "cuda":  # from pinned memory: the GPU computes while the next batch is copied
                 tensors = (tensor.pin_memory().to("cuda", non_blocking=True) for tensor in tensors)
             outputs.append(forward(*tensors))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from common import metrics
-from common.data import head_and_tail, special_ids, token_ids
+from common.encoding import head_and_tail, special_ids, token_ids
 from common.settings import stop
 
 if TYPE_CHECKING:

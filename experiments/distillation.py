@@ -34,6 +34,7 @@ from common import (
     checks,
     data,
     device,
+    encoding,
     llms,
     memory,
     metrics,
@@ -104,7 +105,7 @@ class Study:
         key = tokenizer, max_length, split
         if key not in self.encoded:
             texts = getattr(self.reviews, split)["text"].tolist()
-            self.encoded[key] = data.encode(models.load_tokenizer(tokenizer), texts, max_length)
+            self.encoded[key] = encoding.encode(models.load_tokenizer(tokenizer), texts, max_length)
         return self.encoded[key]
 
     def column(self, name: str, seed: int) -> str:
@@ -287,9 +288,9 @@ def train(study: Study, args: argparse.Namespace, rows: dict, target: Path, soft
         arrays["teacher_logits"] = np.concatenate([soft[split][kept] for split, kept in rows.items()])
     if args.reads_validation:
         ids = study.ids(tokenizer, args.max_length, "validation")
-        validation = data.ReviewDataset(ids, reviews.validation["label"].to_numpy())
+        validation = encoding.ReviewDataset(ids, reviews.validation["label"].to_numpy())
     ids = [study.ids(tokenizer, args.max_length, split)[row] for split, kept in rows.items() for row in kept]
-    dataset, terms = data.ReviewDataset(ids, hard, **arrays), "transfer" if args.terms == "one" else "all"
+    dataset, terms = encoding.ReviewDataset(ids, hard, **arrays), "transfer" if args.terms == "one" else "all"
     how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": terms}
     distill.train_student(args, study.hardware, target, dataset, validation, **how)
 

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import data, device, models, scoring, settings, storage
+from common import data, device, encoding, models, scoring, settings, storage
 from experiments import distillation
 
 LABELS = {0: (1000, 2000), 50: (16, 34), 500: (100, 400), 3000: (1000, 2000)}  # reviews of validation and of train
@@ -95,7 +95,7 @@ def embed(study: distillation.Study, reviews: pd.DataFrame) -> pd.DataFrame:
         model = models.prepare_for_scoring(models.load_classifier(encoder), study.hardware)
     for start in range(0, len(missing), size):
         part = missing.iloc[start : start + size]
-        ids = data.encode(tokenizer, part["text"].tolist(), args.max_length)
+        ids = encoding.encode(tokenizer, part["text"].tolist(), args.max_length)
         arrays = scoring.score_encoder(model, ids, tokenizer.pad_token_id, study.hardware, args.batch_tokens, [layer])
         mean = arrays["features"][:, 0, 1].astype(np.float32)
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
@@ -133,7 +133,8 @@ def setfit(study: distillation.Study, labelled: pd.DataFrame, test: pd.DataFrame
     model.model_body.max_seq_length = args.max_length
     cut = [
         model.model_body.tokenizer.batch_decode(
-            data.encode(model.model_body.tokenizer, part["text"].tolist(), args.max_length), skip_special_tokens=True
+            encoding.encode(model.model_body.tokenizer, part["text"].tolist(), args.max_length),
+            skip_special_tokens=True,
         )
         for part in (labelled, test)
     ]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 # Tokens of IMDB's reviews cut at 512, at the 2.5th, 7.5th … 97.5th percentile of 4,000 reviews of each split:
 #   texts = pd.read_parquet(file_of_split)["text"].sample(4000, random_state=0).tolist()
-#   np.percentile([len(ids) for ids in data.encode(tokenizer, texts, 512)], np.arange(2.5, 100, 5))
+#   np.percentile([len(ids) for ids in encoding.encode(tokenizer, texts, 512)], np.arange(2.5, 100, 5))
 # with BERT's uncased vocabulary, which is DistilBERT's (the mpnet-base of real_weights.py): mean 276.2
 ENCODER_LENGTHS = [69, 106, 141, 154, 164, 174, 185, 197, 211, 226, 245, 265, 290, 322, 360, 406, 470, 512, 512, 512]
 # and with Mistral's own (tokenizer.model.v1 of PyPI's mistral-common), the prompt's 23 tokens included: mean 301.9

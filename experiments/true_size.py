@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import data, device, llms, memory, models, scoring, storage
+from common import device, encoding, llms, memory, models, scoring, storage
 from experiments import plan
 from experiments.plan import ENCODER_LENGTHS, GPUS, LLM_LENGTHS, flop, script, shapes
 
@@ -185,14 +185,14 @@ def make_trainer(
 
     config = configs[MODELS[step]]
     rows = args.batch_size // hardware.processes * (WARM_UP_STEPS + TIMED_STEPS)
-    dataset = data.ReviewDataset(reviews(config, [args.max_length] * rows), np.arange(rows) % 2)
+    dataset = encoding.ReviewDataset(reviews(config, [args.max_length] * rows), np.arange(rows) % 2)
     steps_only = training.WITHOUT_VALIDATION | {"num_train_epochs": 1, "logging_steps": 10**6}
     if hardware.device == "cpu":
         steps_only["fp16"] = False  # of a simulated T4: Trainer refuses it without a GPU
     shared = {
         "args": training.training_arguments(args, hardware, folder / "checkpoints", rows, **steps_only),
         "train_dataset": dataset,
-        "data_collator": data.Collator(config.pad_token_id),
+        "data_collator": encoding.Collator(config.pad_token_id),
     }
     if step == "02":
         trainer = training.ReviewTrainer(model=models.load_classifier(step), **shared)

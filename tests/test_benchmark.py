@@ -11,7 +11,7 @@ import torch
 from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import classifiers, comparison, data, device, measuring, memory, metrics, models
+from common import classifiers, comparison, data, device, machine, measuring, memory, metrics, models
 from common.measuring import Measured
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
@@ -223,7 +223,7 @@ def test_forms_are_of_the_student_on_the_cpu_and_say_which_package_they_lack(scr
     args = script("05").parse_args([])
     student = classifiers.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU, {"max_length": 8})
     monkeypatch.setattr(classifiers.export, "missing_for_onnx", lambda: "onnx is not installed")
-    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)
     forms = classifiers.forms(args, student, data.Path("deploy"))
     assert [form.kind[6:] for form in forms] == ["eager fp32", "eager bf16", "ONNX fp32", "ONNX int8"]
     assert [form.absent for form in forms] == [None, None, "onnx is not installed", "onnx is not installed"]

@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from common import checks, data, device, llms, models, scoring, verbalizer
+from common import checks, device, encoding, llms, models, scoring, verbalizer
 
 CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["The plot is dull.", "The plot is not dull at all. " * 3, "A moving film", "ok"]
@@ -88,7 +88,7 @@ def test_an_encoder_of_any_architecture_scores_a_padded_batch_as_each_review_alo
     stops(lambda: check(name, 65), "--max-length 65", "64 positions")
     torch.manual_seed(0)
     model = models.load_classifier(name, tokenizer).eval()
-    ids = data.encode(tokenizer, TEXTS, 64)
+    ids = encoding.encode(tokenizer, TEXTS, 64)
     together, *alone = (
         scoring.score_encoder(model, part, tokenizer.pad_token_id, CPU, 512, [1, 2])
         for part in (ids, *([one] for one in ids))
@@ -163,7 +163,7 @@ def test_a_checkpoint_gives_its_weights_and_not_its_habits(checkpoint, tmp_path,
     assert "a new head for two" in capsys.readouterr().out
     model = models.load_classifier(name, tokenizer)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    (ids,) = data.encode(tokenizer, TEXTS[:1], 64)
+    (ids,) = encoding.encode(tokenizer, TEXTS[:1], 64)
     made = model.eval()(input_ids=torch.tensor([ids.tolist()]), labels=torch.tensor([1]))
     assert made.logits.shape == (1, 2) and set(made) == {"loss", "logits"}
     assert made.loss.item() == pytest.approx(-made.logits.log_softmax(dim=-1)[0, 1].item())  # of one class, no others

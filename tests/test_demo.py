@@ -1,7 +1,7 @@
 import pytest
 from conftest import TINY_SIZES
 
-from common import data, files
+from common import encoding, files
 from demo import make as demo
 
 
@@ -35,5 +35,5 @@ def test_no_byte_of_any_alphabet_is_lost(tiny, role):
     from common import models
 
     tokenizer, text = models.load_tokenizer(str(tiny / role)), "Привет 世界 😀 naïve"
-    (ids,) = data.token_ids(tokenizer, [text])
+    (ids,) = encoding.token_ids(tokenizer, [text])
     assert tokenizer.decode(ids).strip() == text

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
-from common import data, device, distill, models, scoring, training
+from common import device, distill, encoding, models, scoring, training
 
 CPU = device.Hardware("cpu", "fp32", "test")
 RNG = np.random.default_rng(0)
@@ -65,13 +65,15 @@ def args(tiny):
 
 def datasets(tiny, teacher_width: int = 0, layers: int = 2):
     tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
-    ids = data.encode(tokenizer, [("good fun " if row % 2 else "bad dull ") * (1 + row % 3) for row in range(12)], 32)
+    ids = encoding.encode(
+        tokenizer, [("good fun " if row % 2 else "bad dull ") * (1 + row % 3) for row in range(12)], 32
+    )
     gold = np.arange(12) % 2
     labels = np.where(np.arange(12) < 6, gold, distill.IGNORED)
     teacher = {"teacher_logits": (4 * np.eye(2)[gold] - 2).astype(np.float32)}
     if teacher_width:
         teacher["teacher_features"] = RNG.normal(size=(12, layers, 2, teacher_width)).astype(np.float16)
-    return data.ReviewDataset(ids, labels, **teacher), data.ReviewDataset(ids, gold)
+    return encoding.ReviewDataset(ids, labels, **teacher), encoding.ReviewDataset(ids, gold)
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def trainer(tiny, args, tmp_path):
 
 def test_gradients_reach_the_projections_and_the_student(trainer):
     trainer.alpha, student = 0.0, trainer.model.train()
-    batch = data.Collator(0)([trainer.train_dataset[row] for row in range(4)])
+    batch = encoding.Collator(0)([trainer.train_dataset[row] for row in range(4)])
     trainer.compute_loss(student, batch).backward()
     assert len(student.projections) == 2
     for projection in student.projections:
@@ -95,7 +97,7 @@ def test_gradients_reach_the_projections_and_the_student(trainer):
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(trainer):
-    batch = data.Collator(0)([trainer.train_dataset[row] for row in range(12)])
+    batch = encoding.Collator(0)([trainer.train_dataset[row] for row in range(12)])
     loss, output = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
     kl = distill.soft_label_loss(output["logits"], batch["teacher_logits"], 2.0).mean()
     ce = distill.hard_label_loss(output["logits"], batch["labels"], 0.5)
@@ -108,7 +110,7 @@ def test_with_one_term_per_review_gold_labels_teach_the_labelled_and_the_teacher
     rows = [trainer.train_dataset[row] for row in range(12)]
     for row in rows:  # what 04b has for a review that its LLM has not read
         row["teacher_logits"] = row["teacher_logits"] if row["labels"] == distill.IGNORED else np.zeros(2, np.float32)
-    batch = data.Collator(0)(rows)
+    batch = encoding.Collator(0)(rows)
     loss, output = trainer.compute_loss(trainer.model.eval().train(), batch, return_outputs=True)
     terms = []
     for student, teacher, label in zip(output["logits"], batch["teacher_logits"], batch["labels"], strict=True):
@@ -132,7 +134,7 @@ def test_04bs_llm_reads_no_labelled_review_when_the_transfer_set_alone_has_soft_
 
 
 def test_each_weighted_term_is_logged_and_they_add_up_to_the_loss(trainer):
-    trainer.args.logging_steps, trainer.data_collator = 1, data.Collator(0)
+    trainer.args.logging_steps, trainer.data_collator = 1, encoding.Collator(0)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
     training.train(trainer, CPU)
@@ -145,7 +147,7 @@ def test_each_weighted_term_is_logged_and_they_add_up_to_the_loss(trainer):
 
 def test_the_students_features_are_the_pooled_states_of_its_layers_after_the_embeddings(trainer):
     student = trainer.model.eval()
-    batch = data.Collator(0)([trainer.train_dataset[row] for row in range(4)])
+    batch = encoding.Collator(0)([trainer.train_dataset[row] for row in range(4)])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     student.training = True  # alone: no dropout
     features, states = student(**inputs)["features"], student.model(**inputs, output_hidden_states=True).hidden_states
@@ -190,7 +192,7 @@ def test_a_trained_student_learns_and_leaves_no_projections_or_checkpoints(tiny,
 
 def test_a_student_of_a_teacher_alone_needs_neither_gold_labels_nor_validation(tiny, args, tmp_path):
     taught, labelled = datasets(tiny)
-    unlabelled = data.ReviewDataset(
+    unlabelled = encoding.ReviewDataset(
         taught.ids, np.full(len(taught), distill.IGNORED), teacher_logits=taught.arrays["teacher_logits"]
     )
     assert distill.train_student(args, CPU, tmp_path / "model", unlabelled, None, epochs=8, alpha=1.0) is None

@@ -13,7 +13,20 @@ import torch
 import transformers
 from conftest import ROOT
 
-from common import artifacts, baseline, data, device, distill, llms, metrics, models, scoring, storage, verbalizer
+from common import (
+    artifacts,
+    baseline,
+    data,
+    device,
+    distill,
+    encoding,
+    llms,
+    metrics,
+    models,
+    scoring,
+    storage,
+    verbalizer,
+)
 from experiments import distillation, few_labels, tables
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
@@ -134,7 +147,7 @@ def test_a_run_trains_by_its_recipe_on_its_own_reviews(study, monkeypatch):
     np.testing.assert_array_equal(final["train"].arrays["teacher_logits"], np.concatenate([*SOFT.values()]))
     assert final["validation"].labels.tolist() == GOLD
     tokenizer = models.load_tokenizer(study.args.student_model)
-    ids = data.encode(tokenizer, [*study.reviews.train["text"], *study.reviews.transfer["text"]], 16)
+    ids = encoding.encode(tokenizer, [*study.reviews.train["text"], *study.reviews.transfer["text"]], 16)
     assert [one.tolist() for one in final["train"].ids] == [one.tolist() for one in ids]
 
     control = trained_with(study, monkeypatch, "control", soft={})
@@ -264,7 +277,7 @@ def test_frozen_embeddings_are_means_of_length_1_each_review_embedded_once_and_p
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
     tokenizer = models.load_tokenizer(study.args.roberta_model)
     model = transformers.AutoModel.from_pretrained(study.args.roberta_model).eval()
-    tokens = torch.tensor(data.encode(tokenizer, ["good train 0"], 16)[0][None].astype(np.int64))
+    tokens = torch.tensor(encoding.encode(tokenizer, ["good train 0"], 16)[0][None].astype(np.int64))
     mean = model(tokens).last_hidden_state[0].mean(0).detach().numpy()
     np.testing.assert_allclose(found.loc["train/0"], mean / np.linalg.norm(mean), atol=2e-3)
 

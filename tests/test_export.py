@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import data, export, models
+from common import encoding, export, models
 from demo import make as demo
 
 LENGTH = 64
@@ -30,7 +30,7 @@ def save_student(base: Path, folder: Path, steps: int = 0) -> Path:
     model, tokenizer = models.load_classifier(str(base)), models.load_tokenizer(str(base))
     tokenizer.model_max_length = LENGTH
     texts, labels = clear_reviews(64, seed=0)
-    batch = data.pad(data.encode(tokenizer, texts, LENGTH), tokenizer.pad_token_id)
+    batch = encoding.pad(encoding.encode(tokenizer, texts, LENGTH), tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
         loss = torch.nn.functional.cross_entropy(model(*batch).logits, torch.from_numpy(labels))
@@ -54,16 +54,16 @@ def test_both_files_have_the_models_labels_and_one_its_logits(base, steps, tiny,
     assert (target / "config.json").read_bytes() == (student / "config.json").read_bytes()
     tokenizer, model = models.load_tokenizer(str(target)), models.load_classifier(str(student)).eval()
     texts, labels = clear_reviews(40, seed=1)
-    ids = data.encode(tokenizer, [*texts, "good " * 500], LENGTH)
+    ids = encoding.encode(tokenizer, [*texts, "good " * 500], LENGTH)
     fp32, int8 = (export.onnx_logits(target / file, threads=1) for file in export.ONNX_FILES.values())
     for rows in (ids, ids[:1], ids[-1:], ids[3:8]):
-        batch = data.pad(rows, tokenizer.pad_token_id)
+        batch = encoding.pad(rows, tokenizer.pad_token_id)
         with torch.inference_mode():
             expected = model(*batch).logits
         assert torch.allclose(fp32(*batch), expected, atol=1e-4)
         assert 0 < (int8(*batch) - expected).abs().max() < 0.5
     for logits in (fp32, int8) if steps else ():
-        assert list(logits(*data.pad(ids[:-1], tokenizer.pad_token_id)).argmax(1)) == list(labels)
+        assert list(logits(*encoding.pad(ids[:-1], tokenizer.pad_token_id)).argmax(1)) == list(labels)
 
 
 def test_a_failed_export_leaves_nothing_and_spares_an_earlier_one(tiny, tmp_path, monkeypatch, stops):

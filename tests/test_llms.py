@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import data, device, llms, models, patches, scoring, training, verbalizer
+from common import device, encoding, llms, models, patches, scoring, training, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 CPU = device.Hardware("cpu", "fp32", "test")
@@ -47,7 +47,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
     ids, labels, tokenizer = batch
     model.train()
     model.zero_grad()
-    logits = llms.last_logits(model, *data.pad(ids, tokenizer.pad_token_id)).float()
+    logits = llms.last_logits(model, *encoding.pad(ids, tokenizer.pad_token_id)).float()
     torch.nn.functional.cross_entropy(logits, torch.tensor([labels[row % 2] for row in range(len(ids))])).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -77,7 +77,7 @@ def test_every_linear_projection_is_quantised_and_adapted_and_only_adapters_trai
 def test_the_loss_is_that_of_the_label_token_in_the_full_sequence(with_lora, batch, tmp_path):
     ids, labels, tokenizer = batch
     model = with_lora().eval()
-    dataset = data.ReviewDataset(ids, np.array([0, 1, 1, 0]))
+    dataset = encoding.ReviewDataset(ids, np.array([0, 1, 1, 0]))
     trainer = training.LabelWordTrainer(
         label_ids=labels,
         model=model,
@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_the_label_token_in_the_full_sequence(with_lora, bat
         train_dataset=dataset,
         eval_dataset=dataset,
     )
-    inputs = data.Collator(tokenizer.pad_token_id)([dataset[row] for row in range(4)])
+    inputs = encoding.Collator(tokenizer.pad_token_id)([dataset[row] for row in range(4)])
     losses = []
     for one, label in zip(ids, dataset.labels):  # the plain way: prompt and label word, every other token ignored
         sequence = torch.tensor([[*one.tolist(), labels[label]]])
@@ -135,7 +135,7 @@ def test_attention_gets_no_mask_of_a_padded_batch(tiny, batch):
     model, masks = llms.load_llm(str(tiny / "mistral"), CPU), []
     attention = model.model.layers[0].self_attn
     attention.register_forward_pre_hook(lambda _, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
-    llms.last_logits(model, *data.pad(batch[0], batch[2].pad_token_id))
+    llms.last_logits(model, *encoding.pad(batch[0], batch[2].pad_token_id))
     assert masks == [None]
 
 

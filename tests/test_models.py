@@ -1,29 +1,29 @@
 import numpy as np
 import pytest
 
-from common import data, models
+from common import encoding, models
 
 
 @pytest.mark.parametrize("role", ["roberta", "distilbert"])
 def test_an_encoders_input_is_what_its_own_tokenizer_makes_of_a_short_text(tiny, role):
     tokenizer = models.load_tokenizer(str(tiny / role))
     texts = ["The plot is dull.", "", "😀 Привет 世界"]
-    for ids, text in zip(data.encode(tokenizer, texts, 64), texts):
+    for ids, text in zip(encoding.encode(tokenizer, texts, 64), texts):
         assert ids.tolist() == tokenizer(text)["input_ids"]
 
 
 def test_truncation_keeps_a_quarter_of_the_head_and_the_rest_of_the_tail(tiny):
-    assert data.head_and_tail(list(range(100)), 8) == [0, 1, 94, 95, 96, 97, 98, 99]
-    assert data.head_and_tail([1, 2], 8) == [1, 2]
+    assert encoding.head_and_tail(list(range(100)), 8) == [0, 1, 94, 95, 96, 97, 98, 99]
+    assert encoding.head_and_tail([1, 2], 8) == [1, 2]
     tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
-    (ids,) = data.encode(tokenizer, ["dull " * 400], 32)
+    (ids,) = encoding.encode(tokenizer, ["dull " * 400], 32)
     assert len(ids) == 32 and ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
 
 
 @pytest.mark.parametrize(("role", "typed"), [("roberta", "</s> <mask>"), ("distilbert", "[SEP] [MASK]")])
 def test_a_special_token_in_a_review_is_plain_text(tiny, role, typed):
     tokenizer = models.load_tokenizer(str(tiny / role))
-    (ids,) = data.encode(tokenizer, [f"good {typed} bad"], 64)
+    (ids,) = encoding.encode(tokenizer, [f"good {typed} bad"], 64)
     assert not set(ids[1:-1].tolist()) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from test_export import LENGTH, clear_reviews, save_student
 
-from common import data, export, models
+from common import data, encoding, export, models
 
 CLIENT = "@huggingface/transformers@4.3.1"
 SCRIPT = """\
@@ -47,13 +47,13 @@ def test_the_javascript_client_gives_pythons_labels(client, tiny, tmp_path):
     texts, labels = clear_reviews(100, seed=1)
     (client / "texts.json").write_text(json.dumps(texts))
     tokenizer = models.load_tokenizer(str(student))
-    ids = data.encode(tokenizer, texts, LENGTH)
+    ids = encoding.encode(tokenizer, texts, LENGTH)
     for dtype, file in zip(("fp32", "q8"), export.ONNX_FILES.values()):
         command = ["node", "label.mjs", str(tmp_path / "deploy"), "student", dtype]
         run = subprocess.run(command, cwd=client, capture_output=True, text=True, check=True)
         found = json.loads(run.stdout.strip().splitlines()[-1])
         logits = export.onnx_logits(tmp_path / "deploy" / "student" / file, threads=1)
-        batches = (data.pad([row], tokenizer.pad_token_id) for row in ids)  # one by one, as the client reads them
+        batches = (encoding.pad([row], tokenizer.pad_token_id) for row in ids)  # one by one, as the client reads them
         expected = [logits(*batch)[0].softmax(0) for batch in batches]
         assert [answer["label"] for answer in found] == [data.LABELS[int(row.argmax())] for row in expected]
         assert [answer["score"] for answer in found] == pytest.approx([float(row.max()) for row in expected], abs=0.02)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import write_reviews
 
-from common import artifacts, device, distill, export, llms, report, settings, training
+from common import artifacts, device, distill, export, llms, machine, report, settings, training
 
 NUMBERS = ("01", "02", "03", "04a", "04b", "05")
 LLM_STEPS = ("03_mistral", "04b_student_from_mistral")
@@ -249,8 +249,8 @@ def test_a_benchmark_needs_one_step_and_measures_again_what_another_machine_meas
     copied("01_baseline")
     with pytest.raises(SystemExit):
         here("05", "--max-hours", "1e-9")  # after its first row
-    environment = device.environment
-    monkeypatch.setattr(device, "environment", lambda hardware: environment(hardware) | {"cpu": "another"})
+    environment = machine.environment
+    monkeypatch.setattr(machine, "environment", lambda hardware: environment(hardware) | {"cpu": "another"})
     for more in ((), ("--force",)):
         assert here("05", *more) == 0
         assert "kept: " not in capsys.readouterr().out

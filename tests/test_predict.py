@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import predict
-from common import data, device, export, metrics, models, scoring, storage
+from common import data, device, encoding, export, metrics, models, scoring, storage
 
 CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["good fun", "bad <br /> dull", "", "a film that is " + "good and " * 40 + "bad in the end"]
@@ -37,7 +37,7 @@ def test_each_review_gets_the_label_and_probability_of_the_trained_reading(model
     made = pd.read_csv(tmp_path / "reviews_labels.csv")
     assert list(made["row"]) == [0, 1, 2, 3] and pd.isna(made["label"][2]) and made["text"][1] == "bad dull"
     tokenizer, classifier = models.load_tokenizer(str(model[0])), models.load_classifier(str(model[0]))
-    ids = data.encode(tokenizer, [TEXTS[0], "bad dull", TEXTS[3]], 24)
+    ids = encoding.encode(tokenizer, [TEXTS[0], "bad dull", TEXTS[3]], 24)
     logits = scoring.score_encoder(classifier.eval(), ids, tokenizer.pad_token_id, CPU, None)["scores"]
     expected = 1 / (1 + np.exp((logits[:, 0] - logits[:, 1]) / classifier.config.calibration_temperature))
     assert made["p_positive"].dropna().to_numpy() == pytest.approx(expected, abs=1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import data, device, llms, metrics, models, scoring, verbalizer
+from common import device, encoding, llms, metrics, models, scoring, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
 CPU = device.Hardware("cpu", "fp32", "test")
@@ -38,7 +38,7 @@ def test_pooling_ignores_padding():
 @pytest.mark.parametrize("role", ["roberta", "distilbert"])
 def test_a_batch_of_encoder_reviews_equals_each_alone_in_order(tiny, role):
     tokenizer, model = models.load_tokenizer(str(tiny / role)), models.load_classifier(str(tiny / role)).eval()
-    ids = data.encode(tokenizer, TEXTS, 64)
+    ids = encoding.encode(tokenizer, TEXTS, 64)
     together = scoring.score_encoder(model, ids, tokenizer.pad_token_id, CPU, 256, feature_layers=[0, 1, 2])
     for row, one in enumerate(ids):
         alone = scoring.score_encoder(model, [one], tokenizer.pad_token_id, CPU, 256, feature_layers=[0, 1, 2])
@@ -90,7 +90,7 @@ def test_in_bf16_log_odds_are_not_rounded_to_the_steps_of_large_logits(tiny):
 def test_a_model_prepared_for_scoring_casts_its_linear_layers_once_and_scores_the_same(tiny, role):
     bf16 = device.Hardware("cpu", "bf16", "test")
     tokenizer, model = models.load_tokenizer(str(tiny / role)), models.load_classifier(str(tiny / role)).eval()
-    ids = data.encode(tokenizer, TEXTS, 64)
+    ids = encoding.encode(tokenizer, TEXTS, 64)
     cast_each_time = scoring.score_encoder(model, ids, tokenizer.pad_token_id, bf16, 256, [1, 2])
     prepared = models.prepare_for_scoring(model, bf16)
     once = scoring.score_encoder(prepared, ids, tokenizer.pad_token_id, bf16, 256, [1, 2])
@@ -106,7 +106,7 @@ def test_a_model_prepared_for_scoring_casts_its_linear_layers_once_and_scores_th
 def test_a_score_that_is_not_finite_is_never_passed_on(tiny, stops):
     tokenizer, model = models.load_tokenizer(str(tiny / "distilbert")), models.load_classifier(str(tiny / "distilbert"))
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
-    ids = data.encode(tokenizer, TEXTS, 64)
+    ids = encoding.encode(tokenizer, TEXTS, 64)
     stops(lambda: scoring.score_encoder(model.eval(), ids, 0, CPU, 256), "NaN", "--precision fp32")
 
 

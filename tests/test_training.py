@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from common import callbacks, data, device, models, training
+from common import callbacks, device, encoding, models, training
 
 CPU = device.Hardware("cpu", "fp32", "test")
 
@@ -38,7 +38,7 @@ def first_is_best(_):
 def make_trainer(tiny, tmp_path, args, metric=training.validation_accuracy, **more):
     tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
     texts = [f"{'good fun' if row % 2 else 'bad dull'} {'film ' * (row % 7)}" for row in range(32)]
-    dataset = data.ReviewDataset(data.encode(tokenizer, texts, 32), np.arange(32) % 2)
+    dataset = encoding.ReviewDataset(encoding.encode(tokenizer, texts, 32), np.arange(32) % 2)
     device.seed_everything(args.seed)
     model = models.load_classifier(str(tiny / "distilbert"))
     return training.ReviewTrainer(
@@ -46,7 +46,7 @@ def make_trainer(tiny, tmp_path, args, metric=training.validation_accuracy, **mo
         args=training.training_arguments(args, CPU, tmp_path / "checkpoints", 32, **more),
         train_dataset=dataset,
         eval_dataset=dataset,
-        data_collator=data.Collator(tokenizer.pad_token_id),
+        data_collator=encoding.Collator(tokenizer.pad_token_id),
         compute_metrics=metric,
     )
 
@@ -57,7 +57,7 @@ def test_accumulation_changes_neither_the_loss_nor_the_gradient(tiny, tmp_path, 
         args.micro_batch_size, args.epochs = micro, 1
         options = {"logging_steps": 1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
         trainer = make_trainer(tiny, tmp_path, args, **options)
-        trainer.train_dataset = data.ReviewDataset(trainer.train_dataset.ids[:8], np.arange(8) % 2)
+        trainer.train_dataset = encoding.ReviewDataset(trainer.train_dataset.ids[:8], np.arange(8) % 2)
         trainer.model.dropout.p = 0.0
         trainer.train()
         steps.append(next(entry for entry in trainer.state.log_history if "grad_norm" in entry))
