@@ -185,7 +185,7 @@ def _only_table(folder: Path, taken: Iterable[Path] = ()) -> list[Path]:
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    """Folders with a text file a review, named after the label: Stanford's pos and neg, or others."""
+    """Folders with one text file per review, named after the label: Stanford's pos and neg, or others."""
     folders = [inner for inner in _entries(folder)[1] if not _parse(inner.name).split]
     folders = [inner for inner in folders if any(map(_is_text, _entries(inner)[0]))]
     known = {label for pair in columns.PAIRS for label in pair}
@@ -262,7 +262,7 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
 
 
 def _read_texts(folder: Path) -> pd.DataFrame:
-    """The table of a folder with a text file a review; folders of classes in it are the labels."""
+    """The table of a folder with one text file per review; folders of classes in it are the labels."""
     rows, foreign = [], 0
     for inner in _class_folders(folder) or [folder]:
         label = {} if inner == folder else {"label": inner.name}

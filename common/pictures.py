@@ -142,7 +142,7 @@ def colour_of(kind: str) -> str:
 
 
 def latencies(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
-    """A bar a model over its reviews' milliseconds: 1% to 99%, 25% to 75%, and the median."""
+    """One bar per model over its reviews' milliseconds: 1% to 99%, 25% to 75%, and the median."""
     shares = rows.groupby("Model")["ms"].quantile([0.01, 0.25, 0.5, 0.75, 0.99]).unstack()
     table = table[table["Model"].isin(shares.index)]
     shares, colours, heights = shares.loc[table["Model"]], table["Type"].map(colour_of), range(len(table))
@@ -174,7 +174,7 @@ def sweep(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
 
 
 def reliability(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
-    """Share of positive reviews against p(positive) in 15 equal-width bins, a panel a model."""
+    """Share of positive reviews against p(positive) in 15 equal-width bins, one panel per model."""
     names = with_curves(table, rows)
     figure.set_figheight(0.6 + 2.1 * math.ceil(len(names) / 3))
     panels = figure.subplots(math.ceil(len(names) / 3), 3, sharex=True, sharey=True, squeeze=False).flat

@@ -195,7 +195,7 @@ def cell(row: pd.Series, column: str) -> str:
 
 
 def what_to_deploy(table: pd.DataFrame) -> list[str]:
-    """The advice that benchmark.csv supports, a line a question, and what it cannot tell."""
+    """The advice that benchmark.csv supports, one line per question, and what it cannot tell."""
     ok = table[table["status"] == "ok"]
     kinds = {kind: ok[ok["Type"].str.startswith(kind)] for kind in pictures.COLOURS}
     lines = [*best_student(kinds), *best_form(kinds["form"]), *(rule(row) for _, row in kinds["cascade"].iterrows())]

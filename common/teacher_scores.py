@@ -93,7 +93,7 @@ def _keep_scored(
 
 
 def save_scores(folder: Path, reviews: data.Reviews, log_odds: dict[str, np.ndarray]) -> None:
-    """Write the matched scores as an LLM's soft labels are: raw log-probabilities by example_id, a file a split."""
+    """Write the matched scores as an LLM's soft labels are: raw log-probabilities by example_id, one file per split."""
     for split, odds in log_odds.items():
         logs = metrics.log_softmax(metrics.two_logits(odds)).astype(np.float32)
         table = getattr(reviews, split)[["example_id"]].assign(**dict(zip(scoring.LOG_PROBABILITIES, logs.T))).dropna()

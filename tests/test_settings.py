@@ -89,7 +89,7 @@ def test_the_next_command_carries_what_the_scripts_must_share(script):
         ("04a", ["--feature-weight", "0"], 9, True),
         ("04a", [], 9, False),  # hidden states are a teacher's too
         ("04a", ["--feature-weight", "0", "--soft-labels", "transfer"], 9, False),
-        ("04b", [], 9, False),  # one term a review, which alpha does not weigh
+        ("04b", [], 9, False),  # one term per review, which alpha does not weigh
         ("04b", [], 0, True),
         ("04b", ["--soft-labels", "all"], 9, True),
     ],
