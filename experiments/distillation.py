@@ -84,6 +84,8 @@ RUNS["short_control"] = CONTROL
 for transfer in (8000, 32000):
     recipe = FINAL | {"transfer_samples": transfer, "epochs": 2}
     RUNS[f"encoder_short_both_{transfer}"] = recipe
+# From a student that has first guessed masked tokens of all reviews (experiments/mlm.py).
+RUNS["after_mlm"] = FINAL | {"transfer_samples": 2000, "epochs": 2}
 # Teachers: 02's encoder, and 03's LLM with or without its adapter.
 ADAPTER = {"tuned_teacher": True, "zero_shot_batch_teacher": False}
 TEACHERS = ("teacher", *ADAPTER)
