@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The tables of results in README.md and results/README.md, made from the CSVs: no figure there is typed by hand.
 
-    python experiments/readme.py            # rewrite them, and draw README's picture
+    python experiments/readme.py            # rewrite them, draw README's picture and the curve of unlabelled reviews
     python experiments/readme.py --check    # exit code 1 when they differ (the tests run this)
 
 A table stands between `<!-- FILE -->`, which names its CSV, and `<!-- end -->`.
@@ -15,18 +15,28 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import report, settings
+from common import pictures, report, settings, storage
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", ROOT / "results" / "README.md")
 SCREEN = ROOT / "results" / "imdb"  # whose benchmark is on README's first screen
+CURVE = ROOT / "results" / "how_much_unlabelled"
+# A training, and its students by the folder of their claims. Their control reads no unlabelled review.
+TRAININGS = {
+    "CPU, bf16, 4 epochs": {"distillation": ["no_transfer_set", "final"], "more_unlabelled": ["final"]},
+    "H100, bf16, 4 epochs": {"unlabelled": ["both_8000"]},
+    "CPU, fp32, 2 epochs": {"how_much_unlabelled": ["encoder_short_both_2000", "encoder_short_both_8000"]},
+}
 TABLE = re.compile(
     r"<!-- (?P<file>results/\S+\.csv)(?P<form>: first screen|: console|) -->\n.*?<!-- end -->", re.DOTALL
 )
 
 
 def by_run(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a run: of several seeds the mean and their range, of one seed the 95% interval."""
+    """One row per run: of several seeds the mean and their range, of one seed the 95% interval."""
+    of_test = ["gap_closed", "mcnemar_p", "agreement"]  # validation has none
+    table = table.rename(columns={"n": "n_test"})
+    table = table.reindex(columns=table.columns.union(of_test, sort=False))
     rows = []
     for name, seeds in table.groupby("run", sort=False):
         accuracy, one = seeds["accuracy"], seeds.iloc[0]
@@ -41,7 +51,7 @@ def by_run(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_claim(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a claim: the lead in accuracy, and the part of the gap that it closes, with their 95% intervals."""
+    """One row per claim: the lead in accuracy, and the part of the gap that it closes, with their 95% intervals."""
     shown = table[["student", "against"]].copy()
     shown["seeds"] = [f"{ours}, {theirs}" for ours, theirs in zip(table["seeds"], table["against_seeds"])]
     for name in ("student_accuracy", "against_accuracy"):
@@ -55,6 +65,17 @@ def by_claim(table: pd.DataFrame) -> pd.DataFrame:
     return shown.assign(n=table["n_test"])
 
 
+def by_unlabelled(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per student: number of unlabelled reviews, its accuracy, its control's, and the gap that it closes."""
+    shown = table[["training"]].assign(unlabelled=table["unlabelled"].map("{:,}".format))
+    shown["seeds"] = [f"{ours}, {theirs}" for ours, theirs in zip(table["seeds"], table["against_seeds"])]
+    shown["student"], shown["control"] = (
+        table[f"{name}_accuracy"].map("{:.4f}".format) for name in ("student", "against")
+    )
+    shown["gap closed"] = [percent(*gap) for gap in table[["gap_closed", "gap_low", "gap_high"]].to_numpy(float)]
+    return shown.assign(n=table["n_test"])
+
+
 def percent(share: float, low: float, high: float) -> str:
     """A share and its interval, where they are known."""
     if pd.isna(share):
@@ -63,7 +84,7 @@ def percent(share: float, low: float, high: float) -> str:
 
 
 def by_labels(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a run, a column a number of labels: the mean accuracy of its draws; and how many draws and reviews."""
+    """One row per run, one column per number of labels: mean accuracy of the draws; and how many draws and reviews."""
     table = table.sort_values("labels", ascending=False, kind="stable")  # all runs have the most labels: their order
     wide = table.pivot_table(index="run", columns="labels", values="accuracy", sort=False).sort_index(axis=1)
     wide = wide.map(lambda value: "" if pd.isna(value) else f"{value:.4f}").rename_axis(columns=None)
@@ -74,7 +95,7 @@ def by_labels(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_share(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a share of the reviews that a student hands on to its teacher; * marks the one that validation chose."""
+    """One row per share of the reviews that a student hands on to its teacher; * marks validation's choice."""
     shown = table[["student", "seed"]].copy()
     shown["handed on"] = [f"{share:.0%}{' *' * chosen}" for share, chosen in zip(table["share"], table["chosen"])]
     shown["p from, to"] = [f"{low:.3f}, {1 - low:.3f}" if 0 < low < 1 else "" for low in table["p_low"]]
@@ -91,6 +112,40 @@ def by_work(table: pd.DataFrame) -> pd.DataFrame:
     shown["peak GiB"] = table["peak_gib"].map("{:.2f}".format)
     shown["reserved GiB"] = table["reserved_gib"].map("{:.2f}".format)
     return shown.assign(**{"reviews/s": table["reviews_per_second"].map("{:,.0f}".format)})
+
+
+def curve() -> pd.DataFrame:
+    """How much of the gap each student of TRAININGS closes, by the number of unlabelled reviews that it read."""
+    rows = []
+    for training, folders in TRAININGS.items():
+        for folder, students in folders.items():
+            claims, runs = (pd.read_csv(ROOT / "results" / folder / name) for name in ("claims.csv", "runs.csv"))
+            of_control = claims[claims["against"].isin(["control", "short_control"])].set_index("student")
+            read = runs.groupby("run")["transfer"].first()
+            for name in students:
+                rows.append({"training": training, "unlabelled": read[name], **of_control.loc[name]})
+    seen = ["seeds", "against_seeds", "student_accuracy", "against_accuracy"]
+    return pd.DataFrame(rows)[["training", "unlabelled", *seen, "gap_closed", "gap_low", "gap_high", "n_test"]]
+
+
+def draw_curve(table: pd.DataFrame, file: Path) -> None:
+    """The gap closed, with its interval, against the number of unlabelled reviews, one line per training."""
+    from matplotlib.figure import Figure
+
+    figure, counts = Figure(figsize=(7, 4.2), layout="constrained"), sorted(table["unlabelled"].unique())
+    axes = figure.subplots()
+    for number, (training, part) in enumerate(table.groupby("training", sort=False)):
+        places = [counts.index(count) + 0.06 * (number - 1) for count in part["unlabelled"]]
+        ends = [part["gap_closed"] - part["gap_low"], part["gap_high"] - part["gap_closed"]]
+        axes.errorbar(places, part["gap_closed"], ends, marker="o", capsize=3, label=training)
+    axes.set_xticks(range(len(counts)), [f"{count:,}" for count in counts])
+    axes.set(xlabel="unlabelled reviews, beside 2,000 labelled ones", ylabel="gap closed (95% interval)")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    with storage.whole(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def on_first_screen(table: pd.DataFrame) -> pd.DataFrame:
@@ -123,7 +178,14 @@ def as_markdown(table: pd.DataFrame) -> str:
     """A README's form of a CSV, by what its columns are."""
     if "Model" in table:
         return report.as_markdown(table).strip()
-    forms = {"test_share": by_share, "lead": by_claim, "labels": by_labels, "seed": by_run, "tflops": by_work}
+    forms = {
+        "unlabelled": by_unlabelled,
+        "test_share": by_share,
+        "lead": by_claim,
+        "labels": by_labels,
+        "seed": by_run,
+        "tflops": by_work,
+    }
     form = next((form for column, form in forms.items() if column in table), lambda table: table)
     shown = form(table)
     return report.markdown(shown.loc[:, (shown.notna() & (shown != "")).any()]).strip()  # no column is all empty
@@ -145,6 +207,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; tell whether the tables are up to date")
     check, differ = parser.parse_args(argv).check, False
+    points, file = curve(), CURVE / "curve.csv"
+    if check:
+        differ = points.to_csv(index=False) != file.read_text(encoding="utf-8")
+    else:
+        storage.write_table(file, points)
+        draw_curve(points, file.with_suffix(".png"))
     for file in FILES:
         text = file.read_text(encoding="utf-8")
         made = with_tables(text)
@@ -153,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
             file.write_text(made, encoding="utf-8")
     if not check:
         shown = on_first_screen(pd.read_csv(SCREEN / "benchmark.csv"))
-        report.draw_accuracy_latency(shown, SCREEN / "accuracy_latency.png")
+        pictures.draw_accuracy_latency(shown, SCREEN / "accuracy_latency.png")
     return int(check and differ)
 
 

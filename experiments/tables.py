@@ -4,13 +4,13 @@
     python experiments/tables.py results/distillation                      # no reviews, no weights: check every figure
     python experiments/tables.py results/distillation --collect outputs/distillation/runs [--read-test]
 
-predictions.parquet has a row a review of validation and test (example_id, split, label) and a column a run. The column
-holds the log-odds of "positive", and nothing where the run has not read the review. runs.csv has a row a run: settings,
-fingerprints of the reviews, teacher, versions, commit. --collect adds finished runs, or replaces their columns. Test
-predictions are added only with --read-test, once the recipe is frozen.
+predictions.parquet has one row per review of validation and test (example_id, split, label) and one column per run. The
+column holds the log-odds of "positive", and nothing where the run has not read the review. runs.csv has one row per
+run: settings, fingerprints of the reviews, teacher, versions, commit. --collect adds finished runs, or replaces their
+columns. Test predictions are added only with --read-test, once the recipe is frozen.
 
-Writes validation.csv, white_box.csv, black_box.csv (a row a run), claims.csv and cascade.csv; or few_labels.csv and its
-plot.
+Writes validation.csv, white_box.csv, black_box.csv (one row per run), claims.csv and cascade.csv; or few_labels.csv and
+its plot.
 """
 
 import argparse
@@ -23,10 +23,11 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import artifacts, comparison, metrics, settings, storage
 
-CONTROLS = ("control", "control_longer", "control_levers")
+CONTROLS = ("control", "control_longer", "control_levers", "short_control")
 # A claim compares with these though they read other unlabelled reviews, or none.
 BESIDE = ("final_longer", "nb_svm", "naive_bayes")
 CLAIMS = (  # a student, the teacher whose gap it closes, and the runs that it is compared with
+    ("no_transfer_set", "teacher", ("control",)),
     ("final", "teacher", (*CONTROLS, *BESIDE)),
     ("tuned", "tuned_teacher", ("control", "nb_svm", "tuned_teacher")),
     ("both_8000", "teacher", ("control",)),
@@ -34,6 +35,8 @@ CLAIMS = (  # a student, the teacher whose gap it closes, and the runs that it i
     ("short_one_2000", "tuned_teacher", ("short_both_2000",)),
     ("short_one_4000", "tuned_teacher", ("short_both_2000", "short_one_2000")),
     ("encoder_short_one_2000", "teacher", ("encoder_short_both_2000",)),
+    ("encoder_short_both_2000", "teacher", ("short_control",)),
+    ("encoder_short_both_8000", "teacher", ("short_control", "encoder_short_both_2000")),
 )
 FEW_LABELS = ("control", "student_of_encoder", "student_of_llm", "nb_svm", "frozen_embeddings", "setfit")
 CASCADED = (0, 0.05, 0.1, 0.15, 0.2, 0.3, 1)  # shares of the reviews that the student hands on
@@ -72,7 +75,7 @@ def scores_of(predictions: pd.DataFrame, split: str) -> tuple[np.ndarray, dict[s
     """A split's gold labels, and by column the (n, 2) logits of each run that has read it."""
     rows = predictions[predictions["split"] == split]
     read = {name: rows[name].to_numpy(np.float32) for name in rows if name not in REVIEW and rows[name].notna().any()}
-    return rows["label"].to_numpy(), {name: np.stack([-odds / 2, odds / 2], axis=1) for name, odds in read.items()}
+    return rows["label"].to_numpy(), {name: metrics.two_logits(odds) for name, odds in read.items()}
 
 
 def is_teacher(runs: pd.DataFrame) -> pd.Series:
@@ -165,12 +168,13 @@ def compare(run: pd.Series, labels: np.ndarray, logits: np.ndarray, teacher, con
 def table_of_runs(
     runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray], of_controls: str
 ) -> pd.DataFrame:
-    """A row a run, compared with the teacher that it names; the controls, which name none, with `of_controls`."""
+    """One row per run, compared with the teacher that it names; the controls, which name none, with `of_controls`."""
     teachers = {run["run"]: scores[column] for column, run in runs[is_teacher(runs)].iterrows() if column in scores}
     rows = []
     for column, run in runs[runs.index.isin(scores)].iterrows():
-        alone = run["run"] == "control" or run["run"] in teachers
-        control = None if alone else scores.get(f"control-{run['seed']}")
+        alone = run["run"].endswith("control") or run["run"] in teachers
+        controls = () if alone else (f"{name}-{run['seed']}" for name in ("control", "short_control"))
+        control = next((scores[name] for name in controls if name in scores), None)
         teacher = None if run["run"] in teachers else teachers.get(run["teacher"] or of_controls)
         rows.append(compare(run, labels, scores[column], teacher, control))
     order = "run seed gold transfer n_test accuracy ci_low ci_high gap_closed mcnemar_p agreement nll ece seconds"
@@ -232,7 +236,7 @@ def claims(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]
 
 
 def table_of_validation(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
-    """A row a run: its figures on the reviews that it has read."""
+    """One row per run: its figures on the reviews that it has read."""
     rows = []
     for column, run in runs[runs.index.isin(scores)].iterrows():
         read = np.isfinite(scores[column][:, 0])
@@ -251,7 +255,7 @@ def table_of_cascades(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataF
         validation, test = (read[read["split"] == split].reset_index() for split in ("validation", "test"))
         if not len(validation) or not len(test):
             continue
-        logits = np.stack([-validation["student"] / 2, validation["student"] / 2], axis=1)
+        logits = metrics.two_logits(validation["student"].to_numpy())
         temperature = metrics.fit_temperature(validation["label"].to_numpy(), logits)
         for table in (validation, test):
             table["student"] /= temperature
@@ -263,7 +267,7 @@ def table_of_cascades(runs: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataF
 
 
 def table_of_few_labels(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str, np.ndarray]) -> pd.DataFrame:
-    """A row a run and number of gold labels."""
+    """One row per run and number of gold labels."""
     table = table_of_validation(runs, labels, scores).rename(columns={"n": "n_test"})
     table["labels"] = runs.loc[runs.index.isin(scores), "labels"].astype(int).tolist()
     table = table.iloc[np.lexsort((table["seed"], table["run"].map(FEW_LABELS.index), table["labels"]))]
@@ -271,7 +275,7 @@ def table_of_few_labels(runs: pd.DataFrame, labels: np.ndarray, scores: dict[str
 
 
 def plot_few_labels(table: pd.DataFrame, file: Path) -> None:
-    """Accuracy with its interval against labels, a line a run (seed mean); no labels stand at the left edge."""
+    """Accuracy with its interval against labels, one line per run (seed mean); no labels stand at the left edge."""
     from matplotlib.figure import Figure
 
     counts, figure = sorted(table["labels"].unique()), Figure(figsize=(7, 4.2), layout="constrained")

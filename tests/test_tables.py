@@ -70,7 +70,12 @@ def test_the_committed_tables_are_to_the_byte_what_the_committed_predictions_say
     for file in ("predictions.parquet", "runs.csv"):
         shutil.copy(question / file, tmp_path / file)
     made = tables.make_tables(tmp_path)
-    assert {file.name for file in question.glob("*.csv")} - {"runs.csv", "levers.csv", "benchmark.csv"} == made.keys()
+    assert {file.name for file in question.glob("*.csv")} - {
+        "runs.csv",
+        "levers.csv",
+        "benchmark.csv",
+        "curve.csv",
+    } == made.keys()
     for file, table in made.items():
         assert len(table) and (tmp_path / file).read_bytes() == (question / file).read_bytes(), file
     assert (question / "predictions.parquet").stat().st_size < 2_000_000
