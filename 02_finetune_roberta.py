@@ -22,7 +22,7 @@ import numpy as np
 from common import artifacts, checks, data, device, encoding, export, memory, metrics, models, scoring, settings
 
 STEP = "02_roberta"
-COLLAPSED = "pass --force with a smaller --learning-rate or a larger --warmup-fraction"
+COLLAPSED = "pass --force with a smaller --learning-rate, a larger --warmup-fraction or more --epochs"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,9 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     facts = {"teacher": args.roberta_model, "max_length": args.max_length} | layer_facts
     artifacts.finish(args, folder, facts, {"validation": scores})
     print(f"validation accuracy {metrics.in_words(scores)}")
-    print(f"next: {settings.next_command('03_finetune_mistral.py')}")
     counts = ("max_train_samples", "max_transfer_samples")  # 04a needs 02's soft labels of its reviews
-    print(f"  or: {settings.next_command('04a_distill_from_roberta.py', *counts)}")
+    print(f"next: {settings.next_command('04a_distill_from_roberta.py', *counts)}")
+    print(f"  or: {settings.next_command('03_finetune_mistral.py')}")
 
 
 if __name__ == "__main__":

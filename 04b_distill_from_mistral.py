@@ -117,7 +117,8 @@ def save_soft_labels(
     """
     origin = {"weights": models.weights_digest(adapter) if adapter else "no adapter"}
     origin |= {name: llm[name] for name in ("base", "prompt", "label_words", "max_length")}
-    origin |= {"base_files": models.sampled_digest(llm["base"])}
+    if base_files := models.sampled_digest(llm["base"]):
+        origin["base_files"] = base_files
     splits = scored_splits(args, reviews)
     for split in splits:
         texts = data.fingerprint(getattr(reviews, split))

@@ -150,6 +150,14 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str
     return runs, made_again
 
 
+def delete_other_forms(deployed: Path, contenders: list[Contender]) -> None:
+    """Delete the forms of an earlier run that this one does not measure: their student may be another one now."""
+    current = {classifiers.form_folder(deployed, one.student) for one in contenders if one.student}
+    for folder in set(deployed.glob("*")) - current:
+        print(f"{folder}: deleted, as --forms {'none' if not current else 'leaves it out'}")
+        storage.delete(folder)
+
+
 def show(folder: Path) -> pd.DataFrame:
     """Draw the report of the files in `folder`, and print the table and the advice; returns the table."""
     table = report.read(folder)
@@ -184,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     work = artifacts.begin(args, STEP, inputs, keep=() if args.force else KEPT, again=True)
 
     contenders = classifiers.find(args, hardware, runs, made_again, work / "deploy")
+    delete_other_forms(work / "deploy", contenders)
     done, without, facts = measure_all(args, work, contenders, reviews.test)
 
     if facts["measured_models"] or not (work / "environment.json").exists():

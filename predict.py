@@ -24,6 +24,7 @@ import pandas as pd
 
 from common import artifacts, classifiers, data, device, files, metrics, models, settings, storage
 
+UNSURE = (0.1, 0.9)  # probabilities between which a review is escalated
 CHUNK = 4000  # reviews in memory at once
 
 
@@ -44,6 +45,10 @@ class Judge:
 
 def load(name: str, folder: str, hardware: device.Hardware) -> Judge:
     """A model of 02, 04a or 04b; stops at any other one."""
+    if not Path(folder).is_dir():
+        settings.stop(f"{folder} is no folder: pass one that 02, 04a or 04b has written")
+    if (Path(folder) / "onnx").is_dir():
+        settings.stop(f"{folder} holds an ONNX form, which this script does not read: pass the student's own folder")
     # A base checkpoint would get a new head and guess; another model may number its labels the other way round.
     temperature = getattr(models.load_config(folder), "calibration_temperature", None)
     if temperature is None:
@@ -62,11 +67,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-column", help="column of the texts (default: text, review, sentence or another common name)")
     add("--output", type=Path, help="CSV to write (default: FILE_labels.csv beside the file)")
     add("--escalate", metavar="MODEL_FOLDER", help="model that reads the reviews of which the first one is unsure")
-    unsure = "probabilities between which a review is escalated (default: 0.1 0.9)"
-    add("--unsure", nargs=2, type=settings.fraction, default=(0.1, 0.9), metavar=("LOW", "HIGH"), help=unsure)
+    unsure = f"probabilities between which a review is escalated (default: {UNSURE[0]} {UNSURE[1]})"
+    add("--unsure", nargs=2, type=settings.fraction, metavar=("LOW", "HIGH"), help=unsure)
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="arithmetic (default: auto)")
     add("--force", action="store_true", help="replace an existing output file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.unsure and not args.escalate:
+        parser.error("--unsure says which reviews go to the model of --escalate: pass both")
+    return args
 
 
 def label(table: pd.DataFrame, first: Judge, second: Judge | None, unsure: tuple[float, float]) -> pd.DataFrame:
@@ -90,8 +98,10 @@ def main(argv: list[str] | None = None) -> None:
         settings.stop(f"{args.file} does not exist: check the path")
     unpacked = args.file.with_suffix("") if args.file.suffix.lower() in files.PACKED else args.file
     output = args.output or args.file.with_name(f"{unpacked.stem}_labels.csv")
-    if output.is_dir():
-        settings.stop(f"{output} is a folder: name a file")
+    if output.is_dir() or output.suffix.lower() != ".csv":
+        settings.stop(f"{output} is no name of a CSV: pass --output one that ends in .csv")
+    if output.exists() and output.samefile(args.file):
+        settings.stop(f"{output} is the file of the reviews: pass another --output")
     if output.exists() and not args.force:
         settings.stop(f"{output} exists: pass another --output, or --force")
     # Stops before a model is loaded if the file cannot be read.
@@ -105,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     started, done, counts = time.monotonic(), 0, pd.Series(dtype=int)
     with storage.whole(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         for number, table in enumerate(itertools.chain([first], chunks)):
-            labelled = label(table, student, teacher, args.unsure)
+            labelled = label(table, student, teacher, args.unsure or UNSURE)
             labelled.to_csv(file, header=number == 0, index=False)
             done += len(labelled)
             counts = counts.add(labelled["label"].value_counts(), fill_value=0)

@@ -171,9 +171,14 @@ def _llm(
     return one
 
 
+def form_folder(deployed: Path, student: Contender) -> Path:
+    """Where a student's ONNX forms are written."""
+    return deployed / student.name.replace(" ", "-")
+
+
 def forms(args: argparse.Namespace, student: Contender, deployed: Path) -> list[Contender]:
     """The forms in which a student can be deployed, each on the CPU."""
-    found, target = [], deployed / student.name.replace(" ", "-")
+    found, target = [], form_folder(deployed, student)
     for precision in ("fp32", "bf16") if machine.cpu_has_bf16() else ("fp32",):
         name, cpu = f"eager {precision}", device.cpu(precision)
         found.append(_encoder(f"{student.name}, {name}", f"form, {name}", student.files, cpu, student.facts))

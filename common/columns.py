@@ -76,6 +76,8 @@ def text_and_label(table: pd.DataFrame, owner: str, args: argparse.Namespace, sp
         if label is None and split != "test":
             remedy = "pass --label-column, or call a file without labels unsupervised"
             stop(f"{owner} has the columns {_shown(table)}, and none is named label: {remedy}")
+    if split == "test" and lacks:
+        print(f"{owner} has no column {args.label_column}, so its labels are unknown (it has {_shown(table)})")
     labels = None if label is None else list(map(_single, table[label].astype(object)))
     return pd.DataFrame({"text": table[text], "label": pd.Series(labels, table.index, dtype=object)})
 

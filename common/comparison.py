@@ -124,7 +124,7 @@ def cascades(
 
 
 def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """The student first, its least sure reviews to the teacher: one row per share, and the chosen share's test log-odds.
+    """The student first, its least sure reviews to the teacher: one row per share, and the chosen one's test log-odds.
 
     Both tables hold label, and log-odds: student (calibrated) and teacher. The chosen share is the smallest with which
     the cascade is as accurate on validation as the teacher alone. Test chooses nothing. The rule has six digits: a

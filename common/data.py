@@ -99,7 +99,8 @@ def stratified_subset(table: pd.DataFrame, n: int | None, seed: int, split: str)
     missing = [name for label, name in enumerate(LABELS) if not (table["label"] == label).any()]
     if missing:
         lack = " and no ".join(missing)
-        stop(f"the {len(table)} {split} reviews contain no {lack} one: add some, as a model needs both classes")
+        flag = "--validation-samples" if split == "validation" else f"--max-{split}-samples"
+        stop(f"the {len(table)} {split} reviews contain no {lack} one, and both are needed: add some, or raise {flag}")
     return table
 
 

@@ -238,6 +238,8 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
         elif kind == ".xlsx":
             sheets = pd.read_excel(_open(file), sheet_name=None, dtype=str, keep_default_na=False)
             sheets = {name: sheet for name, sheet in sheets.items() if len(sheet)}
+            if not sheets:
+                stop(f"{file} holds no rows: write one per review below the line that names the columns")
             if len(sheets) != 1:
                 stop(f"{file} has {len(sheets)} sheets with rows ({_short(sheets)}): save each as CSV")
             yield from sheets.values()
@@ -252,9 +254,10 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
             yield from map(pd.DataFrame, _json_tables(file, kind, size))
     except ImportError:
         stop(f"{file} can be read where openpyxl is installed: pip install openpyxl, or save it as CSV UTF-8")
-    # ValueErrors: pandas', json's and most of pyarrow's errors; EOFError, zlib and zip: damaged packing
+    # ValueErrors: pandas', json's and most of pyarrow's errors; EOFError, zlib and zip: damaged packing; RuntimeError:
+    # a zip file with a password or another packing
     except (
-        ValueError, OSError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile, csv.Error,
+        ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, csv.Error,
         pd.errors.ParserWarning,
     ) as problem:  # fmt: skip
         remedy = "; quote texts that hold the separator, and let the first line name each column, as in text,label"
@@ -320,14 +323,18 @@ def _dialect(file: Path) -> dict:
         hits = {mark: len(known & set(map(columns.plain_name, names[mark]))) for mark in names}
         mark = max(names, key=lambda mark: (hits[mark], mark == "\t" and mark in header, len(names[mark])))
         separators = len(names[mark]) - 1
-        # Of one column, commas are a text's own.
-        dialect = {"encoding": encoding, "sep": mark if separators > 0 else "\x1f"}
-        even, odd_quotes, escapes = True, False, False
+        # Of one column, commas are a text's own, and an empty line is a review without text.
+        one_column = {"sep": "\x1f", "skip_blank_lines": False}
+        dialect = {"encoding": encoding} | ({"sep": mark} if separators > 0 else one_column)
+        opens, closes = (re.compile(side.format(re.escape(dialect["sep"]))) for side in (r'(^|{})\s*"', r'"\s*($|{})'))
+        even, paired, inside, escapes = True, True, False, False
         for line in lines:
             even = even and (separators < 1 or line.count(mark) == separators or not line.strip())
-            odd_quotes = odd_quotes or line.count('"') % 2 == 1
+            if line.count('"') % 2 == 1:  # a cell of several lines opens here, or closes
+                paired = paired and (closes if inside else opens).search(line) is not None
+                inside = not inside
             escapes = escapes or re.search(r'\\"[^,;\t|\r\n"]', line) is not None
-    if even and odd_quotes:  # each line is a row, so quotation marks are a text's own
+    if even and (inside or not paired):  # each line is a row, so quotation marks are a text's own
         return dialect | {"quoting": csv.QUOTE_NONE}
     return dialect | {"escapechar": "\\" if escapes else None}
 

@@ -53,10 +53,11 @@ PRESETS: dict[str, dict[str, object]] = {
 
 # How a review set is read. The fingerprints of the reviews say what came of it.
 READING = ("text_column", "label_column", "negative_labels", "positive_labels")
-# These decide how or where a result is computed, not which one is asked for. A finished step stays finished.
+# These decide how or where a result is computed, not which one is asked for: a finished step stays finished. The names
+# of files are among them, because inputs hold fingerprints of their contents.
 NOT_COMPARED = {
     "preset", "output_dir", "force", "precision", "num_processes", "micro_batch_size", "batch_tokens",
-    "gradient_checkpointing", "max_hours", *READING,
+    "gradient_checkpointing", "max_hours", "dataset", "teacher_scores", *READING,
 }  # fmt: skip
 BATCH_TOKENS_HELP = "padded tokens per scoring batch; auto: 8192 on a GPU, 2048 on a CPU"
 _defaults: dict[str, object] = {}  # of the last `parse`, with the preset's values

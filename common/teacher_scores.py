@@ -175,10 +175,20 @@ def _labels(cells: pd.Series, args: argparse.Namespace, owner: str) -> pd.Series
     flags = args.negative_labels, args.positive_labels
     if not known & {columns.plain_label(word) for words in flags for word in words or []}:
         flags = None, None  # they name the reviews' own labels
-    if flags == (None, None) and {"negative", "positive"} <= known and len(known) > 2:
-        flags = ["negative"], ["positive"]
+    pairs = [pair for pair in columns.PAIRS if set(pair) <= known and not any(map(_is_number, known - set(pair)))]
+    if flags == (None, None) and cells.map(np.isscalar).all():  # `number_labels` refuses lists
+        if len(pairs) != 1:
+            shown = ", ".join(map(repr, sorted(known)[:8]))
+            remedy = "write negative and positive, or name them by --negative-labels and --positive-labels"
+            stop(f"the answers in {cells.name} of {owner} are {shown}: {remedy}")
+        if known != set(pairs[0]):  # words of a failed answer are no label
+            flags = pairs[0][:1], pairs[0][1:]
     labels = columns.number_labels({owner: pd.DataFrame({"label": cells})}, *flags)[owner]["label"]
     return labels.where(labels != columns.UNLABELLED)
+
+
+def _is_number(label: str) -> bool:
+    return label.lstrip("-").replace(".", "", 1).isdigit()
 
 
 def _logit(p: pd.Series) -> np.ndarray:

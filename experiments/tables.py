@@ -281,7 +281,7 @@ def plot_few_labels(table: pd.DataFrame, file: Path) -> None:
     counts, figure = sorted(table["labels"].unique()), Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     shift = dict(zip(FEW_LABELS, np.linspace(-0.12, 0.12, len(FEW_LABELS)), strict=True))
-    for run in shift:
+    for run in filter(set(table["run"]).__contains__, shift):
         mean = table[table["run"] == run].groupby("labels")[["accuracy", "ci_low", "ci_high"]].mean()
         below, above = mean["accuracy"] - mean["ci_low"], mean["ci_high"] - mean["accuracy"]
         places = np.array([counts.index(labels) for labels in mean.index]) + shift[run]

@@ -219,6 +219,18 @@ def test_the_most_confident_errors_come_with_their_texts():
     assert errors["text"].tolist() == ["third", "first"] and errors["p_positive"].iloc[0] == pytest.approx(0.999877)
 
 
+def test_forms_that_a_run_does_not_measure_are_deleted_as_their_student_may_be_another_one(script, tmp_path, capsys):
+    student = classifiers.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU)
+    form = classifiers.Contender("a form", "form", bool, data.Path("model"), CPU, student=student)
+    for name in ("s-from-t", "s-from-llm"):
+        (tmp_path / name).mkdir()
+    script("05").delete_other_forms(tmp_path, [student, form])
+    assert [path.name for path in tmp_path.iterdir()] == ["s-from-t"] and "s-from-llm" in capsys.readouterr().out
+    script("05").delete_other_forms(tmp_path, [student])
+    script("05").delete_other_forms(tmp_path / "none", [])
+    assert not list(tmp_path.iterdir())
+
+
 def test_forms_are_of_the_student_on_the_cpu_and_say_which_package_they_lack(script, monkeypatch):
     args = script("05").parse_args([])
     student = classifiers.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU, {"max_length": 8})

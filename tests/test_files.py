@@ -103,6 +103,26 @@ def without_quotes(folder, split, table):
     (folder / f"{split}.tsv").write_text("label\ttext\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
+ONE_A_LINE = ['5" screen, and dull', '"so-so", they said', 'it is 6" wide', "", "fine"]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (None, ["A good film.\nI loved it, all of it.", 'A "bad" one.\n\nHated it.', "fine"]),
+        ("text\n" + "\n".join(ONE_A_LINE) + "\n", ONE_A_LINE),
+        ('text,label\n"good, and\nlong",1\n"bad, and\nlong",0\n', ["good, and\nlong", "bad, and\nlong"]),
+        ('text,label\n5" screen,1\n"so-so" and 6" wide,0\n', ['5" screen', '"so-so" and 6" wide']),
+    ],
+)
+def test_a_quoted_text_of_several_lines_is_one_review_and_a_lone_quotation_mark_is_a_texts_own(
+    tmp_path, content, texts
+):
+    file = tmp_path / "reviews.csv"
+    file.write_text(content or pd.DataFrame({"text": texts}).to_csv(index=False))
+    assert next(files.tables(file))["text"].tolist() == texts
+
+
 FORMS = {
     "a backup beside": each(save(), save("{}_2.csv", lambda table: table.assign(label=1)), save("{}.csv.bak")),
     "capital names and another order": save(

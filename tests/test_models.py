@@ -44,8 +44,13 @@ def test_a_large_file_is_known_by_its_name_its_size_its_ends_and_its_middle(tmp_
     file.write_bytes(content[: 2 * 2**20] + content[2 * 2**20 - 1 :])
     digests.append(models.sampled_digest(str(tmp_path)))
     file.rename(tmp_path / "other.safetensors")
+    (tmp_path / ".cache").mkdir()
     digests.append(models.sampled_digest(str(tmp_path)))
-    assert len(set(digests)) == len(digests) == 6 and models.sampled_digest("a/hub-name") is None
+    (tmp_path / "other.safetensors").write_bytes(bytes(9 * 2**20))
+    digests += [models.sampled_digest(str(tmp_path))]
+    (tmp_path / "other.safetensors").write_bytes(bytes(10 * 2**20))
+    digests += [models.sampled_digest(str(tmp_path))]
+    assert len(set(digests)) == len(digests) == 8 and models.sampled_digest("a/hub-name") is None
 
 
 def test_a_folder_that_is_no_model_and_a_missing_folder_are_told_apart(tmp_path, stops):

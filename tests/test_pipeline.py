@@ -204,10 +204,12 @@ def test_no_checkpoint_half_file_or_pickle_is_left(outputs):
 
 
 @pytest.mark.parametrize("number", NUMBERS[:-1])
-def test_a_finished_script_says_so_and_refuses_other_settings(outputs, main, number, stops, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(number)
-    assert left.value.code == 0 and "is finished with these settings" in capsys.readouterr().out
+def test_a_finished_script_says_so_and_refuses_other_settings(outputs, flags, main, number, stops, capsys):
+    dataset = Path(flags[number][flags[number].index("--dataset") + 1])
+    for more in ((), ("--dataset", dataset / ".." / dataset.name)):  # the same reviews by another path
+        with pytest.raises(SystemExit) as left:
+            main(number, *more)
+        assert left.value.code == 0 and "is finished with these settings" in capsys.readouterr().out
     changed = ["--temperature", 3] if number in ("04a", "04b") else ["--seed", 6]
     stops(lambda: main(number, *changed), "was finished with other settings", "--force")
 
@@ -468,7 +470,9 @@ def trained_by(here, flags, script, monkeypatch):
     return collect
 
 
-def test_04a_trains_the_student_with_its_teacher_and_a_control_without_for_as_many_steps(copied, trained_by, tmp_path):
+def test_04a_trains_the_student_with_its_teacher_and_a_control_without_for_as_many_steps(
+    copied, trained_by, tmp_path, capsys
+):
     copied("02_roberta")
     student, control = trained_by("04a", ("right", "right"), "--alpha", 0.7, "--feature-weight", 0.2)
     assert (student["target"], student["alpha"], student["feature_weight"]) == ("model", 0.7, 0.2)
@@ -481,6 +485,7 @@ def test_04a_trains_the_student_with_its_teacher_and_a_control_without_for_as_ma
     assert len(control["train"]) == 96 and not control["train"].arrays and set(control["train"].labels) == {0, 1}
     assert control["epochs"] * 96 == student["epochs"] * 156 == 4 * 156
     assert len(student["validation"]) == len(control["validation"]) == 30
+    assert "next: python 03_finetune_mistral.py" in capsys.readouterr().out  # which 04b needs
 
 
 @pytest.mark.parametrize("answers", [("collapsed", "right"), ("right", "collapsed")])

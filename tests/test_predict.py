@@ -48,9 +48,9 @@ def test_each_review_gets_the_label_and_probability_of_the_trained_reading(model
 def test_an_unsure_review_gets_the_second_models_answer(model, tmp_path):
     pd.DataFrame({"text": TEXTS}).to_csv(tmp_path / "reviews.csv", index=False)
     command = [str(model[0]), str(tmp_path / "reviews.csv"), "--escalate", str(model[0])]
-    for name, unsure, answered in (("none", ["0", "0"], {"student"}), ("all", ["0", "1"], {"teacher"})):
-        predict.main([*command, "--unsure", *unsure, "--output", str(tmp_path / name)])
-        assert set(pd.read_csv(tmp_path / name)["model"].dropna()) == answered
+    for name, unsure, answered in (("none", ["0", "0"], {"student"}), ("all", ["1", "0"], {"teacher"})):
+        predict.main([*command, "--unsure", *unsure, "--output", str(tmp_path / f"{name}.csv")])
+        assert set(pd.read_csv(tmp_path / f"{name}.csv")["model"].dropna()) == answered
 
 
 def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, tiny, tmp_path, stops):
@@ -67,8 +67,16 @@ def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, ti
     made.write_text("finished work")
     stops(lambda: predict.main([str(model[0]), str(file)]), "exists", "--force")
     assert made.read_text() == "finished work"
-    stops(lambda: predict.main([str(model[0]), str(file), "--force", "--output", str(tmp_path)]), "is a folder")
+    stops(lambda: predict.main([str(model[0]), str(file), "--force", "--output", str(tmp_path)]), "no name of a CSV")
+    stops(lambda: predict.main([str(model[0]), str(file), "--output", "x.parquet"]), "x.parquet", "no name of a CSV")
+    stops(lambda: predict.main([str(model[0]), str(file), "--force", "--output", str(file)]), "file of the reviews")
+    stops(lambda: predict.main(["mistyped", str(file), "--force"]), "mistyped is no folder")
+    (model[0] / "onnx").mkdir()
+    stops(lambda: predict.main([str(model[0]), str(file), "--force"]), "an ONNX form")
+    (model[0] / "onnx").rmdir()
     stops(lambda: predict.main([str(tiny / "distilbert"), str(file), "--force"]), "no model of 02, 04a or 04b")
+    with pytest.raises(SystemExit, match="2"):
+        predict.main([str(model[0]), str(file), "--force", "--unsure", "0.2", "0.8"])
     assert made.read_text() == "finished work" and (tmp_path / "04a").exists()
 
 

@@ -1,6 +1,7 @@
 """A file of another LLM's answers: its forms, what is matched, what is left out, and what cannot teach."""
 
 import argparse
+import dataclasses
 
 import numpy as np
 import pandas as pd
@@ -21,13 +22,13 @@ def reviews(data_args):
 def read(data_args, reviews, tmp_path):
     """What is read of a table, or of a file."""
 
-    def call(table, name="llm.csv", **flags) -> tuple[data.Reviews, teacher_scores.Teacher, dict]:
+    def call(table, name="llm.csv", of=reviews, **flags) -> tuple[data.Reviews, teacher_scores.Teacher, dict]:
         file = tmp_path / name
         if isinstance(table, pd.DataFrame):
             (table.to_parquet if name.endswith("arquet") else table.to_csv)(file, index=False)
         defaults = {"teacher_scores": str(file), "teacher_name": None, "soft_labels": "transfer"}
         args = argparse.Namespace(**vars(data_args) | defaults | flags)
-        return teacher_scores.read_file(args, reviews)
+        return teacher_scores.read_file(args, of)
 
     return call
 
@@ -52,6 +53,7 @@ def test_each_column_gives_the_log_odds_of_the_reviews(read, table, reviews, nam
         (table, odds),
         (table.sample(frac=1, random_state=1).assign(text=lambda rows: rows["text"].str.upper() + "<br />"), odds),
         (by_id, odds),
+        (table.assign(example_id=by_id["example_id"].to_numpy()[::-1]), odds),  # the text comes first
         (table[["text"]].rename(columns={"text": "Review"}).assign(**{"log-odds": 9 * odds}), 9 * odds),
         (table.assign(log_odds=3 * odds, label=-1), 3 * odds),  # the most informative one
         (ids.assign(label=words), np.where(p > 0.5, LOGIT_95, -LOGIT_95)),
@@ -62,6 +64,15 @@ def test_each_column_gives_the_log_odds_of_the_reviews(read, table, reviews, nam
         np.testing.assert_allclose(teacher.log_odds["transfer"], expected, atol=1e-6)
         assert len(left.transfer) == 30 and teacher.name == stem and "train" not in teacher.log_odds
         assert np.isnan(teacher.log_odds["validation"]).all()
+
+
+def test_texts_are_compared_without_case_and_saved_scores_hold_the_scored_reviews_alone(read, reviews, table, tmp_path):
+    shouted = dataclasses.replace(reviews, transfer=reviews.transfer.assign(text=reviews.transfer["text"].str.upper()))
+    left, teacher, _ = read(table, of=shouted)
+    assert len(left.transfer) == 30
+    validation = np.array([0.5, *[np.nan] * 19])
+    teacher_scores.save_scores(tmp_path / "made", left, teacher.log_odds | {"validation": validation})
+    assert [len(pd.read_parquet(tmp_path / f"made/{split}.parquet")) for split in ("transfer", "validation")] == [30, 1]
 
 
 def test_zero_and_one_are_clipped_and_several_answers_are_averaged(read, table, capsys):
@@ -96,6 +107,20 @@ def test_failed_answers_and_reviews_without_one_are_left_out_with_their_counts(r
     assert (facts["scored"]["transfer"], facts["transfer_left_out"], facts["rows_unmatched"]) == (23, 7, 4)
 
 
+@pytest.mark.parametrize(
+    ("negative", "positive", "other"), [("0", "1", "?"), ("1", "2", "HTTP 429"), ("bad", "good", "n/a")]
+)
+def test_words_among_the_answers_are_left_out_and_other_answers_are_told_with_their_file(
+    read, table, stops, negative, positive, other
+):
+    answers = np.where(table["p_positive"] > 0.5, positive, negative).astype(object)
+    answers[:3] = other
+    answered = table[["text"]].assign(answer=answers)
+    left, teacher, _ = read(answered)
+    assert len(left.transfer) == 27 and teacher.log_odds["transfer"][0] == pytest.approx(-LOGIT_95)
+    stops(lambda: read(answered.replace(other, "3")), "answer of llm.csv are", "'3'", "negative and positive")
+
+
 REFUSED = [
     (lambda t: t.assign(p_positive=100 * t["p_positive"]), "from 5 to 95", "divide a percentage by 100"),
     (lambda t: t.assign(p_positive=t["p_positive"] - 0.5), "from -0.45", "log_odds"),
@@ -104,6 +129,12 @@ REFUSED = [
     (lambda t: t.assign(p_positive=np.nan), "no score", "name one of them"),
     (lambda t: t.assign(p_positive=0.7), "is 0.7 in each of the 30 rows", "of 30: a teacher needs different"),
     (lambda t: t.assign(log_odds=np.inf), "infinite", "p_positive"),
+    (
+        lambda t: pd.concat([t.assign(p_positive=0.7), pd.DataFrame({"text": ["a stranger"], "p_positive": [0.1]})]),
+        "is 0.7 in each of the 30 rows",
+        "of 31: a teacher needs different",
+    ),
+    (lambda t: t.assign(p_positive=["HTTP 429", *t["p_positive"][1:]]), "'HTTP 429'", "write numbers such as 0.93"),
     (lambda t: t.assign(text="short"), "'short'", "--dataset", "no text was cut", "example_id"),
     (lambda t: t[:0], "no rows"),
     (lambda t: t[["text"]], "llm.csv has the columns text", "p_positive (0 to 1)"),
