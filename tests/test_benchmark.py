@@ -11,7 +11,7 @@ import torch
 from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import classifiers, comparison, data, device, machine, measuring, memory, metrics, models
+from common import classifiers, comparison, data, device, kept_rows, machine, measuring, memory, metrics, models
 from common.measuring import Measured
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
@@ -217,6 +217,18 @@ def test_the_most_confident_errors_come_with_their_texts():
     predictions = pd.DataFrame({"example_id": list("abc"), "label": [0, 1, 0], "model": [3.0, 5.0, 9.0]})
     errors = comparison.confident_errors(predictions, pd.Series(["first", "second", "third"]))
     assert errors["text"].tolist() == ["third", "first"] and errors["p_positive"].iloc[0] == pytest.approx(0.999877)
+
+
+def test_the_row_of_an_untuned_llm_is_kept_for_its_files_alone(script, tmp_path):
+    base, args = tmp_path / "llm", script("05").parse_args([])
+    base.mkdir()
+    part = pd.DataFrame({"example_id": ["test/0"], "text": ["good"], "label": [1]})
+    llm = classifiers.Contender("llm", classifiers.ZERO_SHOT, bool, base, CPU, {"base": str(base)})
+    kept = []
+    for content in (b"one", b"one", b"two"):
+        (base / "model.safetensors").write_bytes(content)
+        kept.append(kept_rows.file_of(args, tmp_path, llm, part))
+    assert kept[0] == kept[1] != kept[2]
 
 
 def test_forms_that_a_run_does_not_measure_are_deleted_as_their_student_may_be_another_one(script, tmp_path, capsys):

@@ -102,7 +102,11 @@ def test_steps_share_the_hours_since_the_settings_first_run_and_a_session_withou
     assert "args" not in out and "before 01_works.py was finished" in out
 
 
-def test_only_what_is_missing_or_too_old_is_installed_and_torch_is_held(cells, names, monkeypatch, capsys):
+def test_only_what_is_missing_or_too_old_is_installed_and_torch_is_held(cells, names, tmp_path, monkeypatch, capsys):
+    wheel = tmp_path / "input" / "wheels" / "no_such_package.whl"
+    wheel.parent.mkdir(parents=True)
+    wheel.touch()
+    names["Path"] = lambda name: tmp_path / "input" if name == "/kaggle/input" else Path(name)
     requirements = names["project"] / "requirements.txt"
     requirements.write_text("torch>=2.6\nno-such-package>=1\nscikit-learn>=99\nnumpy>=2.0\n")
     commands = []
@@ -115,7 +119,7 @@ def test_only_what_is_missing_or_too_old_is_installed_and_torch_is_held(cells, n
     exec(cells["install"], names)
     *_, attached, missing, too_old, torch = commands[0]
     assert (missing, too_old) == ("no-such-package>=1", "scikit-learn>=99") and torch.startswith("torch==")
-    assert attached.startswith("--")  # so that numpy is not installed
+    assert attached == f"--find-links={wheel.parent}"  # so numpy, which is there, is not installed
     assert "no-such-package>=1" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="pip download .*no-such-package>=1.*attach it"):
         exec(cells["install"], names)

@@ -45,12 +45,15 @@ def test_each_review_gets_the_label_and_probability_of_the_trained_reading(model
     assert "reviews_labels.csv: " in capsys.readouterr().out
 
 
-def test_an_unsure_review_gets_the_second_models_answer(model, tmp_path):
+def test_an_unsure_review_gets_the_second_models_answer_and_both_models_are_verified(model, tmp_path, monkeypatch):
+    verified = []
+    monkeypatch.setattr(predict.artifacts, "verify", verified.append)
     pd.DataFrame({"text": TEXTS}).to_csv(tmp_path / "reviews.csv", index=False)
     command = [str(model[0]), str(tmp_path / "reviews.csv"), "--escalate", str(model[0])]
     for name, unsure, answered in (("none", ["0", "0"], {"student"}), ("all", ["1", "0"], {"teacher"})):
         predict.main([*command, "--unsure", *unsure, "--output", str(tmp_path / f"{name}.csv")])
         assert set(pd.read_csv(tmp_path / f"{name}.csv")["model"].dropna()) == answered
+    assert verified == 4 * [model[0]]
 
 
 def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, tiny, tmp_path, stops):
