@@ -6,7 +6,7 @@ A student that does not beat them is not worth a GPU. Where words are not separa
 
 Reads   the reviews
 Writes  outputs/01_baseline/  naive_bayes/  nb_svm/  metrics.json  run.json
-Takes   about 4 minutes and 2 GB on one CPU core; no GPU
+Takes   about 3 minutes and 2 GB on two CPU cores; no GPU
 
     python 01_baseline.py
     python 01_baseline.py --dataset path/to/folder

@@ -142,7 +142,7 @@ def make() -> pd.DataFrame:
         move(step, f"{name}, checkpoints", (9 + math.ceil(epochs)) * 3 * gb, DISK_GB_PER_S)  # weights, two moments
         move(step, f"{name}, gradient exchange", steps * gb, PCIE_GB_PER_S)
 
-    measured = json.loads((ROOT / "results/cpu_imdb/01_baseline/run.json").read_text())["wall_time_s"]
+    measured = json.loads((ROOT / "results/baselines/run.json").read_text())["wall_time_s"]
     fixed("01", "baselines, measured on two CPU cores", measured)
     for step in ("01", "02", "03", "04a", "04b", "05"):
         fixed(step, "start-up, reading, tokenising", START_S)
