@@ -175,9 +175,9 @@ def _labels(cells: pd.Series, args: argparse.Namespace, owner: str) -> pd.Series
     flags = args.negative_labels, args.positive_labels
     if not known & {columns.plain_label(word) for words in flags for word in words or []}:
         flags = None, None  # they name the reviews' own labels
-    pairs = [pair for pair in columns.PAIRS if set(pair) <= known and not any(map(_is_number, known - set(pair)))]
+    pairs = [pair for pair in columns.PAIRS if set(pair) <= known and not any(map(_may_be_a_label, known - set(pair)))]
     if flags == (None, None) and cells.map(np.isscalar).all():  # `number_labels` refuses lists
-        if len(pairs) != 1:
+        if not pairs:
             shown = ", ".join(map(repr, sorted(known)[:8]))
             remedy = "write negative and positive, or name them by --negative-labels and --positive-labels"
             stop(f"the answers in {cells.name} of {owner} are {shown}: {remedy}")
@@ -187,8 +187,9 @@ def _labels(cells: pd.Series, args: argparse.Namespace, owner: str) -> pd.Series
     return labels.where(labels != columns.UNLABELLED)
 
 
-def _is_number(label: str) -> bool:
-    return label.lstrip("-").replace(".", "", 1).isdigit()
+def _may_be_a_label(answer: str) -> bool:
+    """Whether an answer is no mere word of a failed call: a number, negative or positive."""
+    return answer in ("negative", "positive") or answer.lstrip("-").replace(".", "", 1).isdigit()
 
 
 def _logit(p: pd.Series) -> np.ndarray:

@@ -111,13 +111,18 @@ def test_failed_answers_and_reviews_without_one_are_left_out_with_their_counts(r
     ("negative", "positive", "other"), [("0", "1", "?"), ("1", "2", "HTTP 429"), ("bad", "good", "n/a")]
 )
 def test_words_among_the_answers_are_left_out_and_other_answers_are_told_with_their_file(
-    read, table, stops, negative, positive, other
+    read, table, stops, capsys, negative, positive, other
 ):
     answers = np.where(table["p_positive"] > 0.5, positive, negative).astype(object)
     answers[:3] = other
     answered = table[["text"]].assign(answer=answers)
     left, teacher, _ = read(answered)
     assert len(left.transfer) == 27 and teacher.log_odds["transfer"][0] == pytest.approx(-LOGIT_95)
+    capsys.readouterr()
+    read(answered[3:])
+    assert (f"labels: {negative} is negative" in capsys.readouterr().out) == negative.isdigit()
+    mixed = answered.assign(answer=["negative", "0", "positive", "1", *answers[4:]])
+    stops(lambda: read(mixed), "answer of llm.csv are", "'negative'", "--negative-labels")
     stops(lambda: read(answered.replace(other, "3")), "answer of llm.csv are", "'3'", "negative and positive")
 
 
