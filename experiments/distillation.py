@@ -72,7 +72,6 @@ RUNS = {
     "both_2000": FINAL | {"transfer_samples": 2000},
     "both_8000": FINAL | {"transfer_samples": 8000},
     "both_32000": FINAL | {"transfer_samples": 32000},
-    "both_all": FINAL,
     "tuned_both_16000": TUNED | {"transfer_samples": 16000},
     "short_control": CONTROL,
     "encoder_short_both_2000": SHORT | {"transfer_samples": 2000},

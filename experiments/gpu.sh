@@ -77,7 +77,7 @@ study() {  # of 2,000 labels at 128 tokens; the students of one seed in one proc
     run 0 02_finetune_roberta.py "${encoder[@]}" --batch-size 16 --micro-batch-size 16 "${shared[@]}"
     run 0 "${distil[@]}" --runs teacher
     for one in 1 2 3; do
-        run 0 "${distil[@]}" --seeds $one --runs control both_2000 both_8000 both_32000 both_all &
+        run 0 "${distil[@]}" --seeds $one --runs control both_2000 both_8000 both_32000 final &
         students+=($!)
     done
     for one in "${students[@]}"; do wait "$one" || code=$?; done

@@ -11,7 +11,7 @@ from conftest import ROOT
 from scipy.stats import bootstrap
 from statsmodels.stats.contingency_tables import mcnemar
 
-from common import artifacts
+from common import artifacts, metrics
 from experiments import distillation, tables
 
 QUESTIONS = [file.parent for file in sorted((ROOT / "results").glob("*/runs.csv"))]
@@ -219,3 +219,14 @@ def test_a_claim_compares_seed_means_with_the_intervals_of_scipy_and_wider_ones_
 
     theirs = bootstrap((student[0], control[0], teacher[0]), gap, paired=True, method="percentile").confidence_interval
     assert (one["gap_low"], one["gap_high"]) == pytest.approx(tuple(theirs), abs=0.02)
+
+
+def test_what_results_say_of_setfit_is_what_the_predictions_say():
+    rows = pd.read_parquet(ROOT / "results/few_labels/predictions.parquet").dropna(subset=["setfit-50-42"])
+    setfit, student = ((rows[name] > 0) == (rows["label"] == 1) for name in ("setfit-50-42", "student_of_encoder-50-1"))
+    lead, low, high = (100 * value for value in metrics.paired_difference(setfit.to_numpy(), student.to_numpy()))
+    text = " ".join((ROOT / "results/README.md").read_text().split())
+    assert (
+        f"on {len(rows)} reviews no difference to that student shows: {lead:+.1f} points [−{-low:.1f}, {high:+.1f}]"
+        in text
+    )
