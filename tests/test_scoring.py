@@ -180,6 +180,18 @@ def test_a_scoring_that_is_out_of_time_stops_after_a_chunk_and_continues_to_the_
         assert (tmp_path / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
 
 
+def test_a_batch_that_does_not_fit_names_the_flag_that_helps(tmp_path, stops):
+    def fails(error):
+        def score(texts):
+            raise error
+
+        return lambda: scoring.in_chunks(tmp_path, "train", reviews_of(3), scoring.LOGITS, score)
+
+    stops(fails(torch.OutOfMemoryError("CUDA out of memory")), "does not fit", "--batch-tokens")
+    with pytest.raises(RuntimeError, match="another fault"):
+        fails(RuntimeError("another fault"))()
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage"])
 def test_a_damaged_chunk_is_scored_again(tmp_path, capsys, content):
     (tmp_path / "train_chunks").mkdir()
