@@ -80,6 +80,7 @@ KAGGLES = "sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
         ((7, 5), KAGGLES, True),
         ((8, 9), KAGGLES, True),  # machine code of an earlier minor version
         ((7, 0), "sm_75 sm_80", False),
+        ((9, 0), "sm_75 sm_80", False),  # machine code of an earlier generation
         ((12, 1), "sm_90a compute_90", True),
         ((8, 0), "sm_90a compute_90", False),
         ((6, 0), "", True),  # a torch that does not say
