@@ -6,8 +6,8 @@
 The 4-bit LLM scores validation and the transfer set, with 03's adapter or without it (--no-adapter). It needs one
 forward pass per batch and saves raw label log-probabilities. An interrupted run continues them. Calibration is applied
 when they are read. The student then trains on the labelled reviews and the transfer set, with 04a's trainer. With
---soft-labels all the LLM scores train too, and the loss is 04a's with its alpha: twice the time, and no better
-student (results/README.md, section 3).
+--soft-labels all the LLM scores train too, and the loss is 04a's with its alpha. The LLM then reads twice as much, and
+the student is no better (results/README.md, section 3).
 
 With --teacher-scores FILE, no LLM is loaded and 03 is not needed: the file holds any LLM's answers for the reviews,
 the unlabelled ones above all. Its columns are text or example_id, and log_odds, p_positive or a label. Labelled reviews
@@ -124,6 +124,7 @@ def save_soft_labels(
         texts = data.fingerprint(getattr(reviews, split))
         scoring.delete_unless_made_from(folder, split, origin | {"texts": texts})
     if device.share(all(scoring.is_scored(folder, split, len(getattr(reviews, split))) for split in splits)):
+        print("soft labels stay, whatever the precision: delete soft_labels/ to score again", flush=True)
         return
     tokenizer, model = models.load_tokenizer(llm["base"]), llms.load_llm(llm["base"], hardware, adapter)
     for split in splits:

@@ -42,9 +42,12 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...], scores_test: 
     if "test" not in splits:
         splits["train"], splits["test"] = _draw_test(splits["train"])
     labelled, scored = is_labelled(splits["test"]), "test" in reads and scores_test
-    if scored and not labelled:
-        remedy = "add labels to the test file, or take it away and run all steps again with a fifth of train as test"
-        stop(f"the test reviews have no labels, and this step compares models on them: {remedy}")
+    if not labelled:
+        lack = "the test reviews have no labels, and 05 compares models on them"
+        remedy = "add labels to the test file; or pass --dataset a folder without it, and a fifth of train becomes test"
+        if scored:
+            stop(f"{lack}: {remedy}, in all steps again")
+        print(f"warning: {lack}: {remedy}")
     fingerprints = {f"dataset/{split}": fingerprint(table) for split, table in splits.items()}
     if scored or not labelled:  # labels may be added after other steps
         fingerprints["dataset/test texts"] = fingerprint(splits["test"].assign(label=UNLABELLED))
@@ -152,7 +155,8 @@ def read_in_chunks(file: Path, size: int, column: str | None = None) -> Iterator
     """Tables of at most `size` reviews, with `row` (the number in the file, from 0) and the cleaned `text`."""
     first = 0
     for table in files.tables(file, size):
-        texts = clean_texts(table[columns.find_text(table, column, str(file))], str(file))
+        column = columns.find_text(table, column, str(file))  # for all chunks the first one's
+        texts = clean_texts(table[column], str(file))
         yield pd.DataFrame({"row": range(first, first + len(texts)), "text": texts})
         first += len(texts)
 

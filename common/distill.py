@@ -122,7 +122,7 @@ class DistillationTrainer(training.ReviewTrainer):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add each weighted loss term's mean since the last log."""
+        """Add each weighted loss term's mean since the last log: of this process, while `loss` is of all."""
         if "loss" in logs:
             logs |= {name: round(torch.stack(terms).mean().item(), 4) for name, terms in self._terms.items()}
             self._terms.clear()

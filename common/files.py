@@ -388,7 +388,7 @@ def _open_hub(dataset_name: str) -> tuple[dict[str, list[str]], Callable[[str], 
 
     name, _, configuration = dataset_name.partition(":")
     if name.count("/") != 1 or name.startswith((".", "/")):
-        examples = "stanfordnlp/imdb or nyu-mll/glue:sst2"
+        examples = "stanfordnlp/imdb or OWNER/NAME:CONFIGURATION"
         stop(f"{dataset_name} does not exist: pass --dataset a file, a folder or a hub name like {examples}")
     datasets.utils.logging.disable_progress_bar()
     remedy = "pass --dataset a folder of parquet or CSV files"

@@ -136,7 +136,7 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     add("--preset", choices=sorted(PRESETS), default="kaggle", help="table of defaults")
     forms = "file or folder of reviews: train, test, and if there are some validation and unsupervised files, or one "
     forms += "file without a split (CSV, TSV, JSON, JSON lines, parquet, Excel, also .gz and .zip; pos/ and neg/ "
-    forms += "folders; save_to_disk); or hub name, as nyu-mll/glue:sst2 with a configuration"
+    forms += "folders; save_to_disk); or hub name, as OWNER/NAME or OWNER/NAME:CONFIGURATION"
     add("--dataset", help=forms)
     add("--text-column", help="column of the texts; default: text, review, sentence or another common name")
     add("--label-column", help="column of the labels; default: label, sentiment or another common name")
@@ -151,7 +151,7 @@ def make_parser(description: str | None, reads: tuple[str, ...], precision: bool
     add("--max-hours", type=hours, default="unlimited", help=limit)
     add("--force", action=argparse.BooleanOptionalAction, default=False, help="make this step again beside its results")
     if "train" in reads:
-        validation = "reviews that choose checkpoints; auto: a tenth of train, from 16 to 2,500"
+        validation = "reviews that choose checkpoints, 16 to 2,500; auto: the validation file, or a tenth of train"
         add("--validation-samples", type=count_or_auto, default="auto", help=validation)
         add("--max-train-samples", type=samples, default="all", help="number of labelled reviews, stratified; or 'all'")
     if "transfer" in reads:
@@ -234,7 +234,8 @@ def in_words(name: str, value: object) -> object:
     """A flag's value for printing; None is a word."""
     if value is not None:
         return value
-    words = {"max_hours": "unlimited", "price_per_hour": "none"}
+    none = ("price_per_hour", "teacher_scores", "teacher_name", "negative_labels", "positive_labels")
+    words = {"max_hours": "unlimited"} | dict.fromkeys(none, "none")
     return words.get(name, "all" if name.startswith("max_") else "auto")
 
 

@@ -158,12 +158,13 @@ def test_of_few_reviews_without_a_test_split_the_sentence_says_which_number_woul
 
 @pytest.mark.parametrize("labels", [-1, None, "absent"])
 def test_a_test_split_without_labels_serves_its_texts_alone_and_may_have_labels_later(
-    data_args, reviews_folder, stops, labels
+    data_args, reviews_folder, stops, labels, capsys
 ):
     full = pd.read_parquet(reviews_folder / "test.parquet")
     bare = full.drop(columns="label") if labels == "absent" else full.assign(label=labels)
     rewrite(reviews_folder, "test", lambda _: bare)
     assert len(data.load_reviews(data_args, ("train", "transfer")).train) == 60
+    assert "warning: the test reviews have no labels, and 05" in capsys.readouterr().out  # hours before 05 says so
     unscored = data.load_reviews(data_args, ("train", "test"), scores_test=False)
     assert len(unscored.test) == 20 and not data.is_labelled(unscored.test)
     stops(lambda: data.load_reviews(data_args, ("test",)), "test reviews have no labels", "add labels to the test file")

@@ -83,11 +83,13 @@ def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, ti
     assert made.read_text() == "finished work" and (tmp_path / "04a").exists()
 
 
-def test_what_an_interrupted_run_left_and_reviews_without_text_leave_no_trace(model, tmp_path, monkeypatch):
+def test_what_an_interrupted_run_left_and_reviews_without_text_leave_no_trace(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predict, "CHUNK", 1)
     (tmp_path / "reviews_labels.csv.partial").write_text("row,label\n0,positive\n")
-    pd.DataFrame({"text": ["", "good", ""]}).to_csv(tmp_path / "reviews.csv", index=False)
+    texts = ["", "good", ""]
+    pd.DataFrame({"text": texts, "review": texts}).to_csv(tmp_path / "reviews.csv", index=False)
     predict.main([str(model[0]), str(tmp_path / "reviews.csv")])
+    assert capsys.readouterr().out.count("reads the column text, not review") == 1  # in three chunks
     made = pd.read_csv(tmp_path / "reviews_labels.csv")
     assert list(made["row"]) == [0, 1, 2] and list(made["label"].notna()) == [False, True, False]
 
