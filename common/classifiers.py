@@ -9,19 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (
-    artifacts,
-    device,
-    encoding,
-    export,
-    llms,
-    machine,
-    metrics,
-    models,
-    scoring,
-    storage,
-    verbalizer,
-)
+from common import artifacts, device, encoding, export, llms, machine, metrics, models, scoring, storage, verbalizer
 from common.device import Hardware
 from common.settings import short
 
@@ -79,10 +67,10 @@ def find(
     """
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
     found = _baselines(root / "01_baseline") if "01_baseline" in runs else []
-    teachers, taught_by = _teachers(args, hardware, root, facts, made_again)
-    found += teachers
+    teachers = _teachers(args, hardware, root, facts, made_again)
+    found += teachers.values()
     for step in filter(runs.__contains__, STUDENTS):
-        found += _students(step, facts[step], hardware, root, taught_by.get(step), made_again.get(step))
+        found += _students(step, facts[step], hardware, root, teachers.get(step), made_again.get(step))
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
     names = [contender.name for contender in found] + 2 * ["example_id", "label"]
     for contender in found:
@@ -102,45 +90,37 @@ def _baselines(folder: Path) -> list[Contender]:
 
 def _teachers(
     args: argparse.Namespace, hardware: Hardware, root: Path, facts: dict[str, dict], made_again: dict[str, str]
-) -> tuple[list[Contender], dict[str, Contender]]:
-    """02's encoder, the LLM with 03's adapter, the LLM as it is if it taught; and who taught, by the student's step."""
-    white_box, black_box = "04a_student_from_roberta", "04b_student_from_mistral"
-    found, taught_by = [], {}
+) -> dict[str, Contender]:
+    """02's encoder, the LLM with 03's adapter, the LLM as it is if it taught: each by the student's step, if any."""
+    found, white_box, black_box = {}, "04a_student_from_roberta", "04b_student_from_mistral"
     if "02_roberta" in facts:
         teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
-        found.append(_encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher))
-        taught_by[white_box] = found[-1]
+        found[white_box] = _encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher)
     student = facts.get(black_box, {})
     llm = student.get("llm")  # None too if the student learned from a file of scores: that LLM has no row
+    tuned = llm and llm["adapter"]
     if "03_mistral" in facts:
-        tuned = llm and llm["adapter"] and black_box not in made_again
-        calibration = student if tuned else UNCALIBRATED
-        found.append(_llm(args, hardware, LLM, root / "03_mistral" / "adapter", facts["03_mistral"], calibration))
-        if llm:
-            taught_by[black_box] = found[-1]
-    if llm and not llm["adapter"]:
-        found.append(_llm(args, hardware, ZERO_SHOT, None, llm, student))
-        taught_by[black_box] = found[-1]
-    return found, taught_by
+        calibration = student if tuned and black_box not in made_again else UNCALIBRATED
+        folder, taught = root / "03_mistral" / "adapter", black_box if tuned else ""
+        found[taught] = _llm(args, hardware, LLM, folder, facts["03_mistral"], calibration)
+    if llm and not tuned:
+        found[black_box] = _llm(args, hardware, ZERO_SHOT, None, llm, student)
+    return found
 
 
 def _students(
     step: str, facts: dict, hardware: Hardware, root: Path, teacher: Contender | None, again: str | None
 ) -> list[Contender]:
     """The student of a step, and its control if there is one. `again` is what to run if the teacher was made again."""
-    student, scores = short(facts["student"]), facts.get("scores")
-    rows = {
-        "model": (f"{student} from {short(facts['teacher'])}", STUDENTS[step]),
-        "control": (f"{student} control", CONTROL),
-    }
-    found = []
-    for part, (name, kind) in rows.items():
-        if part == "model" or (root / step / part).is_dir():
-            note = f"its teacher's step was made again: {again}" if again else None
-            if scores:
-                note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
-            of = {"step": step, "teacher": None if again else teacher, "note": note}
-            found.append(_encoder(name, kind, root / step / part, hardware, facts, **of))
+    student, folder = short(facts["student"]), root / step
+    note = f"its teacher's step was made again: {again}" if again else None
+    if scores := facts.get("scores"):
+        note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
+    of = {"step": step, "teacher": None if again else teacher, "note": note}
+    name = f"{student} from {short(facts['teacher'])}"
+    found = [_encoder(name, STUDENTS[step], folder / "model", hardware, facts, **of)]
+    if (folder / "control").is_dir():
+        found.append(_encoder(f"{student} control", CONTROL, folder / "control", hardware, facts, **of))
     return found
 
 

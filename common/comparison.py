@@ -22,7 +22,7 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
 
     `done` holds (contender, reviews, measured) of each model, `without` the rows without figures.
     """
-    predictions, latency, sweep, injection = test[["example_id", "label"]].copy(), [], [], []
+    predictions, rows, latency, sweep, injection = test[["example_id", "label"]].copy(), [], [], [], []
     for contender, part, measured in done:
         name, (passes, n) = contender.name, measured.latency.shape
         predictions.loc[part.index, name] = metrics.log_odds(measured.logits)
@@ -33,10 +33,8 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
         latency.append(pd.DataFrame({"Model": name, **timed, "ms": measured.latency.ravel().round(4)}))
         sweep += [{"Model": name} | row for row in measured.sweep]
         injection += [{"Model": name} | row for row in measured.injection]
-    rows = []
-    for one, _, measured in done:
         only = metrics.only_class(measured.logits)
-        notes = [one.note, None if only is None else f"it always says {LABELS[only]}"]
+        notes = [contender.note, None if only is None else f"it always says {LABELS[only]}"]
         rows.append(measured.row | {"note": "; ".join(filter(None, notes)) or None})
     others = references(done)
     joint, curves = cascades(Path(args.output_dir), done, predictions, others)
@@ -70,16 +68,12 @@ def references(done: list) -> pd.DataFrame:
     baselines = [one.name for one, _, _ in done if one.kind == BASELINE]
     best = max(baselines, key=measured.get, default=None)
     eager = {one.student.name: one.name for one, _, _ in done if one.kind == EAGER}
-    rows = {}
+    rows = []
     for contender, _, _ in done:
-        teacher = contender.teacher and contender.teacher.name
-        rows[contender.name] = {
-            "teacher": teacher if teacher in measured else None,
-            "control": control,
-            "baseline": None if contender.kind == BASELINE else best,
-            "eager": eager.get(contender.student.name) if contender.student else None,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["teacher", "control", "baseline", "eager"])
+        teacher = contender.teacher.name if contender.teacher and contender.teacher.name in measured else None
+        baseline = None if contender.kind == BASELINE else best
+        rows.append((teacher, control, baseline, contender.student and eager.get(contender.student.name)))
+    return pd.DataFrame(rows, list(measured), ["teacher", "control", "baseline", "eager"])
 
 
 def cascades(
@@ -87,7 +81,7 @@ def cascades(
 ) -> tuple[list[dict], list[pd.DataFrame]]:
     """For each student that gains by handing its least sure reviews to its teacher, a row; and every student's curve.
 
-    The joint verdicts become a column of `predictions`, and the row's references one of `compared_with`.
+    The joint verdicts become a column of `predictions`, and the row's references a row of `compared_with`.
     """
     rows, curves = [], []
     results = {contender.name: result for contender, _, result in done}
