@@ -57,7 +57,8 @@ def finetune(
         compute_metrics=training.validation_accuracy,
     )
     training.train(trainer, hardware)
-    training.save(model, tokenizer, folder / "model", folder / "checkpoints", args.max_length)
+    tokenizer.model_max_length = args.max_length  # to which it truncates, if it is asked to
+    training.save(model, tokenizer, folder / "model", folder / "checkpoints")
 
 
 def save_soft_labels(

@@ -85,15 +85,14 @@ def train_students(
     from common import distill, training
 
     train, labelled, validation = distill.student_datasets(args, reviews, teacher)
-    weights = {"epochs": args.epochs, "alpha": args.alpha, "feature_weight": args.feature_weight}
-    weights |= {"soft_labels": settings.reviews_with_soft_labels(args, len(reviews.transfer))}
-    weights |= {"teacher_width": width if args.feature_weight > 0 else None}
-    logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **weights)}
+    how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": args.soft_labels}
+    how |= {"feature_weight": args.feature_weight, "teacher_width": width if args.feature_weight > 0 else None}
+    logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **how)}
     training.refuse_collapse(logits["student"], validation.labels)
     if args.control:
-        weights = {"epochs": args.epochs * len(train) / len(labelled), "alpha": 0.0}  # as many steps as the student
-        print(f"control: {len(labelled):,} labelled reviews, up to {weights['epochs']:.1f} epochs", flush=True)
-        logits["control"] = distill.train_student(args, hardware, folder / "control", labelled, validation, **weights)
+        how = {"epochs": args.epochs * len(train) / len(labelled), "alpha": 0.0}  # as many steps as the student
+        print(f"control: {len(labelled):,} labelled reviews, up to {how['epochs']:.1f} epochs", flush=True)
+        logits["control"] = distill.train_student(args, hardware, folder / "control", labelled, validation, **how)
         remedy = f"the control is no measure; {training.TRAIN_OTHERWISE}"
         training.refuse_collapse(logits["control"], validation.labels, remedy)
     return logits

@@ -103,18 +103,14 @@ def scored_splits(args: argparse.Namespace, reviews: data.Reviews) -> list[str]:
 
 
 def save_soft_labels(
-    args: argparse.Namespace,
-    hardware: device.Hardware,
-    folder: Path,
-    reviews: data.Reviews,
-    llm: dict,
-    adapter: Path | None,
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, llm: dict
 ) -> None:
     """Save the LLM's raw label log-probabilities by example_id, for every split.
 
     They take hours, so they stay when only the student's settings change. Those of another teacher or sample are
     deleted.
     """
+    adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
     origin = {"weights": models.weights_digest(adapter) if adapter else "no adapter"}
     origin |= {name: llm[name] for name in ("base", "prompt", "label_words", "max_length")}
     if base_files := models.sampled_digest(llm["base"]):
@@ -135,8 +131,7 @@ def ask_llm(
     args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, llm: dict
 ) -> Teacher:
     """The LLM as a teacher, with the log-odds of all splits that it scores."""
-    adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
-    save_soft_labels(args, hardware, folder, reviews, llm, adapter)
+    save_soft_labels(args, hardware, folder, reviews, llm)
     memory.free()  # the LLM's memory, for the student
     log_p = {}
     for split in scored_splits(args, reviews):
@@ -214,12 +209,8 @@ def train_student(
     from common import distill, training
 
     train, _, validation = distill.student_datasets(args, reviews, teacher)
-    weights = {
-        "epochs": args.epochs,
-        "alpha": args.alpha,
-        "soft_labels": settings.reviews_with_soft_labels(args, len(reviews.transfer)),
-    }
-    logits = distill.train_student(args, hardware, folder / "model", train, validation, **weights)
+    how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": args.soft_labels}
+    logits = distill.train_student(args, hardware, folder / "model", train, validation, **how)
     training.refuse_collapse(logits, validation.labels)
     return logits
 

@@ -69,12 +69,11 @@ def check_llm(
 
 def check_prompt(
     tokenizer: "PreTrainedTokenizerFast", prompt: str, label_words: tuple[str, str], max_length: int
-) -> list[int]:
-    """The label words' token ids; stops if a word is no single token, or the prompt leaves no room for a review."""
+) -> None:
+    """Stop if a label word is no single token, or the prompt leaves no room for a review."""
     label_ids = verbalizer.label_token_ids(tokenizer, prompt, label_words)
     verbalizer.encode_prompts(tokenizer, [""], prompt, max_length)
     print(f"label words {list(label_words)} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
-    return label_ids
 
 
 def _config_and_tokenizer(

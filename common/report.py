@@ -315,17 +315,15 @@ def html_table(heads: Iterable[str], rows: Iterable[str]) -> str:
     return f'<div class="box"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
 
 
-def attack_table(attacks: pd.DataFrame | None) -> str:
+def attack_table(attacks: pd.DataFrame) -> str:
     """The share of reviews that each added sentence turned, folded away."""
-    if attacks is None or not len(attacks):
+    if not len(attacks):
         return ""
-    body = []
-    for _, row in attacks[attacks["attack"] != "any attack"].iterrows():
-        share = f"{row['turned']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-        body.append(
-            f"<td>{escape(str(row['Model']))}</td><td>{share}</td><td>{row['n']:,.0f}</td>"
-            f'<td class="text">{escape(str(row["attack"]))}</td>'
-        )
+    body = [
+        f"<td>{escape(row['Model'])}</td><td>{row['turned']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]</td>"
+        f'<td>{row["n"]:,.0f}</td><td class="text">{escape(row["attack"])}</td>'
+        for _, row in attacks[attacks["attack"] != "any attack"].iterrows()
+    ]
     table = html_table((f"<th>{head}</th>" for head in ("Model", "turned", "n", "added sentence")), body)
     return f"<details><summary>Each added sentence; {{wanted}} is the other verdict</summary>{table}</details>"
 
@@ -380,7 +378,7 @@ def write_report(folder: Path) -> None:
     for name in ("latency.parquet", "predictions.parquet", "sweep.csv", "cascade.csv", "injection.csv"):
         file, load = folder / name, read_csv if name.endswith("csv") else storage.read_table
         there = file.exists() and file.stat().st_size > 2  # pandas reads no CSV without columns
-        files[file.stem] = load(file) if there else None
+        files[file.stem] = load(file) if there else pd.DataFrame()
     environment = storage.intact_json(folder / "environment.json") or {}
     days = sorted(set(table["measured_at"].dropna().astype(str).str[:10])) if "measured_at" in table else []
     facts = [" to ".join(dict.fromkeys([*days[:1], *days[-1:]])), machine(environment)]

@@ -252,18 +252,8 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    checkpoints: Path,
-    max_length: int | None = None,
-) -> None:
-    """Write weights (safetensors), config and tokenizer into `folder`, whole; then delete the checkpoints.
-
-    With `max_length`, the trained length, the saved tokenizer truncates to it when it is asked to truncate.
-    """
-    tokenizer.model_max_length = max_length or tokenizer.model_max_length
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, checkpoints: Path) -> None:
+    """Write weights (safetensors), config and tokenizer into `folder`, whole; then delete the checkpoints."""
 
     def write() -> None:
         with whole(folder) as temporary:

@@ -555,7 +555,7 @@ def test_another_llm_in_the_place_of_an_untuned_one_scores_anew(outputs, flags, 
 
     def ask() -> list[str]:
         asked.clear()
-        module.save_soft_labels(args, None, tmp_path / "soft_labels", reviews, llm, None)
+        module.save_soft_labels(args, None, tmp_path / "soft_labels", reviews, llm)
         return list(asked)
 
     assert ask() == ["validation", "transfer"]
