@@ -87,9 +87,8 @@ def save_soft_labels(
         scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=layers), arrays=arrays)
 
     save("validation", [])  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
-    validation, script = reviews.validation, artifacts.SCRIPTS[STEP]
-    logits, _ = scoring.read_scores(soft_labels, "validation", scoring.LOGITS, validation["example_id"], script)
-    training.refuse_collapse(logits, validation["label"].to_numpy(), COLLAPSED)
+    logits, _ = scoring.read_scores(soft_labels, "validation", reviews.validation, artifacts.SCRIPTS[STEP])
+    training.refuse_collapse(logits, reviews.validation["label"].to_numpy(), COLLAPSED)
     for split in ("train", "transfer"):
         save(split, layers)
     return logits, {

@@ -99,8 +99,7 @@ def score_validation(
 
     model = llms.load_llm(args.mistral_model, hardware, folder / "adapter")
     scoring.score_prompts(folder, "validation", reviews, model, tokenizer, vars(args), hardware, args.batch_tokens)
-    ids, script = reviews["example_id"], artifacts.SCRIPTS[STEP]
-    log_p, _ = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES, ids, script)
+    log_p, _ = scoring.read_scores(folder, "validation", reviews, artifacts.SCRIPTS[STEP])
     labels = reviews["label"].to_numpy()
     training.refuse_collapse(log_p, labels)
     return metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}

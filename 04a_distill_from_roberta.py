@@ -50,7 +50,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
     logits, features = {}, []
     for split, table in ((split, table) for split, table in tables.items() if len(table)):
         scoring.refuse_stale(folder, split, weights, script)
-        logits[split], rows = scoring.read_scores(folder, split, scoring.LOGITS, table["example_id"], script)
+        logits[split], rows = scoring.read_scores(folder, split, table, script)
         if args.feature_weight > 0 and split != "validation":
             features.append((np.load(folder / f"{split}_features.npy", mmap_mode="r"), rows))
     distill.refuse_bad_teacher(logits["train"], reviews.train["label"].to_numpy(), "train")

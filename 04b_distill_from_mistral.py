@@ -135,8 +135,7 @@ def ask_llm(
     memory.free()  # the LLM's memory, for the student
     log_p = {}
     for split in scored_splits(args, reviews):
-        ids, script = getattr(reviews, split)["example_id"], artifacts.SCRIPTS[STEP]
-        log_p[split], _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
+        log_p[split], _ = scoring.read_scores(folder, split, getattr(reviews, split), artifacts.SCRIPTS[STEP])
     mass = check_scores(llm, log_p["validation"], reviews.validation["label"].to_numpy())
     log_odds = {split: metrics.log_odds(scores) for split, scores in log_p.items()}
     role = "which scored two label words after each review"

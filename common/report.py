@@ -241,11 +241,8 @@ def best_student(kinds: dict[str, pd.DataFrame]) -> list[str]:
         ratio = f"It is {one}x as fast as {teachers.iloc[0]} on one review and {many}x on many at once."
     tail = f", and 99% take at most {cell(best, 'latency_p99_ms')} ms" if cell(best, "latency_p99_ms") else ""
     cost = f"The median review takes {cell(best, 'Latency (ms)')} ms{where(best)}{tail}. {ratio}"
-    return [
-        line
-        for line in (accuracy, " ".join(verdicts), f"{cost} Its weights take {cell(best, 'Size (MB)')} MB.")
-        if line
-    ]
+    cost += f" Its weights take {cell(best, 'Size (MB)')} MB."
+    return list(filter(None, [accuracy, " ".join(verdicts), cost]))
 
 
 def best_form(forms: pd.DataFrame) -> list[str]:
@@ -345,13 +342,8 @@ def machine(environment: dict) -> str:
     several = {name: facts for name, facts in environment.items() if isinstance(facts, dict) and "device" in facts}
     parts = [f"{name}: {machine(facts)}" for name, facts in several.items()]
     forms = {"device": "{}", "precision": "{}", "cpu": "{}", "cpu_capability": "{}", "logical_cpus": "{} logical CPUs"}
-    forms |= {
-        "torch_threads": "{} threads",
-        "platform": "{}",
-        "cuda": "CUDA {}",
-        "measured_minutes": "last run {:.0f} minutes",
-    }
-    forms |= {"drift": "latency at the end / at the beginning {:.2f}"}
+    forms |= {"torch_threads": "{} threads", "platform": "{}", "cuda": "CUDA {}"}
+    forms |= {"measured_minutes": "last run {:.0f} minutes", "drift": "latency at the end / at the beginning {:.2f}"}
     parts += [form.format(environment[name]) for name, form in forms.items() if environment.get(name) is not None]
     return ("; " if several else ", ").join(parts)
 

@@ -4,6 +4,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -189,12 +190,15 @@ def fit_memory(trainer: Trainer, hardware: Hardware) -> None:
             del loss
         del reserved
 
-    micro_batches = device.gather(memory.largest_that_fits(step, arguments.per_device_train_batch_size))
+    micro_batch = arguments.per_device_train_batch_size
+    while micro_batch and not memory.fits(partial(step, micro_batch)):
+        micro_batch //= 2
+    fitting = min(device.gather(micro_batch))
     model.zero_grad(set_to_none=True)
     tokens = len(dataset.ids[longest])
-    if None in micro_batches:
+    if not fitting:
         stop(f"{hardware.name} has too little memory for one review of {tokens} tokens: pass a smaller --max-length")
-    micro_batch = micro_batch_of(batch * hardware.processes, hardware.processes, min(micro_batches))
+    micro_batch = micro_batch_of(batch * hardware.processes, hardware.processes, fitting)
     arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size = micro_batch, 2 * micro_batch
     arguments.gradient_accumulation_steps = batch // micro_batch
     print(

@@ -626,8 +626,8 @@ def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stop
     args = module.parse_args(flags["04b"])
     reviews = module.data.load_reviews(args, reads=("train", "transfer"))
     facts = read(outputs / "03_mistral", "run.json")["facts"]
-    folder, ids = outputs / "04b_student_from_mistral" / "soft_labels", reviews.validation["example_id"]
-    log_p, _ = module.scoring.read_scores(folder, "validation", module.scoring.LOG_PROBABILITIES, ids, "04b")
+    folder = outputs / "04b_student_from_mistral" / "soft_labels"
+    log_p, _ = module.scoring.read_scores(folder, "validation", reviews.validation, "04b")
     labels = reviews.validation["label"].to_numpy()
     assert 0 < module.check_scores(facts, log_p, labels) <= 1
     facts["validation_accuracy"] = 0.6
