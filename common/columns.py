@@ -71,13 +71,13 @@ def text_and_label(table: pd.DataFrame, owner: str, args: argparse.Namespace, sp
     """The two columns as they stand, or NaN for labels: unlabelled reviews need none, and test may lack them."""
     text, label = find_text(table, args.text_column, owner), None
     lacks = args.label_column is not None and plain_name(args.label_column) not in map(plain_name, table)
-    if split != "transfer" and not (split == "test" and lacks):
+    if split == "test" and lacks:
+        print(f"{owner} has no column {args.label_column}, so its labels are unknown (it has {_shown(table)})")
+    elif split != "transfer":
         label = find(table, args.label_column, LABEL_NAMES, owner, "--label-column")
         if label is None and split != "test":
             remedy = "pass --label-column, or call a file without labels unsupervised"
             stop(f"{owner} has the columns {_shown(table)}, and none is named label: {remedy}")
-    if split == "test" and lacks:
-        print(f"{owner} has no column {args.label_column}, so its labels are unknown (it has {_shown(table)})")
     labels = None if label is None else list(map(_single, table[label].astype(object)))
     return pd.DataFrame({"text": table[text], "label": pd.Series(labels, table.index, dtype=object)})
 

@@ -118,7 +118,7 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
     Each size scores enough of the first `ids` to fill about four batches. The smallest size whose rate is ALIKE the
     best one is `chosen`.
     """
-    rows, batch_tokens, better = [], hardware.batch_tokens // 4, True
+    rows, batch_tokens, best, better = [], hardware.batch_tokens // 4, 0.0, True
     lengths = np.cumsum([len(review) for review in ids])
     while better and (not rows or batch_tokens < lengths[-1]):
         n = min(len(ids), max(32, int(np.searchsorted(lengths, 4 * batch_tokens)) + 1))
@@ -126,14 +126,11 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
         if not memory.fits(partial(classifier.score, ids[:n], batch_tokens)):
             break
         seconds = time.perf_counter() - started
-        best = max((row["tokens_per_s"] for row in rows), default=0)
-        rows.append(
-            {"batch_tokens": batch_tokens, "tokens_per_s": lengths[n - 1] / seconds, "reviews_per_s": n / seconds}
-        )
-        better = ALIKE * rows[-1]["tokens_per_s"] > best
+        rate = lengths[n - 1] / seconds
+        rows.append({"batch_tokens": batch_tokens, "tokens_per_s": rate, "reviews_per_s": n / seconds})
+        better, best = ALIKE * rate > best, max(best, rate)
         batch_tokens *= 2
-    enough = ALIKE * max((row["tokens_per_s"] for row in rows), default=0)
-    chosen = next((row for row in rows if row["tokens_per_s"] >= enough), None)
+    chosen = next((row for row in rows if row["tokens_per_s"] >= ALIKE * best), None)
     return [row | {"chosen": row is chosen} for row in rows]
 
 
@@ -235,10 +232,10 @@ def warm_up(new: list[Contender], parts: dict[str, pd.DataFrame]) -> None:
 def drift(done: list[tuple[Contender, pd.DataFrame, Measured]], new: list[Contender], args) -> float | None:
     """A small model's median latency at the end, over that of its row: what the run did to the machine."""
     measured = [entry for entry in done if entry[0] in new]
-    small = [entry for entry in measured if entry[0].kind in classifiers.STUDENTS.values()] or measured
-    if not small:
+    if not measured:
         return None
-    contender, part, before = small[0]
+    small = [entry for entry in measured if entry[0].kind in classifiers.STUDENTS.values()]
+    contender, part, before = (small or measured)[0]
     texts = part["text"].tolist()[: args.latency_samples]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
