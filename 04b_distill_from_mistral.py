@@ -55,10 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label-words", nargs=2, metavar="WORD", help="words for negative and positive")
     add("--prompt-length", type=settings.positive_int, help="tokens of the prompt with its review")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
-    scores = (
-        "file of another LLM's answers, in any format of reviews: text or example_id, and log_odds, p_positive or a "
-    )
-    add("--teacher-scores", metavar="FILE", help=scores + "label; needs neither 03 nor an LLM")
+    scores = "file of another LLM's answers, in any format of reviews: text or example_id, and log_odds, p_positive or "
+    add("--teacher-scores", metavar="FILE", help=scores + "a label; needs neither 03 nor an LLM")
     add("--teacher-name", metavar="NAME", help="that LLM's name in tables and cards; default: the file's")
     args = settings.parse(parser, STEP, argv)
     typed = [flag for flag in (*FLAGS.values(), "batch_tokens") if getattr(args, flag) is not None]
@@ -150,10 +148,8 @@ def check_scores(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
         print("warning: the LLM prefers other words to the label words; its ranking may still be good")
     accuracy, recorded = metrics.accuracy(labels, log_p.argmax(axis=1)), llm.get("validation_accuracy")
     if recorded is not None and abs(accuracy - recorded) > max(MOST_ACCURACY_CHANGE, 2 / len(labels)):
-        settings.stop(
-            f"the LLM's validation accuracy is {accuracy:.3f} here and was {recorded:.3f} in 03: "
-            f"is {llm['base']} still the base that the adapter was trained on?"
-        )
+        change = f"the LLM's validation accuracy is {accuracy:.3f} here and was {recorded:.3f} in 03"
+        settings.stop(f"{change}: is {llm['base']} still the base that the adapter was trained on?")
     return round(mass, 6)
 
 

@@ -53,12 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--max-llm-samples", type=settings.positive_int, default=1000, help="test reviews for the LLM, stratified")
     add("--latency-samples", type=settings.positive_int, default=200, help="reviews timed one at a time, stratified")
-    add(
-        "--latency-seconds",
-        type=settings.positive,
-        default=300,
-        help="time limit of a model's latency, after each pass",
-    )
+    limit = "time limit of a model's latency, after each pass"
+    add("--latency-seconds", type=settings.positive, default=300, help=limit)
     add("--injection-samples", type=settings.positive_int, default=200, help="reviews to which attacks are appended")
     forms = "students whose deployable forms are made and measured; best: the one that validation prefers"
     add("--forms", choices=("best", "all", "none"), default="best", help=forms)

@@ -180,7 +180,7 @@ def baseline_classifier(folder: Path) -> Classifier:
 
     model = load_baseline(folder)
     facts = {"precision": "fp32", "device": "cpu"}
-    return Classifier(model.count_ngrams, lambda counts, _: model.score(counts), *model.count(), facts=facts)
+    return Classifier(model.vectorizer.transform, lambda counts, _: model.score(counts), *model.count(), facts=facts)
 
 
 def encoder_classifier(folder: Path, hardware: Hardware, max_length: int | None = None) -> Classifier:

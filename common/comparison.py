@@ -26,11 +26,11 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
     for contender, part, measured in done:
         name, (passes, n) = contender.name, measured.latency.shape
         predictions.loc[part.index, name] = metrics.log_odds(measured.logits)
-        timed = {
+        times = {
             "pass": np.repeat(np.arange(passes) + 1, n),
             "example_id": np.tile(part["example_id"].iloc[:n], passes),
         }
-        latency.append(pd.DataFrame({"Model": name, **timed, "ms": measured.latency.ravel().round(4)}))
+        latency.append(pd.DataFrame({"Model": name, **times, "ms": measured.latency.ravel().round(4)}))
         sweep += [{"Model": name} | row for row in measured.sweep]
         injection += [{"Model": name} | row for row in measured.injection]
         only = metrics.only_class(measured.logits)
@@ -59,10 +59,7 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
 
 
 def references(done: list) -> pd.DataFrame:
-    """By model, the rows that it is compared with: teacher, control, the better baseline, and eager for a form.
-
-    `done` holds (contender, reviews, measured) of each model.
-    """
+    """By model, the rows that it is compared with: teacher, control, the better baseline, and eager for a form."""
     measured = {contender.name: result.row["Accuracy"] for contender, _, result in done}
     control = next((one.name for one, _, _ in done if one.kind == CONTROL), None)
     baselines = [one.name for one, _, _ in done if one.kind == BASELINE]
@@ -146,10 +143,7 @@ def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def joint_row(rule: pd.Series, student: dict, teacher: dict) -> dict:
-    """A cascade's cost from the rows of its two models: the student's on all reviews, the teacher's on a share of them.
-
-    The cost is counted, not timed.
-    """
+    """A cascade's cost, counted and not timed: the student's row on all reviews, the teacher's on a share of them."""
     share, seconds = rule["test_share"], [1 / one["Throughput (samp/s)"] for one in (student, teacher)]
     return {
         "Type": "cascade",

@@ -218,11 +218,8 @@ def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: st
     if float(np.ptp(metrics.log_odds(teacher_logits))) < 1e-6:
         stop(f"the teacher's logits on {split} are constant: run the teacher's step again with --force")
     if metrics.errors_above_chance(labels, teacher_logits) < -2:
-        scores = metrics.describe(labels, teacher_logits)
-        stop(
-            f"the teacher's balanced accuracy on {split} is {scores['balanced_accuracy']:.3f}, below chance: "
-            "its label order is swapped"
-        )
+        accuracy = metrics.describe(labels, teacher_logits)["balanced_accuracy"]
+        stop(f"the teacher's balanced accuracy on {split} is {accuracy:.3f}, below chance: its label order is swapped")
 
 
 def refuse_one_class(teacher_logits: np.ndarray, labels: np.ndarray) -> None:
@@ -231,10 +228,9 @@ def refuse_one_class(teacher_logits: np.ndarray, labels: np.ndarray) -> None:
     absent = metrics.absent_class(teacher_logits, labels)
     if absent is not None:
         called, gold = np.mean(teacher_logits.argmax(axis=1) != absent), np.mean(labels != absent)
-        stop(
-            f"the teacher calls {called:.0%} of the transfer set {LABELS[1 - absent]}, and {gold:.0%} of the labelled "
-            "reviews are: pass a --dataset whose unlabelled reviews hold both classes, or check its calibration"
-        )
+        what = f"{called:.0%} of the transfer set {LABELS[1 - absent]}, and {gold:.0%} of the labelled reviews are"
+        remedy = "pass a --dataset whose unlabelled reviews hold both classes, or check its calibration"
+        stop(f"the teacher calls {what}: {remedy}")
 
 
 def _refuse_not_finite(teacher_logits: np.ndarray, split: str) -> None:

@@ -48,20 +48,15 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     # Without tokenizer files transformers gives a BERT-like folder an empty vocabulary. Every word would be [UNK].
     if 2 * len(tokenizer) < rows:
         stop(f"{name} has no tokenizer files ({len(tokenizer)} tokens): copy tokenizer.json and the like into it")
-
-    def obeys(tokenizer: "PreTrainedTokenizerFast") -> bool:
-        return (
-            tokenizer(PROBE, add_special_tokens=False)["input_ids"] == raw.encode(PROBE, add_special_tokens=False).ids
-        )
-
     if raw is not None:
         raw.no_truncation()
         raw.no_padding()
+        ids = raw.encode(PROBE, add_special_tokens=False).ids
         # From transformers 5 on, a tokenizer's class rebuilds its rules. It may lower-case a cased vocabulary.
-        if not obeys(tokenizer):
+        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != ids:
             say(f"{name}: {type(tokenizer).__name__} reads text otherwise than its tokenizer.json, which is used")
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-        if not obeys(tokenizer):
+        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != ids:
             stop(f"{name}: tokenizer_config.json contradicts tokenizer.json: make one of them right")
     known = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.sep_token)
     known = [token for token in known if token and tokenizer.convert_tokens_to_ids(token) < (rows or len(tokenizer))]
