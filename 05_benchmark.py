@@ -128,12 +128,12 @@ def print_failure(name: str, problem: BaseException) -> None:
         traceback.print_exception(problem)
 
 
-def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str, dict], dict[str, str]]:
-    """The run.json of each finished step, and by step what to run if a step that it read was made again.
+def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, dict]:
+    """The run.json of each finished step; warns if a step that it read was made again.
 
     Stops if a step read other reviews or numbered its labels otherwise.
     """
-    runs, made_again = {step: artifacts.read_run(args, step) for step in artifacts.finished_steps(args)}, {}
+    runs = {step: artifacts.read_run(args, step) for step in artifacts.finished_steps(args)}
     if not runs:
         settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py or another script first")
     for step, run in runs.items():
@@ -141,9 +141,8 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str
         if step in classifiers.STUDENTS:
             artifacts.verify(Path(args.output_dir, step, "validation.parquet"))  # which chooses the cascade's rule
         for earlier in artifacts.made_again(args, run):
-            made_again[step] = f"run {artifacts.SCRIPTS[step]} --force"
-            print(f"warning: {step} is of an earlier {earlier}: {made_again[step]}")
-    return runs, made_again
+            print(f"warning: {step} is of an earlier {earlier}: run {artifacts.SCRIPTS[step]} --force")
+    return runs
 
 
 def delete_other_forms(deployed: Path, contenders: list[Contender]) -> None:
@@ -183,11 +182,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("test",))
-    runs, made_again = read_runs(args, reviews)
+    runs = read_runs(args, reviews)
     inputs = reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in runs}
     work = artifacts.begin(args, STEP, inputs, keep=() if args.force else KEPT, again=True)
 
-    contenders = classifiers.find(args, hardware, runs, made_again, work / "deploy")
+    contenders = classifiers.find(args, hardware, runs, work / "deploy")
     delete_other_forms(work / "deploy", contenders)
     done, without, facts = measure_all(args, work, contenders, reviews.test)
 

@@ -57,20 +57,18 @@ class Contender:
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers", "numpy")  # that run it
 
 
-def find(
-    args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict], made_again: dict[str, str], deployed: Path
-) -> list[Contender]:
+def find(args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict], deployed: Path) -> list[Contender]:
     """The models of the finished steps `runs` (run.json by step), in their order, then the students' forms.
 
-    The forms are written into the folder `deployed`. `made_again` names the steps whose teacher is another one now, and
-    what to run. They are compared with no teacher.
+    The forms are written into the folder `deployed`. A student is stale if its teacher has been made again.
     """
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
+    stale = {step for step, run in runs.items() if artifacts.made_again(args, run)}
     found = _baselines(root / "01_baseline") if "01_baseline" in runs else []
-    teachers = _teachers(args, hardware, root, facts, made_again)
+    teachers = _teachers(args, hardware, facts, stale)
     found += teachers.values()
     for step in filter(runs.__contains__, STUDENTS):
-        found += _students(step, facts[step], hardware, root, teachers.get(step), made_again.get(step))
+        found += _students(root / step, facts[step], hardware, teachers.get(step), step in stale)
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
     names = [contender.name for contender in found] + 2 * ["example_id", "label"]
     for contender in found:
@@ -88,11 +86,10 @@ def _baselines(folder: Path) -> list[Contender]:
     return found
 
 
-def _teachers(
-    args: argparse.Namespace, hardware: Hardware, root: Path, facts: dict[str, dict], made_again: dict[str, str]
-) -> dict[str, Contender]:
+def _teachers(args: argparse.Namespace, hardware: Hardware, facts: dict, stale: set[str]) -> dict[str, Contender]:
     """02's encoder, the LLM with 03's adapter, the LLM as it is if it taught: each by the student's step, if any."""
-    found, white_box, black_box = {}, "04a_student_from_roberta", "04b_student_from_mistral"
+    root, found = Path(args.output_dir), {}
+    white_box, black_box = "04a_student_from_roberta", "04b_student_from_mistral"
     if "02_roberta" in facts:
         teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
         found[white_box] = _encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher)
@@ -100,7 +97,7 @@ def _teachers(
     llm = student.get("llm")  # None too if the student learned from a file of scores: that LLM has no row
     tuned = llm and llm["adapter"]
     if "03_mistral" in facts:
-        calibration = student if tuned and black_box not in made_again else UNCALIBRATED
+        calibration = student if tuned and black_box not in stale else UNCALIBRATED
         folder, taught = root / "03_mistral" / "adapter", black_box if tuned else ""
         found[taught] = _llm(args, hardware, LLM, folder, facts["03_mistral"], calibration)
     if llm and not tuned:
@@ -108,15 +105,13 @@ def _teachers(
     return found
 
 
-def _students(
-    step: str, facts: dict, hardware: Hardware, root: Path, teacher: Contender | None, again: str | None
-) -> list[Contender]:
-    """The student of a step, and its control if there is one. `again` is what to run if the teacher was made again."""
-    student, folder = short(facts["student"]), root / step
-    note = f"its teacher's step was made again: {again}" if again else None
+def _students(folder: Path, facts: dict, hardware: Hardware, teacher: Contender | None, stale: bool) -> list[Contender]:
+    """The student of a step, and its control if there is one. A stale one is compared with no teacher."""
+    step, student = folder.name, short(facts["student"])
+    note = f"its teacher's step was made again: run {artifacts.SCRIPTS[step]} --force" if stale else None
     if scores := facts.get("scores"):
         note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
-    of = {"step": step, "teacher": None if again else teacher, "note": note}
+    of = {"step": step, "teacher": None if stale else teacher, "note": note}
     name = f"{student} from {short(facts['teacher'])}"
     found = [_encoder(name, STUDENTS[step], folder / "model", hardware, facts, **of)]
     if (folder / "control").is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import metrics, settings, storage
+from common import metrics, storage
 from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
 from common.data import LABELS
 from common.report import COLUMNS, FIELDS, INTERVALS, TOLERATED_LOSS
@@ -88,10 +88,7 @@ def cascades(
             continue
         second = results[teacher.name]
         temperature = storage.read_json(contender.files / "config.json")["calibration_temperature"]
-        try:
-            validation = storage.read_table(file)
-        except settings.Stop:  # which has said that the file is damaged: this student has no cascade
-            continue
+        validation = storage.read_table(file)
         test = predictions[["label"]].assign(student=predictions[name], teacher=predictions[teacher.name]).dropna()
         for table in (validation, test):
             table["student"] /= temperature

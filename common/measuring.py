@@ -218,12 +218,10 @@ def planned_minutes(
 
 
 def warm_up(new: list[Contender], parts: dict[str, pd.DataFrame]) -> None:
-    """Use an encoder once, so that no row pays for imports and thread pools in seconds or memory.
-
-    If it fails, it fails again when it is measured, and says so there.
-    """
+    """Use an encoder once, so that no row pays for imports and thread pools in seconds or memory."""
     encoders = [one for one in new if one.kind in (classifiers.ENCODER, *classifiers.STUDENTS.values())]
     for contender in encoders[-1:]:
+        # If it fails, it fails again when it is measured, and says so there.
         with contextlib.suppress(Exception, settings.Stop), contextlib.redirect_stderr(io.StringIO()):
             contender.load().logits(parts[contender.name]["text"].iloc[:WARM_UP_REVIEWS].tolist())
     memory.free()

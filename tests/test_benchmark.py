@@ -340,7 +340,7 @@ def test_the_baseline_of_a_comparison_is_the_better_one(tmp_path):
 
 def test_a_third_student_is_found_by_its_line_in_students(script, monkeypatch):
     monkeypatch.setitem(classifiers.STUDENTS, "04c_student", "student, third")
-    runs = {"04c_student": {"facts": {"student": "s", "teacher": "t", "max_length": 8}}}
+    runs = {"04c_student": {"inputs": {}, "facts": {"student": "s", "teacher": "t", "max_length": 8}}}
     args = script("05").parse_args(["--forms", "none"])
-    (one,) = classifiers.find(args, CPU, runs, {}, data.Path("deploy"))
+    (one,) = classifiers.find(args, CPU, runs, data.Path("deploy"))
     assert (one.name, one.kind, one.teacher) == ("s from t", "student, third", None)
