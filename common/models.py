@@ -13,6 +13,7 @@ from common import hub, memory, patches
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
+from common.storage import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -186,8 +187,7 @@ def weights_digest(folder: Path) -> str:
     """SHA-256 over a folder's safetensors files, to identify the weights."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(file)))
     return digest.hexdigest()[:16]
 
 

@@ -61,8 +61,7 @@ def read_file(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.Rev
     left_out = len(reviews.transfer) - counts["transfer"]
     reviews = _keep_scored(args, reviews, found, file.name)
 
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = storage.sha256(file)
     of_odds = hashlib.sha256(b"".join(odds.tobytes() for odds in found.values())).hexdigest()
     facts = {"file": str(file), "sha256": digest, "column": str(column), "matched_by": by, "scored": counts}
     facts |= {"transfer_left_out": left_out, "rows_unmatched": n_unmatched}

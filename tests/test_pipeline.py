@@ -105,7 +105,7 @@ def record(step: Path, **changes) -> None:
     run = {name: value for name, value in (read(step, "run.json") | changes).items() if name != "sha256"}
     files = {name: step / name for name in run["files"]}
     run["files"] = {
-        name: {"bytes": file.stat().st_size, "sha256": artifacts._sha256(file)} for name, file in files.items()
+        name: {"bytes": file.stat().st_size, "sha256": artifacts.sha256(file)} for name, file in files.items()
     }
     (step / "run.json").write_text(json.dumps(run | {"sha256": artifacts._digest_of(run)}))
 
