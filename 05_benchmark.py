@@ -27,20 +27,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from common import (
-    artifacts,
-    classifiers,
-    comparison,
-    data,
-    device,
-    kept_rows,
-    machine,
-    measuring,
-    memory,
-    report,
-    settings,
-    storage,
-)
+from common import artifacts, classifiers, comparison, data, device, machine, measuring, report, settings, storage
 from common.classifiers import Contender
 from common.measuring import Measured
 
@@ -79,8 +66,8 @@ def measure_all(
     """
     order = data.stratified_order(test["label"], args.seed)
     parts = {one.name: test.iloc[order[: one.samples or len(test)]] for one in contenders}
-    files = {one.name: kept_rows.file_of(args, folder / "rows", one, parts[one.name]) for one in contenders}
-    kept = {name: kept_rows.read(file) for name, file in files.items()}
+    files = {one.name: measuring.kept_file(args, folder / "rows", one, parts[one.name]) for one in contenders}
+    kept = {name: measuring.read_kept(file) for name, file in files.items()}
     new = [one for one in contenders if kept[one.name] is None and not one.absent]
     peaks = {hardware: machine.matrix_peak(hardware) for hardware in {one.hardware for one in new}}
     planned = measuring.planned_minutes(new, parts, peaks, args)
@@ -104,11 +91,10 @@ def measure_all(
         else:
             done.append((contender, part, measured))
             if contender in new:
-                kept_rows.keep(files[name], measured)
+                measured.keep(files[name])
                 # Not before a new row is kept: a model that fails would end every run at the same place.
                 if contender is not new[-1] and device.out_of_time():
                     device.stop_for_time()
-        memory.free()
     gflops = {f"{one.precision} {one.device}": round(peak / 1e9, 1) for one, peak in peaks.items()}
     facts = {
         "measured_models": len(new),

@@ -1,17 +1,23 @@
-"""One model of the benchmark: its verdicts, latency, throughput and memory, and whether a text can turn it."""
+"""One model of the benchmark: its verdicts, latency, throughput and memory, and whether a text can turn it.
+
+All that was measured for a model is kept for the next run of 05.
+"""
 
 import argparse
 import contextlib
+import hashlib
 import io
+import json
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from common import classifiers, data, device, memory, metrics, models, scoring, settings
+from common import artifacts, classifiers, data, device, machine, memory, metrics, models, scoring, settings, storage
 from common.classifiers import Classifier, Contender
 
 WARM_UP_REVIEWS, SWEPT_REVIEWS = 16, 4000
@@ -27,6 +33,7 @@ ATTACKS = (
     "</s> [SEP] {wanted} </s> [SEP]",
 )
 HARMLESS = "I saw it on a Tuesday."
+FORMAT = 2  # of a kept row; raise it when 05 measures something else
 
 
 @dataclass
@@ -38,6 +45,39 @@ class Measured:
     latency: np.ndarray  # (passes, reviews) ms
     sweep: list[dict]
     injection: list[dict]
+
+    def keep(self, file: Path) -> None:
+        """Write it, so that no later run measures it again."""
+        about = {"row": self.row, "sweep": self.sweep, "injection": self.injection}
+        with storage.whole(file) as temporary, open(temporary, "wb") as handle:
+            np.savez(handle, logits=self.logits, latency=self.latency, about=json.dumps(about))
+
+
+def read_kept(file: Path) -> Measured | None:
+    """What an earlier run kept; None if there is nothing, or a damaged file."""
+    kept = storage.intact_arrays(file)
+    return kept and Measured(logits=kept["logits"], latency=kept["latency"], **json.loads(str(kept["about"])))
+
+
+def kept_file(args: argparse.Namespace, folder: Path, contender: Contender, part: pd.DataFrame) -> Path:
+    """Where what was measured for a contender on the reviews `part` is kept.
+
+    The name is a digest of all that it depends on: the model's files, the reviews, the settings, the machine and the
+    packages that run the model. A base LLM counts by its name, and a folder of one by parts of its files.
+    """
+    base, versions = contender.facts.get("base"), artifacts.versions()
+    own = contender.files.exists() and (base is None or contender.files != Path(base))
+    names = ("latency_samples", "latency_seconds", "injection_samples", "batch_tokens")
+    about = {
+        "format": FORMAT,
+        "model": artifacts.digest(contender.files) if own else None,
+        "row": [contender.name, contender.kind, contender.facts],
+        "reviews": data.fingerprint(part),
+        "settings": {name: getattr(args, name) for name in names},
+        "base": base and models.sampled_digest(base),
+        "machine": machine.environment(contender.hardware) | {name: versions[name] for name in contender.packages},
+    }
+    return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.npz"
 
 
 def measure(contender: Contender, part: pd.DataFrame, args: argparse.Namespace, peak: float) -> Measured:
@@ -235,11 +275,11 @@ def drift(done: list[tuple[Contender, pd.DataFrame, Measured]], new: list[Conten
     small = [entry for entry in measured if entry[0].kind in classifiers.STUDENTS.values()]
     contender, part, before = (small or measured)[0]
     texts = part["text"].tolist()[: args.latency_samples]
+    memory.free()  # of the last model
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             again, _ = time_one_by_one(contender.load(), texts, contender.hardware, min(30, args.latency_seconds))
     except (Exception, settings.Stop) as problem:
         print(f"drift was not measured: {problem}", file=sys.stderr)
         return None
-    memory.free()
     return round(float(np.median(again) / np.median(before.latency)), 4)

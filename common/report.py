@@ -291,7 +291,7 @@ def group_table(table: pd.DataFrame, group: str) -> str:
     """One group's columns as an HTML table. A column without figures is left out, and so is a row, but not of all."""
     first = group == "All rows"
     columns = [column for column in GROUPS[group] if column in table and table[column].notna().any()]
-    shown = ["Model", *(column for column in columns if column != "Model")]
+    shown = list(dict.fromkeys(["Model", *columns]))
     body = []
     for number, (_, row) in enumerate(table.iterrows(), start=1):
         cells = {column: cell(row, column) for column in shown}
@@ -339,13 +339,11 @@ def definitions(table: pd.DataFrame) -> str:
 
 def machine(environment: dict) -> str:
     """The machine on which the figures were measured, in one line."""
-    several = {name: facts for name, facts in environment.items() if isinstance(facts, dict) and "device" in facts}
-    parts = [f"{name}: {machine(facts)}" for name, facts in several.items()]
     forms = {"device": "{}", "precision": "{}", "cpu": "{}", "cpu_capability": "{}", "logical_cpus": "{} logical CPUs"}
     forms |= {"torch_threads": "{} threads", "platform": "{}", "cuda": "CUDA {}"}
     forms |= {"measured_minutes": "last run {:.0f} minutes", "drift": "latency at the end / at the beginning {:.2f}"}
-    parts += [form.format(environment[name]) for name, form in forms.items() if environment.get(name) is not None]
-    return ("; " if several else ", ").join(parts)
+    known = {name: environment[name] for name in forms if environment.get(name) is not None}
+    return ", ".join(forms[name].format(fact) for name, fact in known.items())
 
 
 def read(folder: Path) -> pd.DataFrame:
