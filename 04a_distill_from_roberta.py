@@ -69,12 +69,10 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
     from common import distill
 
     depth = models.load_config(args.student_model).get_text_config().num_hidden_layers
-    layers = distill.mapped_layers(depth, facts["teacher_layers"])
-    if not set(layers) <= set(facts["feature_layers"]):
-        settings.stop(
-            f"02 saved layers {facts['feature_layers']}, but a student of {depth} layers needs {layers}: "
-            f"run 02_finetune_roberta.py --student-layers {depth} --force, or pass --feature-weight 0"
-        )
+    layers, saved = distill.mapped_layers(depth, facts["teacher_layers"]), facts["feature_layers"]
+    if not set(layers) <= set(saved):
+        remedy = f"run 02_finetune_roberta.py --student-layers {depth} --force, or pass --feature-weight 0"
+        settings.stop(f"02 saved layers {saved}, but a student of {depth} layers needs {layers}: {remedy}")
     return layers
 
 

@@ -202,10 +202,7 @@ def _refuse_difference(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
 
 
 def onnx_logits(file: Path, threads: int) -> Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]:
-    """A function from a batch's input_ids and attention_mask to its logits, by one of ONNX_FILES.
-
-    In int8 a batch shares the scales of its activations: score one review at a time.
-    """
+    """A function from a batch's input_ids and attention_mask to its logits, by one of ONNX_FILES."""
     import onnxruntime
     import torch
 

@@ -93,7 +93,8 @@ def _find(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
         splits["train"] = whole
     read = {path for paths in splits.values() for path in paths}
     left = [name for name, paths in held.items() if read.isdisjoint(paths)]
-    _say_left_out(left)
+    if left:
+        print(f"left out: {_short(sorted(left))}")
     unnamed = [name for name in left if held[name] and _parse(name).split is None]
     if "test" not in splits and unnamed:
         remedy = "rename it to test, or take it away: then a fifth of train becomes test"
@@ -198,11 +199,6 @@ def _is_text(file: Path) -> bool:
 
 def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file()  # by Dataset.save_to_disk
-
-
-def _say_left_out(names: list[str]) -> None:
-    if names:
-        print(f"left out: {_short(sorted(names))}")
 
 
 def _short(names: Iterable[str]) -> str:
@@ -405,5 +401,6 @@ def _open_hub(dataset_name: str) -> tuple[dict[str, list[str]], Callable[[str], 
     splits = _choose({key: [key] for key in dataset}, f"the dataset {name}")
     if "train" not in splits:
         stop(f"the dataset {name} has no train split (it has {_short(dataset)}): {remedy}")
-    _say_left_out([key for key in dataset if [key] not in splits.values()])
+    if left := [key for key in dataset if [key] not in splits.values()]:
+        print(f"left out: {_short(sorted(left))}")
     return splits, lambda split: _of_dataset(dataset[split])

@@ -101,10 +101,7 @@ def validation_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def training_arguments(
     args: argparse.Namespace, hardware: Hardware, checkpoints: Path, rows: int, **overrides: object
 ) -> TrainingArguments:
-    """TrainingArguments from the settings, for `rows` training reviews; `overrides` are Trainer's own names.
-
-    Trainer evaluates once per epoch. At the end it loads the checkpoint with the best validation accuracy.
-    """
+    """TrainingArguments from the settings, for `rows` training reviews; `overrides` are Trainer's own names."""
     steps = math.ceil(math.ceil(rows / args.batch_size) * overrides.get("num_train_epochs", args.epochs))
     micro_batch = micro_batch_of(args.batch_size, hardware.processes, args.micro_batch_size)
     settings = dict(  # noqa: C408
