@@ -219,9 +219,8 @@ def deploy(model_folder: Path, target: Path) -> None:
     artifacts.verify(model_folder)
     importlib.import_module("onnxruntime")  # so that no row pays for it
     record, versions = target / "made_from.json", artifacts.versions()
-    origin = {"model": artifacts.digest(model_folder)} | {
-        name: versions[name] for name in ("torch", "onnx", "onnxruntime")
-    }
+    origin = {"model": artifacts.digest(model_folder)}
+    origin |= {name: versions[name] for name in ("torch", "onnx", "onnxruntime")}
     written = {"made_from": origin, "digest": artifacts.digest(target, but=record.name)}
     if storage.intact_json(record) == written:
         return

@@ -45,17 +45,13 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
     if args.price_per_hour:
         table["price_per_million"] = (args.price_per_hour / 3600 * 1e6 / table["Throughput (samp/s)"]).round(4)
     empty = pd.DataFrame({"Model": []})
-    files = {
-        "benchmark.csv": table,
-        "predictions.parquet": predictions,
-        "latency.parquet": pd.concat(latency) if latency else empty,
-        "sweep.csv": pd.DataFrame(sweep or empty),
-        "injection.csv": pd.DataFrame(injection or empty),
-        "cascade.csv": pd.concat(curves) if curves else empty,
-        "errors.csv": confident_errors(predictions, test["text"]),
-    }
-    for name, content in files.items():
-        storage.write_table(folder / name, content)
+    storage.write_table(folder / "benchmark.csv", table)
+    storage.write_table(folder / "predictions.parquet", predictions)
+    storage.write_table(folder / "latency.parquet", pd.concat(latency) if latency else empty)
+    storage.write_table(folder / "sweep.csv", pd.DataFrame(sweep or empty))
+    storage.write_table(folder / "injection.csv", pd.DataFrame(injection or empty))
+    storage.write_table(folder / "cascade.csv", pd.concat(curves) if curves else empty)
+    storage.write_table(folder / "errors.csv", confident_errors(predictions, test["text"]))
 
 
 def references(done: list) -> pd.DataFrame:

@@ -66,7 +66,9 @@ def read_file(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.Rev
     facts = {"file": str(file), "sha256": digest, "column": str(column), "matched_by": by, "scored": counts}
     facts |= {"transfer_left_out": left_out, "rows_unmatched": n_unmatched}
     role = f"whose scores of the reviews are those of {file.name} ({column})"
-    teacher = Teacher(args.teacher_name or _stem(file), role, found, {"scores": facts}, REMEDY)
+    while file.suffix.lower() in (*files.FORMATS, *files.PACKED):  # gpt-4.1.jsonl.gz is gpt-4.1
+        file = file.with_suffix("")
+    teacher = Teacher(args.teacher_name or file.name, role, found, {"scores": facts}, REMEDY)
     return reviews, teacher, {"teacher-scores/sha256": digest, "teacher-scores/log_odds": of_odds[:16]}
 
 
@@ -98,13 +100,6 @@ def save_scores(folder: Path, reviews: data.Reviews, log_odds: dict[str, np.ndar
         table = getattr(reviews, split)[["example_id"]].assign(**dict(zip(scoring.LOG_PROBABILITIES, logs.T))).dropna()
         if len(table):
             device.first_alone(partial(storage.write_table, folder / f"{split}.parquet", table))
-
-
-def _stem(file: Path) -> str:
-    """The file's name without what says its format: gpt-4.1.jsonl.gz is gpt-4.1."""
-    while file.suffix.lower() in (*files.FORMATS, *files.PACKED):
-        file = file.with_suffix("")
-    return file.name
 
 
 def _keys(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[str, pd.Series]:
