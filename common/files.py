@@ -226,7 +226,8 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
         if kind == ".arrow":
             import datasets
 
-            yield _of_dataset((datasets.load_from_disk if file.is_dir() else datasets.Dataset.from_file)(str(file)))
+            dataset = (datasets.load_from_disk if file.is_dir() else datasets.Dataset.from_file)(str(file))
+            yield _with_class_names(dataset.to_pandas(), dataset.features.arrow_schema)
         elif kind == ".parquet":
             parquet = ParquetFile(_open(file))
             batches = [parquet.read()] if size is None else parquet.iter_batches(size)
@@ -363,11 +364,6 @@ def _json_rows(content: object, file: Path) -> list | dict:
     return content if any(isinstance(value, list | dict) for value in held) else [content]
 
 
-def _of_dataset(dataset) -> pd.DataFrame:
-    """The table of a `datasets.Dataset`."""
-    return _with_class_names(dataset.to_pandas(), dataset.features.arrow_schema)
-
-
 def _with_class_names(table: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
     """The table with each class number replaced by the dataset's own name; -1 is a missing one."""
     features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
@@ -403,4 +399,4 @@ def _open_hub(dataset_name: str) -> tuple[dict[str, list[str]], Callable[[str], 
         stop(f"the dataset {name} has no train split (it has {_short(dataset)}): {remedy}")
     if left := [key for key in dataset if [key] not in splits.values()]:
         print(f"left out: {_short(sorted(left))}")
-    return splits, lambda split: _of_dataset(dataset[split])
+    return splits, lambda split: _with_class_names(dataset[split].to_pandas(), dataset[split].features.arrow_schema)

@@ -165,7 +165,7 @@ def sweep(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
 
 def reliability(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
     """Share of positive reviews against p(positive) in 15 equal-width bins, one panel per model."""
-    names, colours = with_curves(table, rows), table.set_index("Model")["colour"]
+    names, colours = table.loc[table["has_curve"], "Model"], table.set_index("Model")["colour"]
     figure.set_figheight(0.6 + 2.1 * math.ceil(len(names) / 3))
     panels = figure.subplots(math.ceil(len(names) / 3), 3, sharex=True, sharey=True, squeeze=False).flat
     for panel, name in itertools.zip_longest(panels, names):
@@ -183,11 +183,6 @@ def reliability(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> No
         panel.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
     figure.supxlabel("p(positive)")
     figure.supylabel("share that is positive")
-
-
-def with_curves(table: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
-    """The models that have a reliability curve. A form has none: it would repeat its student's."""
-    return [name for name in table.loc[~table["Type"].str.startswith("form"), "Model"] if name in predictions]
 
 
 def cascade(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -226,6 +221,8 @@ def all_figures(table: pd.DataFrame, files: dict[str, pd.DataFrame]) -> str:
     """The report's pictures with their captions, as HTML. A picture whose file is missing, so empty, is left out."""
     shown = table.assign(number=range(1, len(table) + 1))[table["status"] == "ok"]
     shown["colour"] = shown["Type"].str.partition(",")[0].map(COLOURS).fillna(INK)
+    # A form has no reliability curve: it would repeat its student's.
+    shown["has_curve"] = shown["Model"].isin(list(files["predictions"])) & ~shown["Type"].str.startswith("form")
     named = "; ".join(f"{row['number']}. {short_name(row)}" for _, row in shown.iterrows())
 
     def numbered(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:  # names need a wider screen
@@ -246,7 +243,7 @@ def all_figures(table: pd.DataFrame, files: dict[str, pd.DataFrame]) -> str:
     drawn = []
     for title, (draw, rows, caption) in captions.items():
         rows = rows[rows["Model"].isin(shown["Model"])] if "Model" in rows else rows
-        if not len(rows) or (draw is reliability and not with_curves(shown, rows)):
+        if not len(rows) or (draw is reliability and not shown["has_curve"].any()):
             continue
         svg = as_svg(f"picture{len(drawn) + 1}", title, partial(draw, table=shown, rows=rows))
         drawn.append(f"<figure><h3>{title}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
