@@ -97,14 +97,11 @@ def number_labels(
     plain, labels = {}, {}  # of each row by split; as written, by plain label
     for split in (split for split in tables if split != "transfer"):
         try:
-            codes, values = pd.factorize(tables[split]["label"])
+            of_split = {plain_label(value): str(value).strip() for value in tables[split]["label"].unique()}
         except TypeError:
             stop(f"the {split} labels are lists or objects, not single values: name another --label-column")
-        of_split = {plain_label(value): str(value).strip() for value in values}
-        plain[split] = pd.Series([*map(plain_label, values), ""], dtype=object).to_numpy()[codes]  # code -1: the last
-        if of_split.keys() <= {"", "-1"} and split == "test":
-            plain[split][:] = ""
-        else:
+        if not (of_split.keys() <= {"", "-1"} and split == "test"):
+            plain[split] = tables[split]["label"].map(plain_label)
             labels |= {name: value for name, value in of_split.items() if name}
     flags = [{plain_label(word) for word in words or []} for words in (negative, positive)]
     meaning = _by_flags(labels, *flags) if any(flags) else _by_pair(labels)
