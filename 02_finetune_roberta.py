@@ -91,11 +91,8 @@ def save_soft_labels(
     training.refuse_collapse(logits, reviews.validation["label"].to_numpy(), COLLAPSED)
     for split in ("train", "transfer"):
         save(split, layers)
-    return logits, {
-        "feature_layers": layers,
-        "teacher_layers": sizes.num_hidden_layers,
-        "teacher_width": sizes.hidden_size,
-    }
+    facts = {"feature_layers": layers, "teacher_layers": sizes.num_hidden_layers, "teacher_width": sizes.hidden_size}
+    return logits, facts
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -98,16 +98,13 @@ def train_students(
 
 def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, logits: dict, teacher: str) -> None:
     """Describe the student and the control, each in its folder."""
+    add_card, base = export.add_temperature_and_card, args.student_model
     role = f"A student of {teacher}: it learned from gold labels and from the teacher's soft labels."
     rows = export.student_rows(args, reviews) | {"feature_weight": args.feature_weight}
-    export.add_temperature_and_card(
-        args, folder / "model", role, args.student_model, reviews, logits["student"], **rows
-    )
+    add_card(args, folder / "model", role, base, reviews, logits["student"], **rows)
     if args.control:
         role, epochs = "A control: the student without a teacher.", "the best of as many steps as the student's"
-        export.add_temperature_and_card(
-            args, folder / "control", role, args.student_model, reviews, logits["control"], epochs=epochs
-        )
+        add_card(args, folder / "control", role, base, reviews, logits["control"], epochs=epochs)
 
 
 def main(argv: list[str] | None = None) -> None:

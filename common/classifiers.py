@@ -138,10 +138,10 @@ def _encoder(name: str, kind: str, folder: Path, hardware: Hardware, facts: dict
 def _llm(
     args: argparse.Namespace, hardware: Hardware, kind: str, adapter: Path | None, llm: dict, calibration: dict
 ) -> Contender:
-    llm = {key: llm[key] for key in ("base", "prompt", "label_words", "max_length")}
-    calibration = {key: calibration[key] for key in UNCALIBRATED}
-    load, files = partial(llm_classifier, adapter, hardware, llm, calibration), adapter or Path(llm["base"])
-    one = Contender(short(llm["base"]), kind, load, files, hardware, llm | calibration, samples=args.max_llm_samples)
+    facts = {key: llm[key] for key in ("base", "prompt", "label_words", "max_length")}
+    facts |= {key: calibration[key] for key in UNCALIBRATED}
+    load, files = partial(llm_classifier, adapter, hardware, facts), adapter or Path(llm["base"])
+    one = Contender(short(llm["base"]), kind, load, files, hardware, facts, samples=args.max_llm_samples)
     one.packages += ("peft", "bitsandbytes")
     return one
 
@@ -193,11 +193,8 @@ def encoder_classifier(folder: Path, hardware: Hardware, max_length: int | None 
     return Classifier(encode, score, parameters, weight_bytes, flops, facts)
 
 
-def llm_classifier(adapter: Path | None, hardware: Hardware, llm: dict, calibration: dict) -> Classifier:
-    """The 4-bit LLM of 03 with its adapter, or zero-shot. `llm` names base, prompt, label_words and max_length.
-
-    `calibration` is 04b's: its name, its bias and its calibration_temperature.
-    """
+def llm_classifier(adapter: Path | None, hardware: Hardware, llm: dict) -> Classifier:
+    """The 4-bit LLM of 03 with its adapter, or zero-shot. `llm` holds its prompt, length and 04b's calibration."""
     base, prompt, max_length = llm["base"], llm["prompt"], llm["max_length"]
     tokenizer, model = models.load_tokenizer(base), llms.load_llm(base, hardware, adapter)
     label_ids = verbalizer.label_token_ids(tokenizer, prompt, llm["label_words"])
@@ -205,11 +202,11 @@ def llm_classifier(adapter: Path | None, hardware: Hardware, llm: dict, calibrat
     def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
         log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, batch_tokens)
         log_odds = metrics.log_odds(log_p)
-        return metrics.two_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
+        return metrics.two_logits(log_odds, llm["bias"], llm["calibration_temperature"])
 
     kind = llms.quantisation(model)["type"]
     facts = {"precision": f"{kind}, {hardware.precision}", "device": hardware.device, "max_length": max_length}
-    facts["calibration"] = calibration["calibration"]
+    facts["calibration"] = llm["calibration"]
     encode = partial(verbalizer.encode_prompts, tokenizer, prompt=prompt, max_length=max_length)
     return Classifier(encode, score, *models.count(model), models.forward_flops(model), facts)
 
