@@ -46,7 +46,7 @@ def find(table: pd.DataFrame, typed: str | None, common: str, owner: str, flag: 
         if typed not in table and plain_name(typed) not in map(plain_name, table):
             stop(f"{owner} has the columns {_shown(table)}, but not {flag} {typed}: pass one of them")
         return typed if typed in table else next(name for name in table if plain_name(name) == plain_name(typed))
-    found = [name for wanted in common.split() for name in table if plain_name(name) == wanted]
+    found = [name for wanted in dict.fromkeys(common.split()) for name in table if plain_name(name) == wanted]
     if len(found) > 1:
         remedy = f"pass {flag}" if flag else "leave that one out"
         print(f"{owner}: reads the column {found[0]}, not {', '.join(map(str, found[1:]))}: {remedy} to change it")

@@ -106,7 +106,8 @@ def _keys(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[st
     """What rows are matched by (text, or else example_id), and that of each row, as duplicates are compared."""
     if not len(table):
         stop(f"{owner} holds no rows: write one a review, as in text,p_positive")
-    text = columns.find(table, None, _names(args.text_column, columns.TEXT_NAMES), owner)
+    # A flag for the reviews' own column may name the file's too.
+    text = columns.find(table, None, f"{columns.plain_name(args.text_column or '')} {columns.TEXT_NAMES}", owner)
     example_id = columns.find(table, None, "example_id", owner)
     if text is None and example_id is None:
         shown = ", ".join(map(str, table.columns[:12]))
@@ -116,14 +117,10 @@ def _keys(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[st
     return by, pd.Series(texts, table.index, dtype="str").str.lower()
 
 
-def _names(typed: str | None, common: str) -> str:
-    """The names of a column to look for; a flag for the reviews' own column may name the file's too."""
-    return " ".join(dict.fromkeys([*([columns.plain_name(typed)] if typed else []), *common.split()]))
-
-
 def _scores(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[object, pd.Series, Callable]:
     """The most informative column, its values without failed answers, and the log-odds of such values."""
-    names = f"{LOG_ODDS} {P_POSITIVE} {ANSWERS} {_names(args.label_column, columns.LABEL_NAMES)}"
+    typed = columns.plain_name(args.label_column or "")
+    names = f"{LOG_ODDS} {P_POSITIVE} {ANSWERS} {typed} {columns.LABEL_NAMES}"
     column = columns.find(table, None, names, owner)
     if column is None:
         shown = ", ".join(map(str, table.columns[:12]))
