@@ -101,9 +101,7 @@ def refuse_unknown(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], n
     sample = [text for text, _ in zip(texts, range(SAMPLE)) if text]
     if tokenizer.unk_token_id is None or not sample:
         return
-    encoded = tokenizer(
-        sample, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
+    encoded = tokenizer(sample, return_offsets_mapping=True, **encoding.PLAIN_TEXT)
     lost = [
         text[begin:end]
         for text, ids, spans in zip(sample, encoded["input_ids"], encoded["offset_mapping"])

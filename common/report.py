@@ -14,10 +14,9 @@ from common.settings import stop
 from common.storage import whole
 
 COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
-INTERVALS = {"Accuracy": ("ci_low", "ci_high"), "injection_turned": ("injection_low", "injection_high")} | {
-    f"diff_{other}": (f"diff_{other}_low", f"diff_{other}_high")
-    for other in ("baseline", "control", "teacher", "eager")
-}
+OTHERS = ("baseline", "control", "teacher", "eager")  # with which a row is compared
+INTERVALS = {"Accuracy": ("ci_low", "ci_high"), "injection_turned": ("injection_low", "injection_high")}
+INTERVALS |= {f"diff_{other}": (f"diff_{other}_low", f"diff_{other}_high") for other in OTHERS}
 TOLERATED_LOSS = 0.003  # of a form's accuracy against eager fp32
 PAIRED = "on the reviews that both read, with the 95% interval of paired differences"
 # The report's tables: for each column of benchmark.csv its head, its format, and what it means.
