@@ -80,8 +80,7 @@ class DistillationTrainer(training.ReviewTrainer):
 
     The teacher's outputs are arrays of the dataset; the soft term is T²·KL. With `soft_labels` "transfer", each review
     has one of the first two terms: CE where there is a gold label, the soft one elsewhere. Then alpha weighs nothing.
-    If all reviews are labelled, that would be the control: they have both.
-    For the control, alpha is 0 and the dataset has no teacher.
+    Where no review is unlabelled, "transfer" means "all". For the control, alpha is 0 and the dataset has no teacher.
     """
 
     def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_labels="all", **kwargs):

@@ -220,9 +220,9 @@ def as_svg(name: str, alt: str, draw: "Callable[[Figure], None]") -> str:
 def all_figures(table: pd.DataFrame, files: dict[str, pd.DataFrame]) -> str:
     """The report's pictures with their captions, as HTML. A picture whose file is missing, so empty, is left out."""
     shown = table.assign(number=range(1, len(table) + 1))[table["status"] == "ok"]
-    shown["colour"] = shown["Type"].str.partition(",")[0].map(COLOURS).fillna(INK)
     # A form has no reliability curve: it would repeat its student's.
-    shown["has_curve"] = shown["Model"].isin(list(files["predictions"])) & ~shown["Type"].str.startswith("form")
+    has_curve = shown["Model"].isin(list(files["predictions"])) & ~shown["Type"].str.startswith("form")
+    shown = shown.assign(colour=shown["Type"].str.split(",").str[0].map(COLOURS).fillna(INK), has_curve=has_curve)
     named = "; ".join(f"{row['number']}. {short_name(row)}" for _, row in shown.iterrows())
 
     def numbered(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:  # names need a wider screen
