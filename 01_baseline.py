@@ -119,18 +119,14 @@ def tune_naive_bayes(counts: Counts, labels: np.ndarray) -> dict:
 
     Reviews that add up to 1 have log-odds near 0, whatever their label. The temperature makes them probabilities.
     """
+    from sklearn.model_selection import cross_val_predict
     from sklearn.naive_bayes import MultinomialNB
 
-    tried = []
+    tried, how = [], {"cv": folds_of(labels), "method": "predict_log_proba"}
     for candidate in counts.candidates():
         _, _, x, _ = counts.features(**candidate, **TFIDF)
-        held_out = np.empty((len(ALPHAS), len(labels), 2))
-        for fit, score in folds_of(labels):
-            x_fit, x_score = x[fit], x[score]
-            for place, alpha in enumerate(ALPHAS):
-                model = MultinomialNB(alpha=alpha).fit(x_fit, labels[fit])
-                held_out[place, score] = model.predict_joint_log_proba(x_score)
-        for alpha, logits in zip(ALPHAS, held_out):
+        for alpha in ALPHAS:
+            logits = cross_val_predict(MultinomialNB(alpha=alpha), x, labels, **how)
             accuracy = metrics.accuracy(labels, logits.argmax(axis=1))
             tried.append((accuracy, candidate | {"alpha": alpha, "logits": logits}))
     chosen = best(tried)

@@ -57,7 +57,8 @@ def finetune(
         compute_metrics=training.validation_accuracy,
     )
     training.train(trainer, hardware)
-    training.save(model, tokenizer, folder / "model", folder / "checkpoints", args.max_length)
+    tokenizer.model_max_length = args.max_length  # to which it truncates, if it is asked to
+    training.save(model, tokenizer, folder / "model", folder / "checkpoints")
 
 
 def save_soft_labels(
@@ -86,16 +87,12 @@ def save_soft_labels(
         scoring.in_chunks(soft_labels, split, table, scoring.LOGITS, partial(score, layers=layers), arrays=arrays)
 
     save("validation", [])  # first, so that a collapsed teacher is refused before it scores 70,000 reviews
-    validation, script = reviews.validation, artifacts.SCRIPTS[STEP]
-    logits, _ = scoring.read_scores(soft_labels, "validation", scoring.LOGITS, validation["example_id"], script)
-    training.refuse_collapse(logits, validation["label"].to_numpy(), COLLAPSED)
+    logits, _ = scoring.read_scores(soft_labels, "validation", reviews.validation, artifacts.SCRIPTS[STEP])
+    training.refuse_collapse(logits, reviews.validation["label"].to_numpy(), COLLAPSED)
     for split in ("train", "transfer"):
         save(split, layers)
-    return logits, {
-        "feature_layers": layers,
-        "teacher_layers": sizes.num_hidden_layers,
-        "teacher_width": sizes.hidden_size,
-    }
+    facts = {"feature_layers": layers, "teacher_layers": sizes.num_hidden_layers, "teacher_width": sizes.hidden_size}
+    return logits, facts
 
 
 def main(argv: list[str] | None = None) -> None:

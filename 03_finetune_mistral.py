@@ -63,12 +63,7 @@ def with_lora(args: argparse.Namespace, model):
 
 
 def finetune(
-    args: argparse.Namespace,
-    hardware: device.Hardware,
-    folder: Path,
-    reviews: data.Reviews,
-    tokenizer,
-    label_ids: list[int],
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, tokenizer
 ) -> None:
     """Train the adapters and save the best epoch's on validation."""
     from common import training
@@ -84,7 +79,7 @@ def finetune(
     model.print_trainable_parameters()
     checkpoints = folder / "checkpoints"
     trainer = training.LabelWordTrainer(
-        label_ids=label_ids,
+        label_ids=verbalizer.label_token_ids(tokenizer, args.prompt, args.label_words),
         model=model,
         args=training.training_arguments(args, hardware, checkpoints, len(train)),
         train_dataset=train,
@@ -104,8 +99,7 @@ def score_validation(
 
     model = llms.load_llm(args.mistral_model, hardware, folder / "adapter")
     scoring.score_prompts(folder, "validation", reviews, model, tokenizer, vars(args), hardware, args.batch_tokens)
-    ids, script = reviews["example_id"], artifacts.SCRIPTS[STEP]
-    log_p, _ = scoring.read_scores(folder, "validation", scoring.LOG_PROBABILITIES, ids, script)
+    log_p, _ = scoring.read_scores(folder, "validation", reviews, artifacts.SCRIPTS[STEP])
     labels = reviews["label"].to_numpy()
     training.refuse_collapse(log_p, labels)
     return metrics.describe(labels, log_p) | {"label_mass": round(verbalizer.label_mass(log_p), 6)}
@@ -116,12 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("train",))
     tokenizer = checks.check_llm(args.mistral_model, args.max_length, reviews.train["text"])
-    label_ids = checks.check_prompt(tokenizer, args.prompt, args.label_words, args.max_length)
+    checks.check_prompt(tokenizer, args.prompt, args.label_words, args.max_length)
     folder = artifacts.begin(args, STEP, inputs=reviews.fingerprints)
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
     if not device.share((folder / "adapter").exists()):
-        finetune(args, hardware, folder, reviews, tokenizer, label_ids)
+        finetune(args, hardware, folder, reviews, tokenizer)
         memory.free()
     scores = score_validation(args, hardware, folder, reviews.validation, tokenizer)
 

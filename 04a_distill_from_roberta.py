@@ -50,7 +50,7 @@ def read_teacher(args: argparse.Namespace, reviews: data.Reviews, facts: dict) -
     logits, features = {}, []
     for split, table in ((split, table) for split, table in tables.items() if len(table)):
         scoring.refuse_stale(folder, split, weights, script)
-        logits[split], rows = scoring.read_scores(folder, split, scoring.LOGITS, table["example_id"], script)
+        logits[split], rows = scoring.read_scores(folder, split, table, script)
         if args.feature_weight > 0 and split != "validation":
             features.append((np.load(folder / f"{split}_features.npy", mmap_mode="r"), rows))
     distill.refuse_bad_teacher(logits["train"], reviews.train["label"].to_numpy(), "train")
@@ -69,12 +69,10 @@ def student_to_teacher_layers(args: argparse.Namespace, facts: dict) -> list[int
     from common import distill
 
     depth = models.load_config(args.student_model).get_text_config().num_hidden_layers
-    layers = distill.mapped_layers(depth, facts["teacher_layers"])
-    if not set(layers) <= set(facts["feature_layers"]):
-        settings.stop(
-            f"02 saved layers {facts['feature_layers']}, but a student of {depth} layers needs {layers}: "
-            f"run 02_finetune_roberta.py --student-layers {depth} --force, or pass --feature-weight 0"
-        )
+    layers, saved = distill.mapped_layers(depth, facts["teacher_layers"]), facts["feature_layers"]
+    if not set(layers) <= set(saved):
+        remedy = f"run 02_finetune_roberta.py --student-layers {depth} --force, or pass --feature-weight 0"
+        settings.stop(f"02 saved layers {saved}, but a student of {depth} layers needs {layers}: {remedy}")
     return layers
 
 
@@ -85,15 +83,14 @@ def train_students(
     from common import distill, training
 
     train, labelled, validation = distill.student_datasets(args, reviews, teacher)
-    weights = {"epochs": args.epochs, "alpha": args.alpha, "feature_weight": args.feature_weight}
-    weights |= {"soft_labels": settings.reviews_with_soft_labels(args, len(reviews.transfer))}
-    weights |= {"teacher_width": width if args.feature_weight > 0 else None}
-    logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **weights)}
+    how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": args.soft_labels}
+    how |= {"feature_weight": args.feature_weight, "teacher_width": width if args.feature_weight > 0 else None}
+    logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **how)}
     training.refuse_collapse(logits["student"], validation.labels)
     if args.control:
-        weights = {"epochs": args.epochs * len(train) / len(labelled), "alpha": 0.0}  # as many steps as the student
-        print(f"control: {len(labelled):,} labelled reviews, up to {weights['epochs']:.1f} epochs", flush=True)
-        logits["control"] = distill.train_student(args, hardware, folder / "control", labelled, validation, **weights)
+        how = {"epochs": args.epochs * len(train) / len(labelled), "alpha": 0.0}  # as many steps as the student
+        print(f"control: {len(labelled):,} labelled reviews, up to {how['epochs']:.1f} epochs", flush=True)
+        logits["control"] = distill.train_student(args, hardware, folder / "control", labelled, validation, **how)
         remedy = f"the control is no measure; {training.TRAIN_OTHERWISE}"
         training.refuse_collapse(logits["control"], validation.labels, remedy)
     return logits
@@ -101,16 +98,13 @@ def train_students(
 
 def write_cards(args: argparse.Namespace, folder: Path, reviews: data.Reviews, logits: dict, teacher: str) -> None:
     """Describe the student and the control, each in its folder."""
+    add_card, base = export.add_temperature_and_card, args.student_model
     role = f"A student of {teacher}: it learned from gold labels and from the teacher's soft labels."
     rows = export.student_rows(args, reviews) | {"feature_weight": args.feature_weight}
-    export.add_temperature_and_card(
-        args, folder / "model", role, args.student_model, reviews, logits["student"], **rows
-    )
+    add_card(args, folder / "model", role, base, reviews, logits["student"], **rows)
     if args.control:
         role, epochs = "A control: the student without a teacher.", "the best of as many steps as the student's"
-        export.add_temperature_and_card(
-            args, folder / "control", role, args.student_model, reviews, logits["control"], epochs=epochs
-        )
+        add_card(args, folder / "control", role, base, reviews, logits["control"], epochs=epochs)
 
 
 def main(argv: list[str] | None = None) -> None:

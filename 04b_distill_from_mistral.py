@@ -55,10 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label-words", nargs=2, metavar="WORD", help="words for negative and positive")
     add("--prompt-length", type=settings.positive_int, help="tokens of the prompt with its review")
     add("--batch-tokens", type=settings.count_or_auto, default="auto", help=settings.BATCH_TOKENS_HELP)
-    scores = (
-        "file of another LLM's answers, in any format of reviews: text or example_id, and log_odds, p_positive or a "
-    )
-    add("--teacher-scores", metavar="FILE", help=scores + "label; needs neither 03 nor an LLM")
+    scores = "file of another LLM's answers, in any format of reviews: text or example_id, and log_odds, p_positive or "
+    add("--teacher-scores", metavar="FILE", help=scores + "a label; needs neither 03 nor an LLM")
     add("--teacher-name", metavar="NAME", help="that LLM's name in tables and cards; default: the file's")
     args = settings.parse(parser, STEP, argv)
     typed = [flag for flag in (*FLAGS.values(), "batch_tokens") if getattr(args, flag) is not None]
@@ -103,18 +101,14 @@ def scored_splits(args: argparse.Namespace, reviews: data.Reviews) -> list[str]:
 
 
 def save_soft_labels(
-    args: argparse.Namespace,
-    hardware: device.Hardware,
-    folder: Path,
-    reviews: data.Reviews,
-    llm: dict,
-    adapter: Path | None,
+    args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, llm: dict
 ) -> None:
     """Save the LLM's raw label log-probabilities by example_id, for every split.
 
     They take hours, so they stay when only the student's settings change. Those of another teacher or sample are
     deleted.
     """
+    adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
     origin = {"weights": models.weights_digest(adapter) if adapter else "no adapter"}
     origin |= {name: llm[name] for name in ("base", "prompt", "label_words", "max_length")}
     if base_files := models.sampled_digest(llm["base"]):
@@ -136,13 +130,11 @@ def ask_llm(
     args: argparse.Namespace, hardware: device.Hardware, folder: Path, reviews: data.Reviews, llm: dict
 ) -> Teacher:
     """The LLM as a teacher, with the log-odds of all splits that it scores."""
-    adapter = Path(args.output_dir, TEACHER_STEP, "adapter") if llm["adapter"] else None
-    save_soft_labels(args, hardware, folder, reviews, llm, adapter)
+    save_soft_labels(args, hardware, folder, reviews, llm)
     memory.free()  # the LLM's memory, for the student
     log_p = {}
     for split in scored_splits(args, reviews):
-        ids, script = getattr(reviews, split)["example_id"], artifacts.SCRIPTS[STEP]
-        log_p[split], _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
+        log_p[split], _ = scoring.read_scores(folder, split, getattr(reviews, split), artifacts.SCRIPTS[STEP])
     mass = check_scores(llm, log_p["validation"], reviews.validation["label"].to_numpy())
     log_odds = {split: metrics.log_odds(scores) for split, scores in log_p.items()}
     role = "which scored two label words after each review"
@@ -157,10 +149,8 @@ def check_scores(llm: dict, log_p: np.ndarray, labels: np.ndarray) -> float:
         print("warning: the LLM prefers other words to the label words; its ranking may still be good")
     accuracy, recorded = metrics.accuracy(labels, log_p.argmax(axis=1)), llm.get("validation_accuracy")
     if recorded is not None and abs(accuracy - recorded) > max(MOST_ACCURACY_CHANGE, 2 / len(labels)):
-        settings.stop(
-            f"the LLM's validation accuracy is {accuracy:.3f} here and was {recorded:.3f} in 03: "
-            f"is {llm['base']} still the base that the adapter was trained on?"
-        )
+        change = f"the LLM's validation accuracy is {accuracy:.3f} here and was {recorded:.3f} in 03"
+        settings.stop(f"{change}: is {llm['base']} still the base that the adapter was trained on?")
     return round(mass, 6)
 
 
@@ -215,12 +205,8 @@ def train_student(
     from common import distill, training
 
     train, _, validation = distill.student_datasets(args, reviews, teacher)
-    weights = {
-        "epochs": args.epochs,
-        "alpha": args.alpha,
-        "soft_labels": settings.reviews_with_soft_labels(args, len(reviews.transfer)),
-    }
-    logits = distill.train_student(args, hardware, folder / "model", train, validation, **weights)
+    how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": args.soft_labels}
+    logits = distill.train_student(args, hardware, folder / "model", train, validation, **how)
     training.refuse_collapse(logits, validation.labels)
     return logits
 

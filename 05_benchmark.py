@@ -33,7 +33,6 @@ from common import (
     comparison,
     data,
     device,
-    kept_rows,
     machine,
     measuring,
     memory,
@@ -53,12 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--max-llm-samples", type=settings.positive_int, default=1000, help="test reviews for the LLM, stratified")
     add("--latency-samples", type=settings.positive_int, default=200, help="reviews timed one at a time, stratified")
-    add(
-        "--latency-seconds",
-        type=settings.positive,
-        default=300,
-        help="time limit of a model's latency, after each pass",
-    )
+    limit = "time limit of a model's latency, after each pass"
+    add("--latency-seconds", type=settings.positive, default=300, help=limit)
     add("--injection-samples", type=settings.positive_int, default=200, help="reviews to which attacks are appended")
     forms = "students whose deployable forms are made and measured; best: the one that validation prefers"
     add("--forms", choices=("best", "all", "none"), default="best", help=forms)
@@ -83,8 +78,8 @@ def measure_all(
     """
     order = data.stratified_order(test["label"], args.seed)
     parts = {one.name: test.iloc[order[: one.samples or len(test)]] for one in contenders}
-    files = {one.name: kept_rows.file_of(args, folder / "rows", one, parts[one.name]) for one in contenders}
-    kept = {name: kept_rows.read(file) for name, file in files.items()}
+    files = {one.name: measuring.kept_file(args, folder / "rows", one, parts[one.name]) for one in contenders}
+    kept = {name: measuring.read_kept(file) for name, file in files.items()}
     new = [one for one in contenders if kept[one.name] is None and not one.absent]
     peaks = {hardware: machine.matrix_peak(hardware) for hardware in {one.hardware for one in new}}
     planned = measuring.planned_minutes(new, parts, peaks, args)
@@ -113,7 +108,7 @@ def measure_all(
         else:
             done.append((contender, part, measured))
             if contender in new:
-                kept_rows.keep(files[name], measured)
+                measured.keep(files[name])
         memory.free()
     gflops = {f"{one.precision} {one.device}": round(peak / 1e9, 1) for one, peak in peaks.items()}
     facts = {
@@ -134,12 +129,12 @@ def print_failure(name: str, problem: BaseException) -> None:
         traceback.print_exception(problem)
 
 
-def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str, dict], dict[str, str]]:
-    """The run.json of each finished step, and by step what to run if a step that it read was made again.
+def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, dict]:
+    """The run.json of each finished step; warns if a step that it read was made again.
 
     Stops if a step read other reviews or numbered its labels otherwise.
     """
-    runs, made_again = {step: artifacts.read_run(args, step) for step in artifacts.finished_steps(args)}, {}
+    runs = {step: artifacts.read_run(args, step) for step in artifacts.finished_steps(args)}
     if not runs:
         settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py or another script first")
     for step, run in runs.items():
@@ -147,9 +142,8 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> tuple[dict[str
         if step in classifiers.STUDENTS:
             artifacts.verify(Path(args.output_dir, step, "validation.parquet"))  # which chooses the cascade's rule
         for earlier in artifacts.made_again(args, run):
-            made_again[step] = f"run {artifacts.SCRIPTS[step]} --force"
-            print(f"warning: {step} is of an earlier {earlier}: {made_again[step]}")
-    return runs, made_again
+            print(f"warning: {step} is of an earlier {earlier}: run {artifacts.SCRIPTS[step]} --force")
+    return runs
 
 
 def delete_other_forms(deployed: Path, contenders: list[Contender]) -> None:
@@ -189,11 +183,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     hardware = device.start(args, __file__)
     reviews = data.load_reviews(args, reads=("test",))
-    runs, made_again = read_runs(args, reviews)
+    runs = read_runs(args, reviews)
     inputs = reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in runs}
     work = artifacts.begin(args, STEP, inputs, keep=() if args.force else KEPT, again=True)
 
-    contenders = classifiers.find(args, hardware, runs, made_again, work / "deploy")
+    contenders = classifiers.find(args, hardware, runs, work / "deploy")
     delete_other_forms(work / "deploy", contenders)
     done, without, facts = measure_all(args, work, contenders, reviews.test)
 

@@ -16,7 +16,7 @@ import argparse
 import itertools
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,25 +26,13 @@ from common import artifacts, classifiers, data, device, files, metrics, models,
 
 UNSURE = (0.1, 0.9)  # probabilities between which a review is escalated
 CHUNK = 4000  # reviews in memory at once
+Judge = Callable[[list[str]], np.ndarray]  # the calibrated probability that each review is positive
 
 
-@dataclass
-class Judge:
-    """A saved encoder and its calibration."""
-
-    name: str
-    model: classifiers.Classifier
-    temperature: float
-
-    def p_positive(self, texts: list[str]) -> np.ndarray:
-        """The calibrated probability that each review is positive."""
-        from scipy.special import expit
-
-        return expit(metrics.log_odds(self.model.logits(texts)) / self.temperature)
-
-
-def load(name: str, folder: str, hardware: device.Hardware) -> Judge:
+def load(folder: str, hardware: device.Hardware) -> Judge:
     """A model of 02, 04a or 04b; stops at any other one."""
+    from scipy.special import expit
+
     if not Path(folder).is_dir():
         settings.stop(f"{folder} is no folder: pass one that 02, 04a or 04b has written")
     if (Path(folder) / "onnx").is_dir():
@@ -54,7 +42,8 @@ def load(name: str, folder: str, hardware: device.Hardware) -> Judge:
     if temperature is None:
         settings.stop(f"{folder} is no model of 02, 04a or 04b (its config.json has no calibration_temperature)")
     artifacts.verify(Path(folder))
-    return Judge(name, classifiers.encoder_classifier(Path(folder), hardware), temperature)
+    model = classifiers.encoder_classifier(Path(folder), hardware)
+    return lambda texts: expit(metrics.log_odds(model.logits(texts)) / temperature)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,16 +66,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def label(table: pd.DataFrame, first: Judge, second: Judge | None, unsure: tuple[float, float]) -> pd.DataFrame:
-    """The rows of `table` with label, p_positive and the name of the model that decided. An empty text gets none."""
+def label(table: pd.DataFrame, student: Judge, teacher: Judge | None, unsure: tuple[float, float]) -> pd.DataFrame:
+    """The rows of `table` with label, p_positive and the model that decided. An empty text gets none."""
     columns, read = ["row", "label", "p_positive", "model", "text"], table[table["text"] != ""].copy()
     if not len(read):
         return table.reindex(columns=columns)
-    read["p_positive"], read["model"] = first.p_positive(read["text"].tolist()), first.name
+    read["p_positive"], read["model"] = student(read["text"].tolist()), "student"
     doubtful = read["p_positive"].between(*sorted(unsure))
-    if second and doubtful.any():
-        read.loc[doubtful, "p_positive"] = second.p_positive(read.loc[doubtful, "text"].tolist())
-        read.loc[doubtful, "model"] = second.name
+    if teacher and doubtful.any():
+        read.loc[doubtful, "p_positive"] = teacher(read.loc[doubtful, "text"].tolist())
+        read.loc[doubtful, "model"] = "teacher"
     read["label"] = np.where(read["p_positive"] > 0.5, *reversed(data.LABELS))
     read["p_positive"] = read["p_positive"].round(4)
     return table.join(read[["label", "p_positive", "model"]])[columns]
@@ -110,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     if first is None or not len(first):
         settings.stop(f"{args.file} holds no reviews")
     hardware = device.detect(args)
-    student = load("student", args.model_folder, hardware)
-    teacher = load("teacher", args.escalate, hardware) if args.escalate else None
+    student = load(args.model_folder, hardware)
+    teacher = load(args.escalate, hardware) if args.escalate else None
     started, done, counts = time.monotonic(), 0, pd.Series(dtype=int)
     with storage.whole(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         for number, table in enumerate(itertools.chain([first], chunks)):

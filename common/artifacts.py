@@ -21,7 +21,7 @@ from pathlib import Path
 from common import device, memory
 from common.data import LABELS
 from common.settings import NOT_COMPARED, default_of, in_words, stop
-from common.storage import delete, explained, intact_json, read_json, whole, write_json
+from common.storage import delete, explained, intact_json, read_json, sha256, whole, write_json
 
 SCRIPTS = {
     "01_baseline": "01_baseline.py",
@@ -180,7 +180,7 @@ def finish(args: argparse.Namespace, folder: Path, facts: dict, figures: dict | 
         "git_commit": _commit(),
         "wall_time_s": round(time.time() - _process_started, 1),
         "peak_memory_mb": round(peak_mb),
-        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files},
+        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files},
     }
     write_json(folder / "run.json", run | {"sha256": _digest_of(run)})
     folder = folder.with_name(folder.name.removesuffix(NEW))
@@ -318,7 +318,7 @@ def digest(folder: Path, but: str = "") -> str:
     total = hashlib.sha256()
     for name in _files(folder):
         if Path(name).name not in ("README.md", but):
-            total.update(name.encode() + bytes.fromhex(_sha256(folder / name)))
+            total.update(name.encode() + bytes.fromhex(sha256(folder / name)))
     return total.hexdigest()[:16]
 
 
@@ -341,12 +341,7 @@ def _is_sound(file: Path, entry: dict | None) -> bool:
     if not entry or not file.is_file() or file.stat().st_size != entry.get("bytes"):
         return False
     elsewhere = device.rank() > 0 or device.begun_by_parent()  # another process reads the digest
-    return elsewhere or _sha256(file) == entry.get("sha256")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return elsewhere or sha256(file) == entry.get("sha256")
 
 
 def _digest_of(run: dict) -> str:

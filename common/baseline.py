@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from common.settings import stop
 from common.storage import read_json, whole, write_json
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
 
 TOKEN_PATTERN = r"\w+|[^\w\s]"  # "I" and "7" are words too; each mark of punctuation is worth half a point on IMDB
 OPTIONS = ("analyzer", "token_pattern", "ngram_range", "binary", "use_idf", "norm")  # in config.json
@@ -25,17 +22,13 @@ class Baseline:
     weights: np.ndarray
     bias: np.ndarray
 
-    def count_ngrams(self, texts: list[str]) -> "csr_matrix":
-        """The (n, features) weighted counts of the texts' n-grams."""
-        return self.vectorizer.transform(texts)
-
-    def score(self, counts: "csr_matrix") -> np.ndarray:
-        """(n, 2) scores whose softmax is the model's probability of each label."""
+    def score(self, counts: csr_matrix) -> np.ndarray:
+        """(n, 2) scores of the vectorizer's (n, features) counts: their softmax is the probability of each label."""
         return np.asarray(counts @ self.weights + self.bias, dtype=np.float32)
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """The scores of texts."""
-        return self.score(self.count_ngrams(texts))
+        return self.score(self.vectorizer.transform(texts))
 
     def _arrays(self) -> dict[str, np.ndarray]:
         idf = {"idf": self.vectorizer.idf_} if self.vectorizer.use_idf else {}

@@ -22,10 +22,7 @@ def within_epoch(state: TrainerState) -> bool:
 
 
 class RecordFiles(TrainerCallback):
-    """Writes the size of each file into a checkpoint, last, when every process has saved its random state.
-
-    A checkpoint without its SIZES was not saved to the end.
-    """
+    """Writes the size of each file into a checkpoint, last, when every process has saved its random state."""
 
     def on_save(self, args, state, control, **_):
         device.gather(None)

@@ -1,11 +1,4 @@
-"""Checks of a model, by name, before any work.
-
-- Both kinds: the config is no encoder-decoder's. The tokenizer obeys its tokenizer.json and knows the reviews' letters.
-  The length fits the positions.
-- An encoder: its weights are loaded and run, with padding and at full length, and each has a gradient.
-- An LLM, whose weights are larger: the ids fit the embeddings. Half of the blocks can be in 4 bits. The shapes in the
-  headers of its files are the config's. `load_llm` tries the rest.
-"""
+"""Checks of a model, by name, before any work. They load no weights of an LLM: `load_llm` tries those."""
 
 import json
 import math
@@ -69,12 +62,11 @@ def check_llm(
 
 def check_prompt(
     tokenizer: "PreTrainedTokenizerFast", prompt: str, label_words: tuple[str, str], max_length: int
-) -> list[int]:
-    """The label words' token ids; stops if a word is no single token, or the prompt leaves no room for a review."""
+) -> None:
+    """Stop if a label word is no single token, or the prompt leaves no room for a review."""
     label_ids = verbalizer.label_token_ids(tokenizer, prompt, label_words)
     verbalizer.encode_prompts(tokenizer, [""], prompt, max_length)
     print(f"label words {list(label_words)} are the tokens {tokenizer.convert_ids_to_tokens(label_ids)}")
-    return label_ids
 
 
 def _config_and_tokenizer(
@@ -109,9 +101,7 @@ def refuse_unknown(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], n
     sample = [text for text, _ in zip(texts, range(SAMPLE)) if text]
     if tokenizer.unk_token_id is None or not sample:
         return
-    encoded = tokenizer(
-        sample, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
+    encoded = tokenizer(sample, return_offsets_mapping=True, **encoding.PLAIN_TEXT)
     lost = [
         text[begin:end]
         for text, ids, spans in zip(sample, encoded["input_ids"], encoded["offset_mapping"])

@@ -9,19 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (
-    artifacts,
-    device,
-    encoding,
-    export,
-    llms,
-    machine,
-    metrics,
-    models,
-    scoring,
-    storage,
-    verbalizer,
-)
+from common import artifacts, device, encoding, export, llms, machine, metrics, models, scoring, storage, verbalizer
 from common.device import Hardware
 from common.settings import short
 
@@ -69,20 +57,18 @@ class Contender:
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers", "numpy")  # that run it
 
 
-def find(
-    args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict], made_again: dict[str, str], deployed: Path
-) -> list[Contender]:
+def find(args: argparse.Namespace, hardware: Hardware, runs: dict[str, dict], deployed: Path) -> list[Contender]:
     """The models of the finished steps `runs` (run.json by step), in their order, then the students' forms.
 
-    The forms are written into the folder `deployed`. `made_again` names the steps whose teacher is another one now, and
-    what to run. They are compared with no teacher.
+    The forms are written into the folder `deployed`. A student is stale if its teacher has been made again.
     """
     root, facts = Path(args.output_dir), {step: run["facts"] for step, run in runs.items()}
+    stale = {step for step, run in runs.items() if artifacts.made_again(args, run)}
     found = _baselines(root / "01_baseline") if "01_baseline" in runs else []
-    teachers, taught_by = _teachers(args, hardware, root, facts, made_again)
-    found += teachers
+    teachers = _teachers(args, hardware, facts, stale)
+    found += teachers.values()
     for step in filter(runs.__contains__, STUDENTS):
-        found += _students(step, facts[step], hardware, root, taught_by.get(step), made_again.get(step))
+        found += _students(root / step, facts[step], hardware, teachers.get(step), step in stale)
     # Predictions are stored by name, so names must differ. Kaggle's folders may all end in a version number.
     names = [contender.name for contender in found] + 2 * ["example_id", "label"]
     for contender in found:
@@ -100,47 +86,36 @@ def _baselines(folder: Path) -> list[Contender]:
     return found
 
 
-def _teachers(
-    args: argparse.Namespace, hardware: Hardware, root: Path, facts: dict[str, dict], made_again: dict[str, str]
-) -> tuple[list[Contender], dict[str, Contender]]:
-    """02's encoder, the LLM with 03's adapter, the LLM as it is if it taught; and who taught, by the student's step."""
+def _teachers(args: argparse.Namespace, hardware: Hardware, facts: dict, stale: set[str]) -> dict[str, Contender]:
+    """02's encoder, the LLM with 03's adapter, the LLM as it is if it taught: each by the student's step, if any."""
+    root, found = Path(args.output_dir), {}
     white_box, black_box = "04a_student_from_roberta", "04b_student_from_mistral"
-    found, taught_by = [], {}
     if "02_roberta" in facts:
         teacher, folder = facts["02_roberta"], root / "02_roberta" / "model"
-        found.append(_encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher))
-        taught_by[white_box] = found[-1]
+        found[white_box] = _encoder(short(teacher["teacher"]), ENCODER, folder, hardware, teacher)
     student = facts.get(black_box, {})
     llm = student.get("llm")  # None too if the student learned from a file of scores: that LLM has no row
+    tuned = llm and llm["adapter"]
     if "03_mistral" in facts:
-        tuned = llm and llm["adapter"] and black_box not in made_again
-        calibration = student if tuned else UNCALIBRATED
-        found.append(_llm(args, hardware, LLM, root / "03_mistral" / "adapter", facts["03_mistral"], calibration))
-        if llm:
-            taught_by[black_box] = found[-1]
-    if llm and not llm["adapter"]:
-        found.append(_llm(args, hardware, ZERO_SHOT, None, llm, student))
-        taught_by[black_box] = found[-1]
-    return found, taught_by
+        calibration = student if tuned and black_box not in stale else UNCALIBRATED
+        folder, taught = root / "03_mistral" / "adapter", black_box if tuned else ""
+        found[taught] = _llm(args, hardware, LLM, folder, facts["03_mistral"], calibration)
+    if llm and not tuned:
+        found[black_box] = _llm(args, hardware, ZERO_SHOT, None, llm, student)
+    return found
 
 
-def _students(
-    step: str, facts: dict, hardware: Hardware, root: Path, teacher: Contender | None, again: str | None
-) -> list[Contender]:
-    """The student of a step, and its control if there is one. `again` is what to run if the teacher was made again."""
-    student, scores = short(facts["student"]), facts.get("scores")
-    rows = {
-        "model": (f"{student} from {short(facts['teacher'])}", STUDENTS[step]),
-        "control": (f"{student} control", CONTROL),
-    }
-    found = []
-    for part, (name, kind) in rows.items():
-        if part == "model" or (root / step / part).is_dir():
-            note = f"its teacher's step was made again: {again}" if again else None
-            if scores:
-                note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
-            of = {"step": step, "teacher": None if again else teacher, "note": note}
-            found.append(_encoder(name, kind, root / step / part, hardware, facts, **of))
+def _students(folder: Path, facts: dict, hardware: Hardware, teacher: Contender | None, stale: bool) -> list[Contender]:
+    """The student of a step, and its control if there is one. A stale one is compared with no teacher."""
+    step, student = folder.name, short(facts["student"])
+    note = f"its teacher's step was made again: run {artifacts.SCRIPTS[step]} --force" if stale else None
+    if scores := facts.get("scores"):
+        note = f"its teacher has no row: its scores are those of {Path(scores['file']).name}"
+    of = {"step": step, "teacher": None if stale else teacher, "note": note}
+    name = f"{student} from {short(facts['teacher'])}"
+    found = [_encoder(name, STUDENTS[step], folder / "model", hardware, facts, **of)]
+    if (folder / "control").is_dir():
+        found.append(_encoder(f"{student} control", CONTROL, folder / "control", hardware, facts, **of))
     return found
 
 
@@ -163,10 +138,10 @@ def _encoder(name: str, kind: str, folder: Path, hardware: Hardware, facts: dict
 def _llm(
     args: argparse.Namespace, hardware: Hardware, kind: str, adapter: Path | None, llm: dict, calibration: dict
 ) -> Contender:
-    llm = {key: llm[key] for key in ("base", "prompt", "label_words", "max_length")}
-    calibration = {key: calibration[key] for key in UNCALIBRATED}
-    load, files = partial(llm_classifier, adapter, hardware, llm, calibration), adapter or Path(llm["base"])
-    one = Contender(short(llm["base"]), kind, load, files, hardware, llm | calibration, samples=args.max_llm_samples)
+    facts = {key: llm[key] for key in ("base", "prompt", "label_words", "max_length")}
+    facts |= {key: calibration[key] for key in UNCALIBRATED}
+    load, files = partial(llm_classifier, adapter, hardware, facts), adapter or Path(llm["base"])
+    one = Contender(short(llm["base"]), kind, load, files, hardware, facts, samples=args.max_llm_samples)
     one.packages += ("peft", "bitsandbytes")
     return one
 
@@ -200,7 +175,7 @@ def baseline_classifier(folder: Path) -> Classifier:
 
     model = load_baseline(folder)
     facts = {"precision": "fp32", "device": "cpu"}
-    return Classifier(model.count_ngrams, lambda counts, _: model.score(counts), *model.count(), facts=facts)
+    return Classifier(model.vectorizer.transform, lambda counts, _: model.score(counts), *model.count(), facts=facts)
 
 
 def encoder_classifier(folder: Path, hardware: Hardware, max_length: int | None = None) -> Classifier:
@@ -218,11 +193,8 @@ def encoder_classifier(folder: Path, hardware: Hardware, max_length: int | None 
     return Classifier(encode, score, parameters, weight_bytes, flops, facts)
 
 
-def llm_classifier(adapter: Path | None, hardware: Hardware, llm: dict, calibration: dict) -> Classifier:
-    """The 4-bit LLM of 03 with its adapter, or zero-shot. `llm` names base, prompt, label_words and max_length.
-
-    `calibration` is 04b's: its name, its bias and its calibration_temperature.
-    """
+def llm_classifier(adapter: Path | None, hardware: Hardware, llm: dict) -> Classifier:
+    """The 4-bit LLM of 03 with its adapter, or zero-shot. `llm` holds its prompt, length and 04b's calibration."""
     base, prompt, max_length = llm["base"], llm["prompt"], llm["max_length"]
     tokenizer, model = models.load_tokenizer(base), llms.load_llm(base, hardware, adapter)
     label_ids = verbalizer.label_token_ids(tokenizer, prompt, llm["label_words"])
@@ -230,11 +202,11 @@ def llm_classifier(adapter: Path | None, hardware: Hardware, llm: dict, calibrat
     def score(ids: list[np.ndarray], batch_tokens: int | None) -> np.ndarray:
         log_p = scoring.score_llm(model, ids, label_ids, tokenizer.pad_token_id, hardware, batch_tokens)
         log_odds = metrics.log_odds(log_p)
-        return metrics.two_logits(log_odds, calibration["bias"], calibration["calibration_temperature"])
+        return metrics.two_logits(log_odds, llm["bias"], llm["calibration_temperature"])
 
     kind = llms.quantisation(model)["type"]
     facts = {"precision": f"{kind}, {hardware.precision}", "device": hardware.device, "max_length": max_length}
-    facts["calibration"] = calibration["calibration"]
+    facts["calibration"] = llm["calibration"]
     encode = partial(verbalizer.encode_prompts, tokenizer, prompt=prompt, max_length=max_length)
     return Classifier(encode, score, *models.count(model), models.forward_flops(model), facts)
 
@@ -244,9 +216,8 @@ def deploy(model_folder: Path, target: Path) -> None:
     artifacts.verify(model_folder)
     importlib.import_module("onnxruntime")  # so that no row pays for it
     record, versions = target / "made_from.json", artifacts.versions()
-    origin = {"model": artifacts.digest(model_folder)} | {
-        name: versions[name] for name in ("torch", "onnx", "onnxruntime")
-    }
+    origin = {"model": artifacts.digest(model_folder)}
+    origin |= {name: versions[name] for name in ("torch", "onnx", "onnxruntime")}
     written = {"made_from": origin, "digest": artifacts.digest(target, but=record.name)}
     if storage.intact_json(record) == written:
         return

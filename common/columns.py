@@ -46,7 +46,7 @@ def find(table: pd.DataFrame, typed: str | None, common: str, owner: str, flag: 
         if typed not in table and plain_name(typed) not in map(plain_name, table):
             stop(f"{owner} has the columns {_shown(table)}, but not {flag} {typed}: pass one of them")
         return typed if typed in table else next(name for name in table if plain_name(name) == plain_name(typed))
-    found = [name for wanted in common.split() for name in table if plain_name(name) == wanted]
+    found = [name for wanted in dict.fromkeys(common.split()) for name in table if plain_name(name) == wanted]
     if len(found) > 1:
         remedy = f"pass {flag}" if flag else "leave that one out"
         print(f"{owner}: reads the column {found[0]}, not {', '.join(map(str, found[1:]))}: {remedy} to change it")
@@ -71,13 +71,13 @@ def text_and_label(table: pd.DataFrame, owner: str, args: argparse.Namespace, sp
     """The two columns as they stand, or NaN for labels: unlabelled reviews need none, and test may lack them."""
     text, label = find_text(table, args.text_column, owner), None
     lacks = args.label_column is not None and plain_name(args.label_column) not in map(plain_name, table)
-    if split != "transfer" and not (split == "test" and lacks):
+    if split == "test" and lacks:
+        print(f"{owner} has no column {args.label_column}, so its labels are unknown (it has {_shown(table)})")
+    elif split != "transfer":
         label = find(table, args.label_column, LABEL_NAMES, owner, "--label-column")
         if label is None and split != "test":
             remedy = "pass --label-column, or call a file without labels unsupervised"
             stop(f"{owner} has the columns {_shown(table)}, and none is named label: {remedy}")
-    if split == "test" and lacks:
-        print(f"{owner} has no column {args.label_column}, so its labels are unknown (it has {_shown(table)})")
     labels = None if label is None else list(map(_single, table[label].astype(object)))
     return pd.DataFrame({"text": table[text], "label": pd.Series(labels, table.index, dtype=object)})
 
@@ -97,14 +97,11 @@ def number_labels(
     plain, labels = {}, {}  # of each row by split; as written, by plain label
     for split in (split for split in tables if split != "transfer"):
         try:
-            codes, values = pd.factorize(tables[split]["label"])
+            of_split = {plain_label(value): str(value).strip() for value in tables[split]["label"].unique()}
         except TypeError:
             stop(f"the {split} labels are lists or objects, not single values: name another --label-column")
-        of_split = {plain_label(value): str(value).strip() for value in values}
-        plain[split] = pd.Series([*map(plain_label, values), ""], dtype=object).to_numpy()[codes]  # code -1: the last
-        if of_split.keys() <= {"", "-1"} and split == "test":
-            plain[split][:] = ""
-        else:
+        if not (of_split.keys() <= {"", "-1"} and split == "test"):
+            plain[split] = tables[split]["label"].map(plain_label)
             labels |= {name: value for name, value in of_split.items() if name}
     flags = [{plain_label(word) for word in words or []} for words in (negative, positive)]
     meaning = _by_flags(labels, *flags) if any(flags) else _by_pair(labels)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import metrics, settings, storage
+from common import metrics, storage
 from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
 from common.data import LABELS
 from common.report import COLUMNS, FIELDS, INTERVALS, TOLERATED_LOSS
@@ -22,21 +22,19 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
 
     `done` holds (contender, reviews, measured) of each model, `without` the rows without figures.
     """
-    predictions, latency, sweep, injection = test[["example_id", "label"]].copy(), [], [], []
+    predictions, rows, latency, sweep, injection = test[["example_id", "label"]].copy(), [], [], [], []
     for contender, part, measured in done:
         name, (passes, n) = contender.name, measured.latency.shape
         predictions.loc[part.index, name] = metrics.log_odds(measured.logits)
-        timed = {
+        times = {
             "pass": np.repeat(np.arange(passes) + 1, n),
             "example_id": np.tile(part["example_id"].iloc[:n], passes),
         }
-        latency.append(pd.DataFrame({"Model": name, **timed, "ms": measured.latency.ravel().round(4)}))
+        latency.append(pd.DataFrame({"Model": name, **times, "ms": measured.latency.ravel().round(4)}))
         sweep += [{"Model": name} | row for row in measured.sweep]
         injection += [{"Model": name} | row for row in measured.injection]
-    rows = []
-    for one, _, measured in done:
         only = metrics.only_class(measured.logits)
-        notes = [one.note, None if only is None else f"it always says {LABELS[only]}"]
+        notes = [contender.note, None if only is None else f"it always says {LABELS[only]}"]
         rows.append(measured.row | {"note": "; ".join(filter(None, notes)) or None})
     others = references(done)
     joint, curves = cascades(Path(args.output_dir), done, predictions, others)
@@ -47,39 +45,28 @@ def write_tables(args: argparse.Namespace, folder: Path, test: pd.DataFrame, don
     if args.price_per_hour:
         table["price_per_million"] = (args.price_per_hour / 3600 * 1e6 / table["Throughput (samp/s)"]).round(4)
     empty = pd.DataFrame({"Model": []})
-    files = {
-        "benchmark.csv": table,
-        "predictions.parquet": predictions,
-        "latency.parquet": pd.concat(latency) if latency else empty,
-        "sweep.csv": pd.DataFrame(sweep or empty),
-        "injection.csv": pd.DataFrame(injection or empty),
-        "cascade.csv": pd.concat(curves) if curves else empty,
-        "errors.csv": confident_errors(predictions, test["text"]),
-    }
-    for name, content in files.items():
-        storage.write_table(folder / name, content)
+    storage.write_table(folder / "benchmark.csv", table)
+    storage.write_table(folder / "predictions.parquet", predictions)
+    storage.write_table(folder / "latency.parquet", pd.concat(latency) if latency else empty)
+    storage.write_table(folder / "sweep.csv", pd.DataFrame(sweep or empty))
+    storage.write_table(folder / "injection.csv", pd.DataFrame(injection or empty))
+    storage.write_table(folder / "cascade.csv", pd.concat(curves) if curves else empty)
+    storage.write_table(folder / "errors.csv", confident_errors(predictions, test["text"]))
 
 
 def references(done: list) -> pd.DataFrame:
-    """By model, the rows that it is compared with: teacher, control, the better baseline, and eager for a form.
-
-    `done` holds (contender, reviews, measured) of each model.
-    """
+    """By model, the rows that it is compared with: teacher, control, the better baseline, and eager for a form."""
     measured = {contender.name: result.row["Accuracy"] for contender, _, result in done}
     control = next((one.name for one, _, _ in done if one.kind == CONTROL), None)
     baselines = [one.name for one, _, _ in done if one.kind == BASELINE]
     best = max(baselines, key=measured.get, default=None)
     eager = {one.student.name: one.name for one, _, _ in done if one.kind == EAGER}
-    rows = {}
+    rows = []
     for contender, _, _ in done:
-        teacher = contender.teacher and contender.teacher.name
-        rows[contender.name] = {
-            "teacher": teacher if teacher in measured else None,
-            "control": control,
-            "baseline": None if contender.kind == BASELINE else best,
-            "eager": eager.get(contender.student.name) if contender.student else None,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["teacher", "control", "baseline", "eager"])
+        teacher = contender.teacher.name if contender.teacher and contender.teacher.name in measured else None
+        baseline = None if contender.kind == BASELINE else best
+        rows.append((teacher, control, baseline, contender.student and eager.get(contender.student.name)))
+    return pd.DataFrame(rows, list(measured), ["teacher", "control", "baseline", "eager"])
 
 
 def cascades(
@@ -87,7 +74,7 @@ def cascades(
 ) -> tuple[list[dict], list[pd.DataFrame]]:
     """For each student that gains by handing its least sure reviews to its teacher, a row; and every student's curve.
 
-    The joint verdicts become a column of `predictions`, and the row's references one of `compared_with`.
+    The joint verdicts become a column of `predictions`, and the row's references a row of `compared_with`.
     """
     rows, curves = [], []
     results = {contender.name: result for contender, _, result in done}
@@ -97,10 +84,7 @@ def cascades(
             continue
         second = results[teacher.name]
         temperature = storage.read_json(contender.files / "config.json")["calibration_temperature"]
-        try:
-            validation = storage.read_table(file)
-        except settings.Stop:  # which has said that the file is damaged: this student has no cascade
-            continue
+        validation = storage.read_table(file)
         test = predictions[["label"]].assign(student=predictions[name], teacher=predictions[teacher.name]).dropna()
         for table in (validation, test):
             table["student"] /= temperature
@@ -152,10 +136,7 @@ def cascade(validation: pd.DataFrame, test: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def joint_row(rule: pd.Series, student: dict, teacher: dict) -> dict:
-    """A cascade's cost from the rows of its two models: the student's on all reviews, the teacher's on a share of them.
-
-    The cost is counted, not timed.
-    """
+    """A cascade's cost, counted and not timed: the student's row on all reviews, the teacher's on a share of them."""
     share, seconds = rule["test_share"], [1 / one["Throughput (samp/s)"] for one in (student, teacher)]
     return {
         "Type": "cascade",

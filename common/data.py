@@ -54,7 +54,8 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...], scores_test: 
     if not labelled:
         del fingerprints["dataset/test"]
     if "train" in reads and args.validation_samples is None:
-        args.validation_samples = _validation_size(splits)
+        n = len(splits["validation"]) if "validation" in splits else len(splits["train"]) // 10
+        args.validation_samples = min(max(n, MIN_REVIEWS), MOST_VALIDATION)
 
     seen, earlier = set(splits["test"]["text"].str.lower()), ["test"]
     for split in ("validation", "train", "transfer"):
@@ -63,16 +64,16 @@ def load_reviews(args: argparse.Namespace, reads: tuple[str, ...], scores_test: 
             seen |= set(splits[split]["text"].str.lower())
             earlier.append(split)
 
-    train = validation = transfer = test = splits["test"].iloc[:0]
+    subsets = dict.fromkeys(("train", "validation", "transfer", "test"), splits["test"].iloc[:0])
     if "train" in reads:
-        train, validation = _split_train(splits, args.validation_samples, args.max_train_samples, seed)
+        subsets["train"], subsets["validation"] = _split_train(splits, args)
     if "transfer" in reads:
-        transfer = splits["transfer"]
-        transfer = transfer.iloc[np.sort(stratified_order(transfer["label"], seed)[: args.max_transfer_samples])]
+        order = stratified_order(splits["transfer"]["label"], seed)
+        subsets["transfer"] = splits["transfer"].iloc[np.sort(order[: args.max_transfer_samples])]
     if "test" in reads:
-        test = splits["test"]
-        test = stratified_subset(test, args.max_test_samples, seed, "test") if is_labelled(test) else test
-    subsets = {"train": train, "validation": validation, "transfer": transfer, "test": test}
+        subsets["test"] = splits["test"]
+        if labelled:
+            subsets["test"] = stratified_subset(splits["test"], args.max_test_samples, seed, "test")
     print("reviews:", ", ".join(f"{split} {len(table):,}" for split, table in subsets.items()))
     subsets = {split: table.reset_index(drop=True) for split, table in subsets.items()}
     return Reviews(**subsets, fingerprints=fingerprints)
@@ -107,12 +108,6 @@ def stratified_subset(table: pd.DataFrame, n: int | None, seed: int, split: str)
     return table
 
 
-def _validation_size(splits: dict[str, pd.DataFrame]) -> int:
-    """A tenth of train, but as many reviews as the choice of a checkpoint needs; all of a validation split."""
-    n = len(splits["validation"]) if "validation" in splits else len(splits["train"]) // 10
-    return min(max(n, MIN_REVIEWS), MOST_VALIDATION)
-
-
 def _draw_test(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train and test of one table without duplicates; a text stays in its part when rows move or are added."""
     table = _without_repeats(table, "train", set(), [])
@@ -125,11 +120,10 @@ def _draw_test(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return table[~is_test], table[is_test]
 
 
-def _split_train(
-    splits: dict[str, pd.DataFrame], n_validation: int, n_train: int | None, seed: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _split_train(splits: dict[str, pd.DataFrame], args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train in its shuffled order, so that no prefix of it is of one class, and validation."""
     table, validation = splits["train"], splits.get("validation")
+    n_validation, n_train, seed = args.validation_samples, args.max_train_samples, args.seed
     if n_train is not None and n_train < MIN_REVIEWS:
         stop(f"--max-train-samples {n_train} is too few to train on: pass at least {MIN_REVIEWS}")
     if n_validation < MIN_REVIEWS:

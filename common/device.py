@@ -265,10 +265,7 @@ def gather(value: T, last: bool = False) -> list[T]:
 
 
 def _join(gpus: int) -> None:
-    """Join the other processes. Only rank 0 prints.
-
-    If its parent has printed the settings, rank 0 is silent until `one_process_per_gpu`.
-    """
+    """Join the other processes. Only rank 0 prints; if its parent does too, not before `one_process_per_gpu`."""
     import torch
 
     local_rank, started_by = int(os.environ.get("LOCAL_RANK", "0")), os.environ.get(STARTED)

@@ -80,14 +80,14 @@ class DistillationTrainer(training.ReviewTrainer):
 
     The teacher's outputs are arrays of the dataset; the soft term is T²·KL. With `soft_labels` "transfer", each review
     has one of the first two terms: CE where there is a gold label, the soft one elsewhere. Then alpha weighs nothing.
-    For the control, alpha is 0 and the dataset has no teacher.
+    Where no review is unlabelled, "transfer" means "all". For the control, alpha is 0 and the dataset has no teacher.
     """
 
     def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_labels="all", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
         self.labelled_share = float(np.mean(self.train_dataset.labels != IGNORED))
-        self.one_term = soft_labels == "transfer"
+        self.one_term = soft_labels == "transfer" and self.labelled_share < 1
         self._terms: dict[str, list[torch.Tensor]] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -162,14 +162,12 @@ def train_student(
     validation: ReviewDataset | None,
     *,
     epochs: float,
-    alpha: float,
-    feature_weight: float = 0.0,
-    soft_labels: str = "all",
     teacher_width: int | None = None,
+    **loss: float | str,
 ) -> np.ndarray | None:
     """Train a student (or the control: alpha 0, no teacher), save it, and return its (n, 2) validation logits.
 
-    `alpha`, `feature_weight` and `soft_labels` are DistillationTrainer's. A student that `target` already holds is only
+    `loss` is DistillationTrainer's: alpha, feature_weight, soft_labels. A student that `target` already holds is only
     scored. If `validation` is None (experiments/few_labels.py), it keeps the last epoch's weights.
     """
     tokenizer = models.load_tokenizer(args.student_model)
@@ -185,13 +183,12 @@ def train_student(
             eval_dataset=None if validation is None else validation.longest_first(),
             data_collator=encoding.Collator(tokenizer.pad_token_id),
             compute_metrics=training.validation_accuracy,
-            alpha=alpha,
             temperature=args.temperature,
-            feature_weight=feature_weight,
-            soft_labels=soft_labels,
+            **loss,
         )
         training.train(trainer, hardware)
-        training.save(student.model, tokenizer, target, checkpoints, args.max_length)
+        tokenizer.model_max_length = args.max_length  # to which it truncates, if it is asked to
+        training.save(student.model, tokenizer, target, checkpoints)
     if validation is None:
         return None
     model = models.prepare_for_scoring(models.load_classifier(str(target)), hardware)
@@ -206,13 +203,12 @@ class FeatureRows:
     """
 
     def __init__(self, parts: list[tuple[np.ndarray, np.ndarray]], layers: list[int]):
-        self.files = [array for array, _ in parts]
-        self.locations = [(part, file_row) for part, (_, rows) in enumerate(parts) for file_row in rows]
+        self.places = [(array, file_row) for array, rows in parts for file_row in rows]
         self.layers = layers
 
     def __getitem__(self, row: int) -> np.ndarray:
-        part, file_row = self.locations[row]
-        return self.files[part][file_row, self.layers]
+        array, file_row = self.places[row]
+        return array[file_row, self.layers]
 
 
 def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: str) -> None:
@@ -221,11 +217,8 @@ def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: st
     if float(np.ptp(metrics.log_odds(teacher_logits))) < 1e-6:
         stop(f"the teacher's logits on {split} are constant: run the teacher's step again with --force")
     if metrics.errors_above_chance(labels, teacher_logits) < -2:
-        scores = metrics.describe(labels, teacher_logits)
-        stop(
-            f"the teacher's balanced accuracy on {split} is {scores['balanced_accuracy']:.3f}, below chance: "
-            "its label order is swapped"
-        )
+        accuracy = metrics.describe(labels, teacher_logits)["balanced_accuracy"]
+        stop(f"the teacher's balanced accuracy on {split} is {accuracy:.3f}, below chance: its label order is swapped")
 
 
 def refuse_one_class(teacher_logits: np.ndarray, labels: np.ndarray) -> None:
@@ -234,10 +227,9 @@ def refuse_one_class(teacher_logits: np.ndarray, labels: np.ndarray) -> None:
     absent = metrics.absent_class(teacher_logits, labels)
     if absent is not None:
         called, gold = np.mean(teacher_logits.argmax(axis=1) != absent), np.mean(labels != absent)
-        stop(
-            f"the teacher calls {called:.0%} of the transfer set {LABELS[1 - absent]}, and {gold:.0%} of the labelled "
-            "reviews are: pass a --dataset whose unlabelled reviews hold both classes, or check its calibration"
-        )
+        what = f"{called:.0%} of the transfer set {LABELS[1 - absent]}, and {gold:.0%} of the labelled reviews are"
+        remedy = "pass a --dataset whose unlabelled reviews hold both classes, or check its calibration"
+        stop(f"the teacher calls {what}: {remedy}")
 
 
 def _refuse_not_finite(teacher_logits: np.ndarray, split: str) -> None:

@@ -202,11 +202,7 @@ def _refuse_difference(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
 
 
 def onnx_logits(file: Path, threads: int) -> Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]:
-    """A function from a batch's input_ids and attention_mask to its logits, by one of ONNX_FILES.
-
-    In int8 a batch shares the scales of its activations, so a review's logits depend on its companions: score one
-    review at a time. The fp32 file does not depend on the batch.
-    """
+    """A function from a batch's input_ids and attention_mask to its logits, by one of ONNX_FILES."""
     import onnxruntime
     import torch
 

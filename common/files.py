@@ -93,7 +93,8 @@ def _find(folder: Path, depth: int = 3) -> dict[str, list[Path]]:
         splits["train"] = whole
     read = {path for paths in splits.values() for path in paths}
     left = [name for name, paths in held.items() if read.isdisjoint(paths)]
-    _say_left_out(left)
+    if left:
+        print(f"left out: {_short(sorted(left))}")
     unnamed = [name for name in left if held[name] and _parse(name).split is None]
     if "test" not in splits and unnamed:
         remedy = "rename it to test, or take it away: then a fifth of train becomes test"
@@ -200,11 +201,6 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file()  # by Dataset.save_to_disk
 
 
-def _say_left_out(names: list[str]) -> None:
-    if names:
-        print(f"left out: {_short(sorted(names))}")
-
-
 def _short(names: Iterable[str]) -> str:
     return textwrap.shorten(", ".join(names), 300, placeholder=" ...")
 
@@ -230,7 +226,8 @@ def tables(file: Path, size: int | None = None) -> Iterator[pd.DataFrame]:
         if kind == ".arrow":
             import datasets
 
-            yield _of_dataset((datasets.load_from_disk if file.is_dir() else datasets.Dataset.from_file)(str(file)))
+            dataset = (datasets.load_from_disk if file.is_dir() else datasets.Dataset.from_file)(str(file))
+            yield _with_class_names(dataset.to_pandas(), dataset.features.arrow_schema)
         elif kind == ".parquet":
             parquet = ParquetFile(_open(file))
             batches = [parquet.read()] if size is None else parquet.iter_batches(size)
@@ -367,11 +364,6 @@ def _json_rows(content: object, file: Path) -> list | dict:
     return content if any(isinstance(value, list | dict) for value in held) else [content]
 
 
-def _of_dataset(dataset) -> pd.DataFrame:
-    """The table of a `datasets.Dataset`."""
-    return _with_class_names(dataset.to_pandas(), dataset.features.arrow_schema)
-
-
 def _with_class_names(table: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
     """The table with each class number replaced by the dataset's own name; -1 is a missing one."""
     features = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
@@ -405,5 +397,6 @@ def _open_hub(dataset_name: str) -> tuple[dict[str, list[str]], Callable[[str], 
     splits = _choose({key: [key] for key in dataset}, f"the dataset {name}")
     if "train" not in splits:
         stop(f"the dataset {name} has no train split (it has {_short(dataset)}): {remedy}")
-    _say_left_out([key for key in dataset if [key] not in splits.values()])
-    return splits, lambda split: _of_dataset(dataset[split])
+    if left := [key for key in dataset if [key] not in splits.values()]:
+        print(f"left out: {_short(sorted(left))}")
+    return splits, lambda split: _with_class_names(dataset[split].to_pandas(), dataset[split].features.arrow_schema)

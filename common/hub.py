@@ -19,7 +19,10 @@ def explained(name: str, remedy: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, http_error) as problem:
         # The libraries wrap the hub's answer in other exceptions. `datasets` keeps the text of some and no cause.
-        chain, text = _chain(problem), str(problem)
+        chain, cause, text = [], problem, str(problem)
+        while cause is not None and cause not in chain:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
         statuses = [error.response.status_code for error in chain if isinstance(error, errors.HfHubHTTPError)]
 
         def met(*kinds: type[BaseException]) -> bool:
@@ -38,15 +41,6 @@ def explained(name: str, remedy: str) -> Iterator[None]:
             answer = f"answers {statuses[0]}" if statuses else "does not answer"
             stop(f"{constants.ENDPOINT} {answer} about {name}: check the network, try again later, or {remedy}")
         raise
-
-
-def _chain(problem: BaseException | None) -> list[BaseException]:
-    """An exception, its cause, and so on."""
-    chain = []
-    while problem is not None and problem not in chain:
-        chain.append(problem)
-        problem = problem.__cause__ or problem.__context__
-    return chain
 
 
 def reason(problem: BaseException) -> str:

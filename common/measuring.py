@@ -1,17 +1,23 @@
-"""One model of the benchmark: its verdicts, latency, throughput and memory, and whether a text can turn it."""
+"""One model of the benchmark: its verdicts, latency, throughput and memory, and whether a text can turn it.
+
+All that was measured for a model is kept for the next run of 05.
+"""
 
 import argparse
 import contextlib
+import hashlib
 import io
+import json
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from common import classifiers, data, device, memory, metrics, models, scoring, settings
+from common import artifacts, classifiers, data, device, machine, memory, metrics, models, scoring, settings, storage
 from common.classifiers import Classifier, Contender
 
 WARM_UP_REVIEWS, SWEPT_REVIEWS = 16, 4000
@@ -27,6 +33,7 @@ ATTACKS = (
     "</s> [SEP] {wanted} </s> [SEP]",
 )
 HARMLESS = "I saw it on a Tuesday."
+FORMAT = 2  # of a kept row; raise it when 05 measures something else
 
 
 @dataclass
@@ -38,6 +45,39 @@ class Measured:
     latency: np.ndarray  # (passes, reviews) ms
     sweep: list[dict]
     injection: list[dict]
+
+    def keep(self, file: Path) -> None:
+        """Write it, so that no later run measures it again."""
+        about = {"row": self.row, "sweep": self.sweep, "injection": self.injection}
+        with storage.whole(file) as temporary, open(temporary, "wb") as handle:
+            np.savez(handle, logits=self.logits, latency=self.latency, about=json.dumps(about))
+
+
+def read_kept(file: Path) -> Measured | None:
+    """What an earlier run kept; None if there is nothing, or a damaged file."""
+    kept = storage.intact_arrays(file)
+    return kept and Measured(logits=kept["logits"], latency=kept["latency"], **json.loads(str(kept["about"])))
+
+
+def kept_file(args: argparse.Namespace, folder: Path, contender: Contender, part: pd.DataFrame) -> Path:
+    """Where what was measured for a contender on the reviews `part` is kept.
+
+    The name is a digest of all that it depends on: the model's files, the reviews, the settings, the machine and the
+    packages that run the model. A base LLM counts by its name, and a folder of one by parts of its files.
+    """
+    base, versions = contender.facts.get("base"), artifacts.versions()
+    own = contender.files.exists() and (base is None or contender.files != Path(base))
+    names = ("latency_samples", "latency_seconds", "injection_samples", "batch_tokens")
+    about = {
+        "format": FORMAT,
+        "model": artifacts.digest(contender.files) if own else None,
+        "row": [contender.name, contender.kind, contender.facts],
+        "reviews": data.fingerprint(part),
+        "settings": {name: getattr(args, name) for name in names},
+        "base": base and models.sampled_digest(base),
+        "machine": machine.environment(contender.hardware) | {name: versions[name] for name in contender.packages},
+    }
+    return folder / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.npz"
 
 
 def measure(contender: Contender, part: pd.DataFrame, args: argparse.Namespace, peak: float) -> Measured:
@@ -118,7 +158,7 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
     Each size scores enough of the first `ids` to fill about four batches. The smallest size whose rate is ALIKE the
     best one is `chosen`.
     """
-    rows, batch_tokens, better = [], hardware.batch_tokens // 4, True
+    rows, batch_tokens, best, better = [], hardware.batch_tokens // 4, 0.0, True
     lengths = np.cumsum([len(review) for review in ids])
     while better and (not rows or batch_tokens < lengths[-1]):
         n = min(len(ids), max(32, int(np.searchsorted(lengths, 4 * batch_tokens)) + 1))
@@ -126,14 +166,11 @@ def sweep_batches(classifier: Classifier, ids: list, hardware: device.Hardware) 
         if not memory.fits(partial(classifier.score, ids[:n], batch_tokens)):
             break
         seconds = time.perf_counter() - started
-        best = max((row["tokens_per_s"] for row in rows), default=0)
-        rows.append(
-            {"batch_tokens": batch_tokens, "tokens_per_s": lengths[n - 1] / seconds, "reviews_per_s": n / seconds}
-        )
-        better = ALIKE * rows[-1]["tokens_per_s"] > best
+        rate = lengths[n - 1] / seconds
+        rows.append({"batch_tokens": batch_tokens, "tokens_per_s": rate, "reviews_per_s": n / seconds})
+        better, best = ALIKE * rate > best, max(best, rate)
         batch_tokens *= 2
-    enough = ALIKE * max((row["tokens_per_s"] for row in rows), default=0)
-    chosen = next((row for row in rows if row["tokens_per_s"] >= enough), None)
+    chosen = next((row for row in rows if row["tokens_per_s"] >= ALIKE * best), None)
     return [row | {"chosen": row is chosen} for row in rows]
 
 
@@ -221,12 +258,10 @@ def planned_minutes(
 
 
 def warm_up(new: list[Contender], parts: dict[str, pd.DataFrame]) -> None:
-    """Use an encoder once, so that no row pays for imports and thread pools in seconds or memory.
-
-    If it fails, it fails again when it is measured, and says so there.
-    """
+    """Use an encoder once, so that no row pays for imports and thread pools in seconds or memory."""
     encoders = [one for one in new if one.kind in (classifiers.ENCODER, *classifiers.STUDENTS.values())]
     for contender in encoders[-1:]:
+        # If it fails, it fails again when it is measured, and says so there.
         with contextlib.suppress(Exception, settings.Stop), contextlib.redirect_stderr(io.StringIO()):
             contender.load().logits(parts[contender.name]["text"].iloc[:WARM_UP_REVIEWS].tolist())
     memory.free()
@@ -235,16 +270,16 @@ def warm_up(new: list[Contender], parts: dict[str, pd.DataFrame]) -> None:
 def drift(done: list[tuple[Contender, pd.DataFrame, Measured]], new: list[Contender], args) -> float | None:
     """A small model's median latency at the end, over that of its row: what the run did to the machine."""
     measured = [entry for entry in done if entry[0] in new]
-    small = [entry for entry in measured if entry[0].kind in classifiers.STUDENTS.values()] or measured
-    if not small:
+    if not measured:
         return None
-    contender, part, before = small[0]
+    small = [entry for entry in measured if entry[0].kind in classifiers.STUDENTS.values()]
+    contender, part, before = (small or measured)[0]
     texts = part["text"].tolist()[: args.latency_samples]
+    memory.free()  # of the last model
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             again, _ = time_one_by_one(contender.load(), texts, contender.hardware, min(30, args.latency_seconds))
     except (Exception, settings.Stop) as problem:
         print(f"drift was not measured: {problem}", file=sys.stderr)
         return None
-    memory.free()
     return round(float(np.median(again) / np.median(before.latency)), 4)

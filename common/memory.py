@@ -1,4 +1,4 @@
-"""Memory: free it between models, measure its peak, find the micro-batch that fits."""
+"""Memory: free it between models, measure its peak, see whether a step fits."""
 
 import ctypes
 import gc
@@ -7,7 +7,6 @@ import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
@@ -78,10 +77,3 @@ def fits(step: Callable[[], None]) -> bool:
             raise
     free()  # after the except clause: its exception holds the failed step's tensors
     return False
-
-
-def largest_that_fits(step: Callable[[int], None], micro_batch: int) -> int | None:
-    """Halve the micro-batch until `step(micro_batch)` fits in memory; None if not even one review fits."""
-    while micro_batch and not fits(partial(step, micro_batch)):
-        micro_batch //= 2
-    return micro_batch or None

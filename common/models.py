@@ -13,6 +13,7 @@ from common import hub, memory, patches
 from common.data import LABELS
 from common.device import Hardware
 from common.settings import stop
+from common.storage import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -48,20 +49,15 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     # Without tokenizer files transformers gives a BERT-like folder an empty vocabulary. Every word would be [UNK].
     if 2 * len(tokenizer) < rows:
         stop(f"{name} has no tokenizer files ({len(tokenizer)} tokens): copy tokenizer.json and the like into it")
-
-    def obeys(tokenizer: "PreTrainedTokenizerFast") -> bool:
-        return (
-            tokenizer(PROBE, add_special_tokens=False)["input_ids"] == raw.encode(PROBE, add_special_tokens=False).ids
-        )
-
     if raw is not None:
         raw.no_truncation()
         raw.no_padding()
+        ids = raw.encode(PROBE, add_special_tokens=False).ids
         # From transformers 5 on, a tokenizer's class rebuilds its rules. It may lower-case a cased vocabulary.
-        if not obeys(tokenizer):
+        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != ids:
             say(f"{name}: {type(tokenizer).__name__} reads text otherwise than its tokenizer.json, which is used")
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-        if not obeys(tokenizer):
+        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != ids:
             stop(f"{name}: tokenizer_config.json contradicts tokenizer.json: make one of them right")
     known = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.sep_token)
     known = [token for token in known if token and tokenizer.convert_tokens_to_ids(token) < (rows or len(tokenizer))]
@@ -191,8 +187,7 @@ def weights_digest(folder: Path) -> str:
     """SHA-256 over a folder's safetensors files, to identify the weights."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(file)))
     return digest.hexdigest()[:16]
 
 

@@ -90,11 +90,6 @@ def accuracy_latency(figure: "Figure", table: pd.DataFrame, names: list[str], fo
     label_points(axes, table, names, fontsize)
 
 
-def numbered(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
-    """Accuracy against latency with the rows' numbers, for a narrow screen."""
-    accuracy_latency(figure, table, rows["number"].astype(str).tolist(), 10)
-
-
 def label_points(axes: "Axes", table: pd.DataFrame, names: list[str], fontsize: float) -> "list[Bbox]":
     """Write each row's name near its point, where it covers no interval and no other name. Returns pixel boxes."""
     from matplotlib.transforms import Bbox
@@ -136,16 +131,11 @@ def plain_log(axis: "Axis") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def colour_of(kind: str) -> str:
-    """The colour of a Type."""
-    return next((colour for start, colour in COLOURS.items() if kind.startswith(start)), INK)
-
-
 def latencies(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
     """One bar per model over its reviews' milliseconds: 1% to 99%, 25% to 75%, and the median."""
     shares = rows.groupby("Model")["ms"].quantile([0.01, 0.25, 0.5, 0.75, 0.99]).unstack()
     table = table[table["Model"].isin(shares.index)]
-    shares, colours, heights = shares.loc[table["Model"]], table["Type"].map(colour_of), range(len(table))
+    shares, colours, heights = shares.loc[table["Model"]], table["colour"], range(len(table))
     figure.set_figheight(1 + 0.42 * len(table))
     axes = figure.subplots()
     axes.hlines(heights, shares[0.01], shares[0.99], colours)
@@ -175,7 +165,7 @@ def sweep(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
 
 def reliability(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
     """Share of positive reviews against p(positive) in 15 equal-width bins, one panel per model."""
-    names = with_curves(table, rows)
+    names, colours = table.loc[table["has_curve"], "Model"], table.set_index("Model")["colour"]
     figure.set_figheight(0.6 + 2.1 * math.ceil(len(names) / 3))
     panels = figure.subplots(math.ceil(len(names) / 3), 3, sharex=True, sharey=True, squeeze=False).flat
     for panel, name in itertools.zip_longest(panels, names):
@@ -187,17 +177,12 @@ def reliability(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> No
         bins = pd.DataFrame({"p": p, "label": read["label"]}).groupby((p * 15).astype(int).clip(upper=14))
         means = bins.mean()[bins.size() >= FEW]
         panel.plot([0, 1], [0, 1], color="gray", alpha=0.5)
-        panel.plot(means["p"], means["label"], "o-", ms=3, color=colour_of(table.set_index("Model").at[name, "Type"]))
+        panel.plot(means["p"], means["label"], "o-", ms=3, color=colours[name])
         panel.tick_params(labelbottom=True)
         panel.set_title(wrap(name, 22), fontsize=9)
         panel.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
     figure.supxlabel("p(positive)")
     figure.supylabel("share that is positive")
-
-
-def with_curves(table: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
-    """The models that have a reliability curve. A form has none: it would repeat its student's."""
-    return [name for name in table.loc[~table["Type"].str.startswith("form"), "Model"] if name in predictions]
 
 
 def cascade(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -232,10 +217,17 @@ def as_svg(name: str, alt: str, draw: "Callable[[Figure], None]") -> str:
     return f'<svg role="img" aria-label="{escape(alt)}" {svg}'
 
 
-def all_figures(table: pd.DataFrame, files: dict[str, pd.DataFrame | None]) -> str:
-    """The report's pictures with their captions, as HTML. A picture whose file is missing is left out."""
+def all_figures(table: pd.DataFrame, files: dict[str, pd.DataFrame]) -> str:
+    """The report's pictures with their captions, as HTML. A picture whose file is missing, so empty, is left out."""
     shown = table.assign(number=range(1, len(table) + 1))[table["status"] == "ok"]
+    # A form has no reliability curve: it would repeat its student's.
+    has_curve = shown["Model"].isin(list(files["predictions"])) & ~shown["Type"].str.startswith("form")
+    shown = shown.assign(colour=shown["Type"].str.split(",").str[0].map(COLOURS).fillna(INK), has_curve=has_curve)
     named = "; ".join(f"{row['number']}. {short_name(row)}" for _, row in shown.iterrows())
+
+    def numbered(figure: "Figure", table: pd.DataFrame, rows: pd.DataFrame) -> None:  # names need a wider screen
+        accuracy_latency(figure, table, rows["number"].astype(str).tolist(), 10)
+
     captions = {
         "Accuracy against latency": (numbered, shown, "The line joins the rows that are more accurate than every "
             "faster one, of those that read all reviews, without controls. Forms are hollow. Each time is of the row's "
@@ -250,9 +242,8 @@ def all_figures(table: pd.DataFrame, files: dict[str, pd.DataFrame | None]) -> s
     }  # fmt: skip
     drawn = []
     for title, (draw, rows, caption) in captions.items():
-        if rows is not None and "Model" in rows:
-            rows = rows[rows["Model"].isin(shown["Model"])]
-        if rows is None or not len(rows) or (draw is reliability and not with_curves(shown, rows)):
+        rows = rows[rows["Model"].isin(shown["Model"])] if "Model" in rows else rows
+        if not len(rows) or (draw is reliability and not shown["has_curve"].any()):
             continue
         svg = as_svg(f"picture{len(drawn) + 1}", title, partial(draw, table=shown, rows=rows))
         drawn.append(f"<figure><h3>{title}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>")

@@ -14,10 +14,9 @@ from common.settings import stop
 from common.storage import whole
 
 COLUMNS = ["Model", "Type", "Accuracy", "Latency (ms)", "Throughput (samp/s)", "Speedup (x)", "Size (MB)", "Params (M)"]
-INTERVALS = {"Accuracy": ("ci_low", "ci_high"), "injection_turned": ("injection_low", "injection_high")} | {
-    f"diff_{other}": (f"diff_{other}_low", f"diff_{other}_high")
-    for other in ("baseline", "control", "teacher", "eager")
-}
+OTHERS = ("baseline", "control", "teacher", "eager")  # with which a row is compared
+INTERVALS = {"Accuracy": ("ci_low", "ci_high"), "injection_turned": ("injection_low", "injection_high")}
+INTERVALS |= {f"diff_{other}": (f"diff_{other}_low", f"diff_{other}_high") for other in OTHERS}
 TOLERATED_LOSS = 0.003  # of a form's accuracy against eager fp32
 PAIRED = "on the reviews that both read, with the 95% interval of paired differences"
 # The report's tables: for each column of benchmark.csv its head, its format, and what it means.
@@ -241,11 +240,8 @@ def best_student(kinds: dict[str, pd.DataFrame]) -> list[str]:
         ratio = f"It is {one}x as fast as {teachers.iloc[0]} on one review and {many}x on many at once."
     tail = f", and 99% take at most {cell(best, 'latency_p99_ms')} ms" if cell(best, "latency_p99_ms") else ""
     cost = f"The median review takes {cell(best, 'Latency (ms)')} ms{where(best)}{tail}. {ratio}"
-    return [
-        line
-        for line in (accuracy, " ".join(verdicts), f"{cost} Its weights take {cell(best, 'Size (MB)')} MB.")
-        if line
-    ]
+    cost += f" Its weights take {cell(best, 'Size (MB)')} MB."
+    return list(filter(None, [accuracy, " ".join(verdicts), cost]))
 
 
 def best_form(forms: pd.DataFrame) -> list[str]:
@@ -294,7 +290,7 @@ def group_table(table: pd.DataFrame, group: str) -> str:
     """One group's columns as an HTML table. A column without figures is left out, and so is a row, but not of all."""
     first = group == "All rows"
     columns = [column for column in GROUPS[group] if column in table and table[column].notna().any()]
-    shown = ["Model", *(column for column in columns if column != "Model")]
+    shown = list(dict.fromkeys(["Model", *columns]))
     body = []
     for number, (_, row) in enumerate(table.iterrows(), start=1):
         cells = {column: cell(row, column) for column in shown}
@@ -315,17 +311,15 @@ def html_table(heads: Iterable[str], rows: Iterable[str]) -> str:
     return f'<div class="box"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
 
 
-def attack_table(attacks: pd.DataFrame | None) -> str:
+def attack_table(attacks: pd.DataFrame) -> str:
     """The share of reviews that each added sentence turned, folded away."""
-    if attacks is None or not len(attacks):
+    if not len(attacks):
         return ""
-    body = []
-    for _, row in attacks[attacks["attack"] != "any attack"].iterrows():
-        share = f"{row['turned']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-        body.append(
-            f"<td>{escape(str(row['Model']))}</td><td>{share}</td><td>{row['n']:,.0f}</td>"
-            f'<td class="text">{escape(str(row["attack"]))}</td>'
-        )
+    body = [
+        f"<td>{escape(row['Model'])}</td><td>{row['turned']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]</td>"
+        f'<td>{row["n"]:,.0f}</td><td class="text">{escape(row["attack"])}</td>'
+        for _, row in attacks[attacks["attack"] != "any attack"].iterrows()
+    ]
     table = html_table((f"<th>{head}</th>" for head in ("Model", "turned", "n", "added sentence")), body)
     return f"<details><summary>Each added sentence; {{wanted}} is the other verdict</summary>{table}</details>"
 
@@ -344,18 +338,11 @@ def definitions(table: pd.DataFrame) -> str:
 
 def machine(environment: dict) -> str:
     """The machine on which the figures were measured, in one line."""
-    several = {name: facts for name, facts in environment.items() if isinstance(facts, dict) and "device" in facts}
-    parts = [f"{name}: {machine(facts)}" for name, facts in several.items()]
     forms = {"device": "{}", "precision": "{}", "cpu": "{}", "cpu_capability": "{}", "logical_cpus": "{} logical CPUs"}
-    forms |= {
-        "torch_threads": "{} threads",
-        "platform": "{}",
-        "cuda": "CUDA {}",
-        "measured_minutes": "last run {:.0f} minutes",
-    }
-    forms |= {"drift": "latency at the end / at the beginning {:.2f}"}
-    parts += [form.format(environment[name]) for name, form in forms.items() if environment.get(name) is not None]
-    return ("; " if several else ", ").join(parts)
+    forms |= {"torch_threads": "{} threads", "platform": "{}", "cuda": "CUDA {}"}
+    forms |= {"measured_minutes": "last run {:.0f} minutes", "drift": "latency at the end / at the beginning {:.2f}"}
+    known = {name: environment[name] for name in forms if environment.get(name) is not None}
+    return ", ".join(forms[name].format(fact) for name, fact in known.items())
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -380,7 +367,7 @@ def write_report(folder: Path) -> None:
     for name in ("latency.parquet", "predictions.parquet", "sweep.csv", "cascade.csv", "injection.csv"):
         file, load = folder / name, read_csv if name.endswith("csv") else storage.read_table
         there = file.exists() and file.stat().st_size > 2  # pandas reads no CSV without columns
-        files[file.stem] = load(file) if there else None
+        files[file.stem] = load(file) if there else pd.DataFrame()
     environment = storage.intact_json(folder / "environment.json") or {}
     days = sorted(set(table["measured_at"].dropna().astype(str).str[:10])) if "measured_at" in table else []
     facts = [" to ".join(dict.fromkeys([*days[:1], *days[-1:]])), machine(environment)]

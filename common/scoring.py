@@ -221,21 +221,18 @@ def refuse_stale(folder: Path, split: str, origin: dict[str, object], script: st
             stop(f"{folder}/{split}.parquet was made with other {name} ({change}): run {script} --force")
 
 
-def read_scores(
-    folder: Path, split: str, columns: tuple[str, str], example_ids: pd.Series, script: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """The (n, 2) float32 scores that `in_chunks` wrote, in the order of `example_ids`, and their rows in the file.
+def read_scores(folder: Path, split: str, reviews: pd.DataFrame, script: str) -> tuple[np.ndarray, np.ndarray]:
+    """The (n, 2) float32 scores that `in_chunks` wrote, in the order of `reviews`, and their rows in the file.
 
     Stops, and names the `script` to run, if an example_id is missing or comes twice.
     """
-    table = read_table(folder / f"{split}.parquet")
-    file_ids = pd.Index(table["example_id"])
-    if not file_ids.is_unique:
+    table = read_table(folder / f"{split}.parquet").set_index("example_id")
+    if not table.index.is_unique:
         stop(f"the soft labels of {split} hold an example_id twice: run {script} --force")
-    rows = file_ids.get_indexer(example_ids)
+    rows = table.index.get_indexer(reviews["example_id"])
     if missing := int((rows < 0).sum()):
         stop(f"{missing} of {len(rows)} {split} reviews have no soft label: run {script} with the same sample counts")
-    return table[list(columns)].to_numpy(np.float32)[rows], rows
+    return table.to_numpy(np.float32)[rows], rows
 
 
 def save_validation(folder: Path, validation: pd.DataFrame, **logits: np.ndarray) -> None:

@@ -212,9 +212,7 @@ def parse(parser: argparse.ArgumentParser, step: str, argv: list[str] | None) ->
         if owner in ("", step) and name in flags:
             parser.set_defaults(**{name: preset[key]})
     _defaults.clear()
-    for action in parser._actions:
-        is_text = isinstance(action.default, str) and action.type  # argparse converts such defaults later
-        _defaults[action.dest] = action.type(action.default) if is_text else action.default
+    _defaults.update(vars(parser.parse_args([])))
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error("--seed must be at least 0")

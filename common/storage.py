@@ -1,6 +1,7 @@
 """Files and folders: written whole or not at all; read, or refused as damaged with a remedy."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -100,6 +101,12 @@ def read_table(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except (OSError, ValueError) as problem:  # pyarrow's errors are ValueErrors
         stop(f"{path} is damaged ({problem}): {REWRITE}")
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def delete(path: Path) -> None:

@@ -61,13 +61,14 @@ def read_file(args: argparse.Namespace, reviews: data.Reviews) -> tuple[data.Rev
     left_out = len(reviews.transfer) - counts["transfer"]
     reviews = _keep_scored(args, reviews, found, file.name)
 
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = storage.sha256(file)
     of_odds = hashlib.sha256(b"".join(odds.tobytes() for odds in found.values())).hexdigest()
     facts = {"file": str(file), "sha256": digest, "column": str(column), "matched_by": by, "scored": counts}
     facts |= {"transfer_left_out": left_out, "rows_unmatched": n_unmatched}
     role = f"whose scores of the reviews are those of {file.name} ({column})"
-    teacher = Teacher(args.teacher_name or _stem(file), role, found, {"scores": facts}, REMEDY)
+    while file.suffix.lower() in (*files.FORMATS, *files.PACKED):  # gpt-4.1.jsonl.gz is gpt-4.1
+        file = file.with_suffix("")
+    teacher = Teacher(args.teacher_name or file.name, role, found, {"scores": facts}, REMEDY)
     return reviews, teacher, {"teacher-scores/sha256": digest, "teacher-scores/log_odds": of_odds[:16]}
 
 
@@ -101,18 +102,12 @@ def save_scores(folder: Path, reviews: data.Reviews, log_odds: dict[str, np.ndar
             device.first_alone(partial(storage.write_table, folder / f"{split}.parquet", table))
 
 
-def _stem(file: Path) -> str:
-    """The file's name without what says its format: gpt-4.1.jsonl.gz is gpt-4.1."""
-    while file.suffix.lower() in (*files.FORMATS, *files.PACKED):
-        file = file.with_suffix("")
-    return file.name
-
-
 def _keys(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[str, pd.Series]:
     """What rows are matched by (text, or else example_id), and that of each row, as duplicates are compared."""
     if not len(table):
         stop(f"{owner} holds no rows: write one a review, as in text,p_positive")
-    text = columns.find(table, None, _names(args.text_column, columns.TEXT_NAMES), owner)
+    # A flag for the reviews' own column may name the file's too.
+    text = columns.find(table, None, f"{columns.plain_name(args.text_column or '')} {columns.TEXT_NAMES}", owner)
     example_id = columns.find(table, None, "example_id", owner)
     if text is None and example_id is None:
         shown = ", ".join(map(str, table.columns[:12]))
@@ -122,14 +117,10 @@ def _keys(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[st
     return by, pd.Series(texts, table.index, dtype="str").str.lower()
 
 
-def _names(typed: str | None, common: str) -> str:
-    """The names of a column to look for; a flag for the reviews' own column may name the file's too."""
-    return " ".join(dict.fromkeys([*([columns.plain_name(typed)] if typed else []), *common.split()]))
-
-
 def _scores(table: pd.DataFrame, args: argparse.Namespace, owner: str) -> tuple[object, pd.Series, Callable]:
     """The most informative column, its values without failed answers, and the log-odds of such values."""
-    names = f"{LOG_ODDS} {P_POSITIVE} {ANSWERS} {_names(args.label_column, columns.LABEL_NAMES)}"
+    typed = columns.plain_name(args.label_column or "")
+    names = f"{LOG_ODDS} {P_POSITIVE} {ANSWERS} {typed} {columns.LABEL_NAMES}"
     column = columns.find(table, None, names, owner)
     if column is None:
         shown = ", ".join(map(str, table.columns[:12]))

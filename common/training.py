@@ -4,6 +4,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,10 +109,7 @@ def validation_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def training_arguments(
     args: argparse.Namespace, hardware: Hardware, checkpoints: Path, rows: int, **overrides: object
 ) -> TrainingArguments:
-    """TrainingArguments from the settings, for `rows` training reviews; `overrides` are Trainer's own names.
-
-    Trainer evaluates once per epoch. At the end it loads the checkpoint with the best validation accuracy.
-    """
+    """TrainingArguments from the settings, for `rows` training reviews; `overrides` are Trainer's own names."""
     steps = math.ceil(math.ceil(rows / args.batch_size) * overrides.get("num_train_epochs", args.epochs))
     micro_batch = micro_batch_of(args.batch_size, hardware.processes, args.micro_batch_size)
     settings = dict(  # noqa: C408
@@ -197,12 +195,15 @@ def fit_memory(trainer: Trainer, hardware: Hardware) -> None:
             del loss
         del reserved
 
-    micro_batches = device.gather(memory.largest_that_fits(step, arguments.per_device_train_batch_size))
+    micro_batch = arguments.per_device_train_batch_size
+    while micro_batch and not memory.fits(partial(step, micro_batch)):
+        micro_batch //= 2
+    fitting = min(device.gather(micro_batch))
     model.zero_grad(set_to_none=True)
     tokens = len(dataset.ids[longest])
-    if None in micro_batches:
+    if not fitting:
         stop(f"{hardware.name} has too little memory for one review of {tokens} tokens: pass a smaller --max-length")
-    micro_batch = micro_batch_of(batch * hardware.processes, hardware.processes, min(micro_batches))
+    micro_batch = micro_batch_of(batch * hardware.processes, hardware.processes, fitting)
     arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size = micro_batch, 2 * micro_batch
     arguments.gradient_accumulation_steps = batch // micro_batch
     print(
@@ -260,18 +261,8 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    checkpoints: Path,
-    max_length: int | None = None,
-) -> None:
-    """Write weights (safetensors), config and tokenizer into `folder`, whole; then delete the checkpoints.
-
-    With `max_length`, the trained length, the saved tokenizer truncates to it when it is asked to truncate.
-    """
-    tokenizer.model_max_length = max_length or tokenizer.model_max_length
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, checkpoints: Path) -> None:
+    """Write weights (safetensors), config and tokenizer into `folder`, whole; then delete the checkpoints."""
 
     def write() -> None:
         with whole(folder) as temporary:

@@ -170,11 +170,8 @@ def fitted_calibration(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float,
 
     positives = int(labels.sum())
     target = np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2))
-    model = LogisticRegression(C=1e6).fit(
-        np.concatenate([log_odds, log_odds])[:, None],
-        np.repeat([1, 0], len(labels)),
-        sample_weight=np.concatenate([target, 1 - target]),
-    )
+    twice, answers = np.concatenate([log_odds, log_odds])[:, None], np.repeat([1, 0], len(labels))
+    model = LogisticRegression(C=1e6).fit(twice, answers, sample_weight=np.concatenate([target, 1 - target]))
     slope, intercept = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0:
         raise CannotFit("log-odds are not higher on positive reviews: the label words are swapped, or it cannot teach")

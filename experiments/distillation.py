@@ -218,8 +218,7 @@ def encoder_log_odds(study: Study, run: dict, splits: dict, *_: object) -> tuple
         if split == "test":
             log_odds[split] = score(study, model, str(model), run["settings"]["max_length"], split)
             continue
-        script = "02_finetune_roberta.py"
-        logits, _ = scoring.read_scores(folder, split, scoring.LOGITS, table["example_id"], script)
+        logits, _ = scoring.read_scores(folder, split, table, "02_finetune_roberta.py")
         log_odds[split] = metrics.log_odds(logits)
     return log_odds, models.weights_digest(model)
 
@@ -241,8 +240,7 @@ def llm_log_odds(
             rows = np.sort(data.stratified_order(table["label"], args.seed)[: args.llm_test_samples])
         part = table.iloc[rows]
         scoring.score_prompts(folder, split, part, model, tokenizer, llm, study.hardware, args.batch_tokens)
-        ids, script = part["example_id"], "experiments/distillation.py"
-        log_p, _ = scoring.read_scores(folder, split, scoring.LOG_PROBABILITIES, ids, script)
+        log_p, _ = scoring.read_scores(folder, split, part, "experiments/distillation.py")
         log_odds[split] = np.full(len(table), np.nan)
         log_odds[split][rows] = metrics.log_odds(log_p)
     memory.free()

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import classifiers, comparison, data, device, kept_rows, machine, measuring, memory, metrics, models
+from common import classifiers, comparison, data, device, machine, measuring, memory, metrics, models
 from common.measuring import Measured
 
 CPU = device.Hardware("cpu", "fp32", "CPU")
@@ -227,7 +227,7 @@ def test_the_row_of_an_untuned_llm_is_kept_for_its_files_alone(script, tmp_path)
     kept = []
     for content in (b"one", b"one", b"two"):
         (base / "model.safetensors").write_bytes(content)
-        kept.append(kept_rows.file_of(args, tmp_path, llm, part))
+        kept.append(measuring.kept_file(args, tmp_path, llm, part))
     assert kept[0] == kept[1] != kept[2]
 
 
@@ -340,7 +340,7 @@ def test_the_baseline_of_a_comparison_is_the_better_one(tmp_path):
 
 def test_a_third_student_is_found_by_its_line_in_students(script, monkeypatch):
     monkeypatch.setitem(classifiers.STUDENTS, "04c_student", "student, third")
-    runs = {"04c_student": {"facts": {"student": "s", "teacher": "t", "max_length": 8}}}
+    runs = {"04c_student": {"inputs": {}, "facts": {"student": "s", "teacher": "t", "max_length": 8}}}
     args = script("05").parse_args(["--forms", "none"])
-    (one,) = classifiers.find(args, CPU, runs, {}, data.Path("deploy"))
+    (one,) = classifiers.find(args, CPU, runs, data.Path("deploy"))
     assert (one.name, one.kind, one.teacher) == ("s from t", "student, third", None)

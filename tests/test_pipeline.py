@@ -105,7 +105,7 @@ def record(step: Path, **changes) -> None:
     run = {name: value for name, value in (read(step, "run.json") | changes).items() if name != "sha256"}
     files = {name: step / name for name in run["files"]}
     run["files"] = {
-        name: {"bytes": file.stat().st_size, "sha256": artifacts._sha256(file)} for name, file in files.items()
+        name: {"bytes": file.stat().st_size, "sha256": artifacts.sha256(file)} for name, file in files.items()
     }
     (step / "run.json").write_text(json.dumps(run | {"sha256": artifacts._digest_of(run)}))
 
@@ -558,7 +558,7 @@ def test_another_llm_in_the_place_of_an_untuned_one_scores_anew(outputs, flags, 
 
     def ask() -> list[str]:
         asked.clear()
-        module.save_soft_labels(args, None, tmp_path / "soft_labels", reviews, llm, None)
+        module.save_soft_labels(args, None, tmp_path / "soft_labels", reviews, llm)
         return list(asked)
 
     assert ask() == ["validation", "transfer"]
@@ -629,8 +629,8 @@ def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stop
     args = module.parse_args(flags["04b"])
     reviews = module.data.load_reviews(args, reads=("train", "transfer"))
     facts = read(outputs / "03_mistral", "run.json")["facts"]
-    folder, ids = outputs / "04b_student_from_mistral" / "soft_labels", reviews.validation["example_id"]
-    log_p, _ = module.scoring.read_scores(folder, "validation", module.scoring.LOG_PROBABILITIES, ids, "04b")
+    folder = outputs / "04b_student_from_mistral" / "soft_labels"
+    log_p, _ = module.scoring.read_scores(folder, "validation", reviews.validation, "04b")
     labels = reviews.validation["label"].to_numpy()
     assert 0 < module.check_scores(facts, log_p, labels) <= 1
     facts["validation_accuracy"] = 0.6
@@ -644,12 +644,12 @@ def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
     runs = {step: {"facts": facts} for step in list(artifacts.SCRIPTS)[1:5]}
     module = script("05")
     args = module.parse_args(["--output-dir", "nowhere", "--forms", "none"])
-    names = [contender.name for contender in module.classifiers.find(args, None, runs, {}, Path("deploy"))]
+    names = [contender.name for contender in module.classifiers.find(args, None, runs, Path("deploy"))]
     assert len(names) == len(set(names)) == 4
     # The same runs, but 04b read a file of scores: 03's LLM is no teacher of its student.
     facts = {name: value for name, value in facts.items() if name != "llm"} | {"scores": {"file": "x/llm.csv"}}
     runs["04b_student_from_mistral"] = {"facts": facts | {"teacher": "llm"}}
-    *_, llm, from_encoder, from_file = module.classifiers.find(args, None, runs, {}, Path("deploy"))
+    *_, llm, from_encoder, from_file = module.classifiers.find(args, None, runs, Path("deploy"))
     assert llm.facts["calibration"] == "none (04b has not calibrated it)"
     assert from_encoder.teacher and from_encoder.note is None
     assert (from_file.name, from_file.teacher) == ("1 from llm", None) and "llm.csv" in from_file.note

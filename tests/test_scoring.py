@@ -122,8 +122,7 @@ def score(texts: list[str]) -> dict[str, np.ndarray]:
 
 
 def first_scores(folder, n: int) -> list[float]:
-    ids = reviews_of(n)["example_id"]
-    return scoring.read_scores(folder, "train", scoring.LOGITS, ids, "02.py")[0][:, 0].tolist()
+    return scoring.read_scores(folder, "train", reviews_of(n), "02.py")[0][:, 0].tolist()
 
 
 FEATURES = ("features",)
@@ -143,7 +142,7 @@ def test_scores_are_joined_by_example_id_and_a_gap_is_refused(tmp_path, stops):
     table.assign(logit_positive=[3.0, 1.0, 2.0]).to_parquet(tmp_path / "train.parquet")
 
     def read(*ids: str):
-        return scoring.read_scores(tmp_path, "train", scoring.LOGITS, pd.Series(ids), "02.py")
+        return scoring.read_scores(tmp_path, "train", pd.DataFrame({"example_id": ids}), "02.py")
 
     scores, rows = read("train/1", "train/3")
     assert scores.tolist() == [[0, 1], [0, 3]] and rows.tolist() == [1, 0]
