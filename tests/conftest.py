@@ -10,11 +10,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import device
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
 ROOT = Path(__file__).parent.parent
 TINY_SIZES = {"train": 200, "test": 2, "unsupervised": 200}
-sys.path.insert(0, str(ROOT))
+CPU = device.Hardware("cpu", "fp32", "test")
 
 
 def load_script(number: str):

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import CPU
 from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import classifiers, comparison, data, device, kept_rows, machine, measuring, memory, metrics, models
+from common import classifiers, comparison, data, kept_rows, machine, measuring, memory, metrics, models
 from common.measuring import Measured
 
-CPU = device.Hardware("cpu", "fp32", "CPU")
 RNG = np.random.default_rng(0)
 
 

@@ -3,11 +3,11 @@ import argparse
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 from scipy.special import log_softmax, rel_entr, softmax
 
 from common import device, distill, encoding, models, scoring, training
 
-CPU = device.Hardware("cpu", "fp32", "test")
 RNG = np.random.default_rng(0)
 
 

@@ -11,13 +11,12 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import CPU, ROOT
 
 from common import (
     artifacts,
     baseline,
     data,
-    device,
     distill,
     encoding,
     llms,
@@ -29,7 +28,6 @@ from common import (
 )
 from experiments import distillation, few_labels, tables
 
-CPU = device.Hardware("cpu", "fp32", "CPU")
 GOLD = [1, 0] * 4
 SAYS = np.array([2.0, -2.0] * 4, np.float32)  # a teacher's log-odds
 SOFT = {split: metrics.two_logits(SAYS) for split in ("train", "transfer")}

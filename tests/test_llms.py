@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 
 from common import device, encoding, llms, models, patches, scoring, training, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
-CPU = device.Hardware("cpu", "fp32", "test")
 ARGS = argparse.Namespace(
     epochs=1, learning_rate=1e-3, batch_size=4, micro_batch_size=4, weight_decay=0.0, warmup_fraction=0.0, seed=0,
     lora_r=4, lora_alpha=8, lora_dropout=0.0, gradient_checkpointing=False,
@@ -128,15 +128,6 @@ def test_03_trains_with_a_plain_optimizer(script, tmp_path):
     for hardware in (CPU, device.Hardware("cuda", "fp32", "pretended", 2)):
         assert training.training_arguments(ARGS, hardware, tmp_path, 4).optim.startswith("adamw_torch")
     assert "optim" not in inspect.getsource(script("03"))
-
-
-def test_attention_gets_no_mask_of_a_padded_batch(tiny, batch):
-    """A causal LM reads the padding after the review, so no mask is needed, and the fast kernels run."""
-    model, masks = llms.load_llm(str(tiny / "mistral"), CPU), []
-    attention = model.model.layers[0].self_attn
-    attention.register_forward_pre_hook(lambda _, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
-    llms.last_logits(model, *encoding.pad(batch[0], batch[2].pad_token_id))
-    assert masks == [None]
 
 
 def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(tiny):

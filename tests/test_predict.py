@@ -5,11 +5,11 @@ import argparse
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import CPU
 
 import predict
-from common import data, device, encoding, export, metrics, models, scoring, storage
+from common import data, encoding, export, metrics, models, scoring, storage
 
-CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["good fun", "bad <br /> dull", "", "a film that is " + "good and " * 40 + "bad in the end"]
 
 

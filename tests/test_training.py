@@ -9,11 +9,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 from transformers import TrainerCallback
 
 from common import callbacks, device, encoding, models, training
-
-CPU = device.Hardware("cpu", "fp32", "test")
 
 
 @pytest.fixture
