@@ -20,6 +20,26 @@ TINY_SIZES = {"train": 200, "test": 2, "unsupervised": 200}
 CPU = device.Hardware("cpu", "fp32", "test")
 
 
+BRIEFLY = {"max_llm_samples": 20, "form_samples": 10, "latency_samples": 5, "latency_seconds": 0.05}
+BRIEFLY |= {"injection_samples": 6, "batch_tokens": 512}
+
+
+def quick_preset(bases: Path) -> dict[str, object]:
+    """A preset with which the six scripts take seconds each, on the demo's base checkpoints in `bases`."""
+    preset = {f"{role}_model": str(bases / f"demo-{role}") for role in ("roberta", "mistral")}
+    preset |= {"student_model": str(bases / "demo-distilbert"), "04b_student_from_mistral.mistral_model": None}
+    preset |= {"learning_rate": 1e-3, "batch_size": 8, "epochs": 4, "max_length": 32}
+    preset |= {"02_roberta.max_length": 40, "02_roberta.student_layers": 2}
+    preset |= {"03_mistral.max_length": 96, "03_mistral.epochs": 2, "03_mistral.learning_rate": 3e-3}
+    return preset | {f"05_benchmark.{name}": value for name, value in BRIEFLY.items()}
+
+
+def training_args(**changes: object) -> argparse.Namespace:
+    """The flags of a training of few reviews."""
+    flags = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "micro_batch_size": 4, "seed": 1}
+    return argparse.Namespace(**flags | {"weight_decay": 0.0, "warmup_fraction": 0.0} | changes)
+
+
 def load_script(number: str):
     """Load a numbered script by its beginning ("04a"); its name is no identifier, so import cannot."""
     file = next(ROOT.glob(f"{number}_*.py"))

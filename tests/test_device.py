@@ -97,10 +97,6 @@ def test_a_schedulers_variable_alone_is_no_torchrun(monkeypatch, name, value):
     assert device.world_size() == 1 and device.rank() == 0 and detect().processes == 1
 
 
-def test_a_batch_that_processes_cannot_share_is_refused_at_once(stops):
-    stops(lambda: detect(num_processes=2, batch_size=9), "--batch-size 9", "2 processes")
-
-
 def test_a_process_names_its_own_gpu_to_the_group_and_leaves_it_when_all_is_said(gpu, monkeypatch):
     gpu(7, 5, count=2)
     torchrun(monkeypatch, rank="1")

@@ -11,7 +11,7 @@ TEXTS = [
     "Dull.",
     "",
     "The plot is not funny. " * 12,
-    "😀 moving",
+    "😀 moving, Привет, 世界 \x00\x07",
     "The acting is good, but the story is dull.",
     "ok " * 90,
 ]
@@ -124,9 +124,10 @@ def test_chunks_join_in_order_into_a_table_and_an_array_and_nothing_that_is_ther
     assert (tmp_path / "train_features.npy").exists()
 
 
-def test_scores_are_joined_by_example_id_and_a_gap_is_refused(tmp_path, stops):
+def test_scores_are_joined_by_example_id_and_a_gap_or_a_repeat_is_refused(tmp_path, stops):
     table = pd.DataFrame({"example_id": ["train/3", "train/1", "train/2"], "logit_negative": 0.0})
-    table.assign(logit_positive=[3.0, 1.0, 2.0]).to_parquet(tmp_path / "train.parquet")
+    table = table.assign(logit_positive=[3.0, 1.0, 2.0])
+    table.to_parquet(tmp_path / "train.parquet")
 
     def read(*ids: str):
         return scoring.read_scores(tmp_path, "train", scoring.LOGITS, pd.Series(ids), "02.py")
@@ -134,6 +135,8 @@ def test_scores_are_joined_by_example_id_and_a_gap_is_refused(tmp_path, stops):
     scores, rows = read("train/1", "train/3")
     assert scores.tolist() == [[0, 1], [0, 3]] and rows.tolist() == [1, 0]
     stops(lambda: read("train/9"), "1 of 1", "run 02.py")
+    table.assign(example_id="train/1").to_parquet(tmp_path / "train.parquet")
+    stops(lambda: read("train/1"), "twice", "run 02.py --force")
 
 
 def assert_same_files(folder, other) -> None:
