@@ -97,6 +97,11 @@ def measure_all(
         if contender.absent:
             without.append(row | {"status": f"absent: {contender.absent}"})
             continue
+        # Not before a new row is kept: a model that fails would end every run at the same place.
+        if contender in new and any(one in new for one, _, _ in done):
+            needed = 60 * measuring.planned_minutes([contender], parts, peaks, args)
+            if device.out_of_time(needed):
+                device.stop_for_time()
         print(f"{'measuring' if contender in new else 'kept:'} {name} ({contender.kind})", flush=True)
         try:
             # For a kept row too: its files may be gone.
@@ -109,9 +114,6 @@ def measure_all(
             done.append((contender, part, measured))
             if contender in new:
                 kept_rows.keep(files[name], measured)
-                # Not before a new row is kept: a model that fails would end every run at the same place.
-                if contender is not new[-1] and device.out_of_time():
-                    device.stop_for_time()
         memory.free()
     gflops = {f"{one.precision} {one.device}": round(peak / 1e9, 1) for one, peak in peaks.items()}
     facts = {

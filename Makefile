@@ -30,7 +30,7 @@ kaggle-check:
 results: install
 	@test -d "$(DATASET)" || { echo "error: pass DATASET=path/to/imdb, a folder of the reviews"; exit 2; }
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r experiments/requirements.txt
-	test -d outputs/weights || $(BIN)/python experiments/real_weights.py --output-dir outputs/weights
+	$(BIN)/python experiments/real_weights.py --output-dir outputs/weights
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash experiments/run.sh "$(DATASET)"
 	$(MAKE) demo
 	cp $(OUTPUT)/05_benchmark/benchmark.csv results/demo/

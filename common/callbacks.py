@@ -70,15 +70,17 @@ class MaxHours(TrainerCallback):
 
 
 class RefuseNaN(TrainerCallback):
-    """Stops training when the loss is not finite in two logs in a row (a tenth of the run).
+    """Stops training when loss or gradient is not finite in two logs in a row (a tenth of the run).
 
-    A single log may hold a batch that overflowed in fp16. The gradient scaler skips such a batch.
+    A single log may hold a batch that overflowed in fp16. The gradient scaler skips such a batch. If it skips all, the
+    loss stays finite and nothing is learned.
     """
 
     def on_log(self, args, state, control, **_):
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry][-2:]
-        if len(losses) == 2 and not any(map(math.isfinite, losses)):
-            stop("the training loss became NaN: pass --force with a smaller --learning-rate, or --precision fp32")
+        logged = [entry for entry in state.log_history if "loss" in entry][-2:]
+        for name, words in {"loss": "the training loss", "grad_norm": "the gradient"}.items():
+            if len(logged) == 2 and not any(math.isfinite(entry.get(name, 0)) for entry in logged):
+                stop(f"{words} became NaN: pass --force with a smaller --learning-rate, or --precision fp32")
 
 
 class Progress(TrainerCallback):

@@ -96,6 +96,8 @@ def detect(args: argparse.Namespace) -> Hardware:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     _quiet_libraries()
     gpus, processes = torch.cuda.device_count(), world_size()
+    if gpus and "num_processes" in args:
+        patches.exchange_through_host_memory()
     if processes > 1:
         if "num_processes" not in args:
             stop("this script measures one process on one GPU: start it with python instead of torchrun")
@@ -111,8 +113,9 @@ def detect(args: argparse.Namespace) -> Hardware:
         stop(f"--batch-size {args.batch_size} does not divide by {processes} processes: pass a multiple of {processes}")
     if gpus:
         patches.attend_without_cudnn()
-        name, old = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0] < 8
+        name, old = _examine(gpus if processes > 1 else 1)
         auto = "fp16" if old else "bf16"  # torch says that a T4 supports bf16, but its compute capability is 7.5
+        auto = "fp16" if "fp16" in gather(auto) else auto  # fp16's gradients are scaled, so no machine may differ
         if old and args.precision == "bf16":
             stop(f"{name} has no bf16 arithmetic: pass --precision fp16 or leave it at auto")
     else:
@@ -124,6 +127,33 @@ def detect(args: argparse.Namespace) -> Hardware:
     shown = f"{processes} x {name} in {precision}, one process each" if processes > 1 else f"{name} in {precision}"
     print(f"running on {shown}")
     return Hardware("cuda" if gpus else "cpu", precision, name, processes)
+
+
+def _examine(gpus: int) -> tuple[str, bool]:
+    """The name of this process's GPU, and whether one of the first `gpus` is too old for bf16.
+
+    Stops if the driver or this torch cannot use one of them. torch counts GPUs without asking.
+    """
+    import torch
+
+    otherwise = "or set CUDA_VISIBLE_DEVICES= to use the CPU"
+    try:
+        name, capabilities = torch.cuda.get_device_name(), [torch.cuda.get_device_capability(i) for i in range(gpus)]
+    except RuntimeError as problem:
+        stop(f"the GPU cannot be used ({str(problem).splitlines()[0]}): update its driver, {otherwise}")
+    builds = torch.cuda.get_arch_list()  # such as sm_75, sm_90a and compute_90
+    for capability in capabilities:
+        if builds and not any(_runs_on(capability, *build.split("_")) for build in builds):
+            lack = f"{name} has compute capability {'.'.join(map(str, capability))}, and this torch has no code for it"
+            stop(f"{lack} ({' '.join(builds)}): take another GPU (on Kaggle GPU T4 x2), or another torch, {otherwise}")
+    return name, min(capabilities) < (8, 0)
+
+
+def _runs_on(capability: tuple[int, int], kind: str, number: str) -> bool:
+    """Whether a GPU runs code built for `number`: machine code ("sm") of its generation, or any earlier "compute"."""
+    *major, minor = number.rstrip("af")
+    build = int("".join(major)), int(minor)
+    return build <= capability and (kind == "compute" or build[0] == capability[0])
 
 
 def one_process_per_gpu(args: argparse.Namespace, hardware: Hardware, script: str, argv: list[str] | None) -> None:
@@ -201,9 +231,9 @@ def seconds_left() -> float:
     return _deadline - time.monotonic()
 
 
-def out_of_time() -> bool:
-    """Whether --max-hours is over by rank 0's clock, so that all processes agree."""
-    return _deadline < math.inf and share(seconds_left() <= 0)
+def out_of_time(needed: float = 0.0) -> bool:
+    """Whether --max-hours leaves less than `needed` seconds, by rank 0's clock, so that all processes agree."""
+    return _deadline < math.inf and share(seconds_left() <= needed)
 
 
 def stop_for_time() -> NoReturn:

@@ -45,7 +45,9 @@ def load_llm(name: str, hardware: Hardware, adapter: Path | None = None) -> "Pre
     patches.load_adapters_beside_other_processes()
     if adapter is not None:
         model = _with_adapter(model, name, adapter, device, hardware.dtype)
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+    if hardware.device == "cuda" and hardware.processes > 1:
+        patches.read_adapters_to_the_own_gpu()
+    if hardware.device == "cuda" and (hardware.precision == "fp32" or torch.cuda.get_device_capability()[0] < 8):
         patches.avoid_gqa_kernel()
     refuse_reading_ahead(model.eval(), name, hardware)
     return model

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
 _earlier_peak = 0.0
 
 

@@ -55,12 +55,37 @@ def load_adapters_beside_other_processes() -> None:
         save_and_load._maybe_shard_state_dict_for_tp = lambda *_: None
 
 
-def avoid_gqa_kernel() -> None:
-    """transformers after 5.0.0, to 5.23 at least: attention without a mask uses SDPA's enable_gqa.
+def exchange_through_host_memory() -> None:
+    """accelerate to 1.15 at least: beside a second RTX 40 with a driver before 550.40.07 it raises NotImplementedError.
 
-    03's and 04b's prompts need no mask. Below compute capability 8.0 only the slow math kernel supports it
-    (transformers issue 48633).
-    Test: test_below_8_0_grouped_queries_are_repeated, for the setting only.
+    It asks for these variables instead, which `accelerate launch` sets. NCCL reads them when processes join.
+    Test: test_gpus_that_cannot_reach_each_other_exchange_through_host_memory, for the setting only.
+    """
+    from accelerate.utils import check_cuda_p2p_ib_support
+
+    if not check_cuda_p2p_ib_support():
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
+
+
+def read_adapters_to_the_own_gpu() -> None:
+    """peft 0.19 to 0.21 at least: Trainer reads a checkpoint's adapter through GPU 0 in every process.
+
+    It costs the other processes a CUDA context there, some 200 MB.
+    Test: test_each_process_reads_an_adapter_to_its_own_gpu, for the setting only.
+    """
+    import peft.peft_model
+    import torch
+
+    peft.peft_model.infer_device = lambda: f"cuda:{torch.cuda.current_device()}"
+
+
+def avoid_gqa_kernel() -> None:
+    """transformers 5.0.0 to 5.23 at least: attention without a mask uses SDPA's enable_gqa.
+
+    03's and 04b's prompts need no mask. Below compute capability 8.0, and in fp32, only the slow math kernel has it
+    (transformers issues 48633 and 45636).
+    Test: test_below_8_0_and_in_fp32_grouped_queries_are_repeated, for the setting only.
     """
     from transformers.integrations import sdpa_attention
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from common import device, encoding, llms, metrics, models
+from common import device, encoding, llms, memory, metrics, models
 from common.device import Hardware
 from common.settings import stop
 from common.storage import intact_arrays, intact_json, read_json, read_table, whole, write_json, write_table
@@ -139,7 +139,12 @@ def in_chunks(
         texts = reviews["text"].iloc[begin : begin + chunk].tolist()
         file = chunks / f"{begin:07d}.npz"
         if texts and intact_arrays(file) is None:
-            scored_texts = score(texts)
+            try:
+                scored_texts = score(texts)
+            except (RuntimeError, MemoryError) as problem:
+                if not memory.is_lacking(problem):
+                    raise
+                stop("a batch does not fit in memory for scoring: pass a smaller --batch-tokens")
             with whole(file) as temporary, open(temporary, "wb") as handle:
                 np.savez(handle, **scored_texts)
             scored += len(texts)

@@ -74,6 +74,14 @@ class ReviewTrainer(Trainer):
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args, **kwargs) -> None:
+        # Trainer resets its running loss by subtracting it from itself. After one NaN it would log NaN to the end, and
+        # RefuseNaN would stop a sound fp16 run (test_training.py: a single NaN).
+        logged = self.control.should_log
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if logged:
+            tr_loss.zero_()
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGrouped:
         return LengthGrouped(self)
 

@@ -10,10 +10,10 @@ reads validation, and its last epoch is kept. Seed 1 draws the labels by seed 42
 the same. 01, 02 and 03 of each draw have run before with its subsets, in --teachers-from/LABELS-DRAW (0 labels: that
 with most of them).
 
-    common="--dataset path/to/imdb --output-dir outputs/few_labels --student-model outputs/weights/minilm-l6"
+    common="--dataset path/to/imdb --output-dir outputs/few_labels"
+    common="$common --student-model outputs/weights/minilm-l6 --roberta-model outputs/weights/mpnet-base"
     python experiments/few_labels.py $common --labels 50 --seeds 1 2 3
-    python experiments/few_labels.py $common --runs frozen_embeddings --roberta-model outputs/weights/mpnet-base
-    python experiments/few_labels.py $common --runs setfit --labels 50 --roberta-model outputs/weights/mpnet-base
+    python experiments/few_labels.py $common --runs setfit --labels 50
     python experiments/tables.py results/few_labels --collect outputs/few_labels/runs --read-test
 """
 
@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -157,11 +158,12 @@ def make_alternative(study: distillation.Study, name: str) -> None:
     folder = distillation.begun(flags, f"runs/{study.column(name, flags.seed)}", inputs)
     if folder is None:
         return
+    started = time.time()
     rows = np.sort(data.stratified_order(reviews.test["label"], args.seed)[: args.embedded_test_samples])
     labelled, odds = pd.concat([reviews.train, reviews.validation]), np.full(len(reviews.test), np.nan)
     fit = setfit if name == "setfit" else frozen_embeddings
     odds[rows], facts = fit(study, labelled, reviews.test.iloc[rows])
-    facts |= {"gold": len(labelled), "transfer": 0, "teacher": ""}
+    facts |= {"gold": len(labelled), "transfer": 0, "teacher": "", "seconds": round(time.time() - started)}
     distillation.finish(flags, folder, {"test": reviews.test}, {"test": odds}, **facts)
 
 

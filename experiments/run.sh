@@ -6,8 +6,10 @@
 #     python experiments/real_weights.py --output-dir outputs/weights
 #     bash experiments/run.sh path/to/imdb [part]   # cpu_imdb white_box black_box few_labels more_unlabelled
 #
-# Two CPU cores with AVX512-BF16 (leave out --precision bf16 elsewhere), at most 45 core hours. Run it again to continue.
-# A teacher made here replaces the committed one: the rows of its students go, until they are made here too.
+# Two CPU cores with AVX512-BF16, at most 45 core hours. Run it again to continue. One table holds one precision: elsewhere
+# leave out --precision bf16, and delete predictions.parquet and runs.csv of the folders first. A teacher made here replaces
+# the committed one, and the rows of its students go. Today's code cannot make all of these again (results/README.md names
+# the commits): they stay in git.
 set -euo pipefail
 dataset=${1:?the folder of the reviews}
 parts=${2:-cpu_imdb white_box black_box few_labels more_unlabelled}
@@ -83,8 +85,8 @@ few_labels() {
 
 more_unlabelled() { # final once more, with four times the unlabelled reviews, compared with runs of white_box
     local results=results/more_unlabelled white=outputs/distillation
-    python experiments/tables.py $results --collect $white/runs/{control-[123],final_longer-1,nb_svm-42} --read-test
     students outputs/more_unlabelled $results --teachers-from $white --max-transfer-samples 32000 --runs final --seeds 1 2 3
+    python experiments/tables.py $results --collect $white/runs/{control-[123],final_longer-1,nb_svm-42} --read-test
 }
 
 for part in $parts; do "$part"; done

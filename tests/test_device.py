@@ -14,12 +14,14 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend that GPUs of this compute capability are there."""
+    """Pretend that GPUs of this compute capability are there, the last one perhaps of another, and what torch has."""
 
-    def pretend(*capability, count=1):
+    def pretend(*capability, count=1, last=None, builds=""):
+        capabilities = [capability] * (count - 1) + [last or capability]
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", builds.split)
 
     return pretend
 
@@ -56,6 +58,64 @@ def test_every_gpu_in_sight_gets_a_process_unless_told_otherwise(gpu, monkeypatc
     assert detect(num_processes=None).processes == 2
     assert device.os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
     stops(lambda: detect(num_processes=3), "--num-processes 3", "2 GPUs")
+
+
+def test_gpus_of_two_generations_train_in_one_precision(gpu, monkeypatch):
+    gpu(8, 6, count=2, last=(7, 5))
+    assert detect(num_processes=None).precision == "fp16"  # bf16 has no scaler, and they average their gradients
+    gpu(8, 6, count=2, last=(7, 5))
+    assert detect(num_processes=1).precision == "bf16"
+    gpu(8, 6)
+    monkeypatch.setattr(device, "gather", lambda mine: [mine, "fp16"])  # the GPU of another machine
+    assert detect().precision == "fp16"
+
+
+KAGGLES = "sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+
+
+@pytest.mark.parametrize(
+    ("capability", "builds", "runs"),
+    [
+        ((6, 0), KAGGLES, False),  # a P100, which Kaggle offers too
+        ((7, 5), KAGGLES, True),
+        ((8, 9), KAGGLES, True),  # machine code of an earlier minor version
+        ((7, 0), "sm_75 sm_80", False),
+        ((9, 0), "sm_75 sm_80", False),  # machine code of an earlier generation
+        ((12, 1), "sm_90a compute_90", True),
+        ((8, 0), "sm_90a compute_90", False),
+        ((6, 0), "", True),  # a torch that does not say
+    ],
+)
+def test_a_gpu_for_which_torch_has_no_code_is_refused_before_anything_is_downloaded(
+    gpu, stops, capability, builds, runs
+):
+    gpu(*capability, builds=builds)
+    if runs:
+        assert detect().device == "cuda"
+    else:
+        stops(detect, "no code for it", "GPU T4 x2", "CUDA_VISIBLE_DEVICES=")
+
+
+def test_a_driver_too_old_for_torch_is_one_sentence(gpu, monkeypatch, stops):
+    gpu(8, 0)
+
+    def fails():
+        raise RuntimeError("the driver is too old\nand more")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", fails)
+    stops(detect, "(the driver is too old)", "update its driver")
+
+
+@pytest.mark.parametrize("reach", [False, True])
+def test_gpus_that_cannot_reach_each_other_exchange_through_host_memory(gpu, monkeypatch, reach):
+    gpu(8, 9, count=2)
+    names = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
+    for name in names:
+        monkeypatch.setenv(name, "")  # which the test's end takes back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("accelerate.utils.check_cuda_p2p_ib_support", lambda: reach)
+    detect(num_processes=None)
+    assert [device.os.environ.get(name) for name in names] == [None if reach else "1"] * 2
 
 
 def test_a_gpu_attends_without_cudnn(gpu, monkeypatch):

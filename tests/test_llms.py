@@ -137,7 +137,12 @@ def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(ti
     assert 4 * others + linear * 0.5 < weight_bytes < 4 * others + linear * (0.5 + 1 / 64) + 40_000
 
 
-def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at_a_time(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "capability", "slow"), [("fp16", (7, 5), True), ("fp32", (9, 0), True), ("bf16", (9, 0), False)]
+)
+def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at_a_time(
+    tiny, tmp_path, monkeypatch, precision, capability, slow
+):
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -153,16 +158,40 @@ def test_an_adapter_and_its_base_are_loaded_on_the_processes_own_gpu_a_weight_at
 
     monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    repaired = []
+    for name in ("avoid_gqa_kernel", "read_adapters_to_the_own_gpu"):
+        monkeypatch.setattr(patches, name, lambda name=name: repaired.append(name))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained)
     monkeypatch.setattr(llms, "refuse_reading_ahead", lambda *_: None)
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", adapter)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).touch()
-    llms.load_llm(str(tiny / "mistral"), device.Hardware("cuda", "fp16", "pretended", 2), tmp_path)
+    llms.load_llm(str(tiny / "mistral"), device.Hardware("cuda", precision, "pretended", 2), tmp_path)
+    assert repaired == ["read_adapters_to_the_own_gpu", *["avoid_gqa_kernel"] * slow]
     assert loaded == {"device_map": {"": "cuda:1"}, "torch_device": "cuda:1", "loads_in_turn": "1"}
 
 
-def test_below_8_0_grouped_queries_are_repeated(monkeypatch):
+def test_each_process_reads_an_adapter_to_its_own_gpu(tiny, tmp_path, monkeypatch):
+    import peft
+
+    model = peft.get_peft_model(
+        llms.load_llm(str(tiny / "mistral"), CPU), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(tmp_path)
+    asked, read = [], peft.peft_model.load_peft_weights
+    monkeypatch.setattr(
+        peft.peft_model, "load_peft_weights", lambda name, device, **more: asked.append(device) or read(name, "cpu")
+    )
+    monkeypatch.setattr(peft.peft_model, "infer_device", lambda: "cuda")  # what peft finds on a machine with GPUs
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    model.load_adapter(tmp_path, "default", is_trainable=True)  # Trainer's call
+    patches.read_adapters_to_the_own_gpu()
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert asked == ["cuda", "cuda:1"]
+
+
+def test_below_8_0_and_in_fp32_grouped_queries_are_repeated(monkeypatch):
     from transformers.integrations import sdpa_attention
 
     if not hasattr(sdpa_attention, "use_gqa_in_sdpa"):

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import quick_preset, write_reviews
 
-from common import artifacts, distill, export, llms, machine, report, settings, training
+from common import artifacts, distill, export, llms, machine, measuring, report, settings, training
 
 NUMBERS = ("01", "02", "03", "04a", "04b", "05")
 LLM_STEPS = ("03_mistral", "04b_student_from_mistral")
@@ -288,16 +288,19 @@ def test_models_that_fail_are_rows_that_say_so_even_without_time_and_the_exit_is
 
 
 def test_a_benchmark_that_time_stops_after_each_row_keeps_what_it_measured(
-    outputs, copied, here, tmp_path, capsys, no_report
+    outputs, copied, here, tmp_path, capsys, no_report, monkeypatch
 ):
     copied("01_baseline", "04a_student_from_roberta")
+    with monkeypatch.context() as slow, pytest.raises(SystemExit, match="3"):
+        slow.setattr(measuring, "planned_minutes", lambda *_: 60.0)
+        here("05", "--forms", "none", "--max-hours", "0.5")  # which is too short for a second row
     codes = run_out_of_time(lambda *more: here(*more, "--forms", "none"), "05")
     out = capsys.readouterr().out
     whole, made = (pd.read_csv(folder / "05_benchmark" / "benchmark.csv") for folder in (outputs, tmp_path))
     same = ["Model", "Type", "Accuracy", "nll", "Size (MB)", "n", "mcnemar_p_control", "status"]
     whole = whole[whole["Model"].isin(made["Model"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(whole[same], made[same])
-    assert codes == [3, 3, 3, 0]
+    assert codes == [3, 3, 0]
     assert out.count("measuring ") == 4  # none is measured twice
     for name in made["Model"].iloc[:-1]:
         assert f"kept: {name} (" in out

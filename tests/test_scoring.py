@@ -175,6 +175,18 @@ def test_a_scoring_that_is_out_of_time_stops_after_a_chunk_and_continues_to_the_
     assert_same_files(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_a_batch_that_does_not_fit_names_the_flag_that_helps(tmp_path, stops):
+    def fails(error):
+        def score(texts):
+            raise error
+
+        return lambda: in_chunks(tmp_path, 3, score)
+
+    stops(fails(torch.OutOfMemoryError("CUDA out of memory")), "does not fit", "--batch-tokens")
+    with pytest.raises(RuntimeError, match="another fault"):
+        fails(RuntimeError("another fault"))()
+
+
 def test_soft_labels_of_another_origin_are_deleted_and_those_of_the_same_stay(tmp_path, stops):
     folder = tmp_path / "soft_labels"
     for split in ("train", "transfer"):

@@ -1,5 +1,7 @@
+import argparse
 import contextlib
 import itertools
+import math
 import os
 import shutil
 from pathlib import Path
@@ -115,14 +117,18 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_changes_neither_batch_nor
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 @pytest.mark.parametrize(
     ("fails", "error", "ends", "said"),
     [
         (lambda second, rows: second and rows > 2, TOO_LARGE, contextlib.nullcontext(), "micro-batch 2 (x 4 acc"),
+        (lambda _, rows: rows > 2, CUBLAS, contextlib.nullcontext(), "micro-batch 2 (x 4 acc"),
         (lambda *_: True, TOO_LARGE, pytest.raises(SystemExit, match="too little memory.*--max-length"), "error: "),
         (lambda *_: True, RuntimeError("shapes"), pytest.raises(RuntimeError, match="shapes"), ""),
     ],
-    ids=["beside the first micro-step's gradients", "never", "another error"],
+    ids=["beside the first micro-step's gradients", "cuBLAS allocates by itself", "never", "another error"],
 )
 def test_the_trial_step_finds_what_fits_or_says_what_to_change_and_hides_no_other_error(
     fails, error, ends, said, tiny, tmp_path, args, capsys
@@ -301,6 +307,32 @@ def test_a_training_that_diverges_is_refused_before_anything_is_saved(tiny, tmp_
     torch.nn.init.constant_(trainer.model.classifier.bias, float("nan"))
     stops(lambda: training.train(trainer, CPU), "became NaN", "--learning-rate")
     assert trainer.state.global_step < trainer.state.max_steps  # and long before its end
+
+
+def test_a_single_nan_is_logged_once_and_ends_no_training(tiny, tmp_path, args):
+    trainer = make_trainer(tiny, tmp_path, args, logging_steps=1)
+    loss_of, steps = trainer.compute_loss, []
+
+    def compute_loss(*given, **more):  # as when a batch overflows in fp16: its gradient is skipped
+        if trainer.is_in_train and trainer.model.training:
+            steps.append(math.nan if len(steps) == 1 else 0.0)
+            return loss_of(*given, **more) + steps[-1]
+        return loss_of(*given, **more)
+
+    trainer.compute_loss = compute_loss
+    training.train(trainer, CPU)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) > 4 and [not math.isfinite(loss) for loss in logged].count(True) == 1
+
+
+def test_gradients_that_are_never_finite_end_a_training_though_the_loss_is(stops):
+    def log(*gradients):
+        entries = [{"loss": 0.7, "grad_norm": norm} for norm in gradients]
+        callbacks.RefuseNaN().on_log(None, argparse.Namespace(log_history=entries), None)
+
+    for fine in ([math.nan], [math.nan, 1.0], [1.0, math.inf]):
+        log(*fine)
+    stops(lambda: log(1.0, math.nan, math.inf), "gradient became NaN", "--precision fp32")
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.95])
