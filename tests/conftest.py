@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import device
+from common import device, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
@@ -85,19 +85,8 @@ def reviews_folder(tmp_path):
 @pytest.fixture
 def data_args(reviews_folder):
     """The flags that load_reviews reads, for a small folder; set attributes to change them."""
-    return argparse.Namespace(
-        dataset=str(reviews_folder),
-        output_dir="unused",
-        seed=1,
-        text_column=None,
-        label_column=None,
-        negative_labels=None,
-        positive_labels=None,
-        validation_samples=20,
-        max_train_samples=None,
-        max_transfer_samples=None,
-        max_test_samples=None,
-    )
+    parser = settings.make_parser(None, reads=("train", "transfer", "test"))
+    return parser.parse_args(["--dataset", str(reviews_folder), "--seed", "1", "--validation-samples", "20"])
 
 
 @pytest.fixture

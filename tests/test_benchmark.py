@@ -25,10 +25,6 @@ def classifier(score, encode=list) -> classifiers.Classifier:
     return classifiers.Classifier(encode, score, parameters=1, weight_bytes=4, flops=(1, 1))
 
 
-def two_columns(log_odds) -> np.ndarray:
-    return np.stack([-np.array(log_odds) / 2, np.array(log_odds) / 2], axis=1)
-
-
 def compared(rows: dict[str, tuple[str, float, float]], predictions: pd.DataFrame, **others) -> pd.DataFrame:
     """05's comparison of rows of type, ms and reviews/s; `others` name each row's teacher, baseline or eager form."""
     columns = ["Model", "Type", "Latency (ms)", "Throughput (samp/s)", "device", "status"]
@@ -51,7 +47,7 @@ def measured(tmp_path):
         validation = pd.DataFrame({"label": LABELS, "student": odds, "teacher": SURE})
         validation.to_parquet(tmp_path / step / "validation.parquet")
         row = {"Accuracy": accuracy, "Throughput (samp/s)": rate, "Size (MB)": ms, "Params (M)": 3 * ms}
-        return one, None, Measured(row, two_columns(odds), np.full((1, 2), ms), [], [])
+        return one, None, Measured(row, metrics.two_logits(odds), np.full((1, 2), ms), [], [])
 
     return make
 
@@ -114,7 +110,8 @@ def test_the_sweep_takes_the_smallest_batch_that_is_as_fast_as_the_best_and_ends
 
 def obedient(texts, _) -> np.ndarray:
     """A model that does what its text asks for, and likes films."""
-    return two_columns([5 if text.rstrip().endswith(("is positive.", "film")) else -1 for text in texts])
+    obeys = [text.rstrip().endswith(("is positive.", "film")) for text in texts]
+    return metrics.two_logits(np.where(obeys, 5, -1))
 
 
 def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not():

@@ -1,5 +1,6 @@
 """All six scripts on a stranger's file and tiny models, by the commands that they print; each without its input."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -93,14 +94,11 @@ def read(folder: Path, name: str) -> dict:
     return json.loads((folder / name).read_text())
 
 
-def record(step: Path, **changes) -> None:
-    """Make run.json that of the step's present files, as another run of the step would."""
-    run = {name: value for name, value in (read(step, "run.json") | changes).items() if name != "sha256"}
-    files = {name: step / name for name in run["files"]}
-    run["files"] = {
-        name: {"bytes": file.stat().st_size, "sha256": artifacts._sha256(file)} for name, file in files.items()
-    }
-    (step / "run.json").write_text(json.dumps(run | {"sha256": artifacts._digest_of(run)}))
+def finish_again(step: Path) -> None:
+    """Finish a step with the files that it has now, as another run of it would."""
+    run = read(step, "run.json")
+    (step / "run.json").unlink()
+    artifacts.finish(argparse.Namespace(**run["settings"]), step, run["facts"])
 
 
 def test_the_benchmark_has_the_promised_columns_and_a_row_for_every_model(outputs):
@@ -112,7 +110,7 @@ def test_the_benchmark_has_the_promised_columns_and_a_row_for_every_model(output
     forms = table["Type"].str.startswith("form")
     assert (table["status"] == "ok").all() and (table.loc[forms, "n"] == 10).all()
     assert {"form, eager fp32", "form, ONNX fp32", "form, ONNX int8"} <= set(table["Type"])
-    assert table.loc[forms, "Model"].str.startswith("distilbert from ").all() and table["Model"].is_unique
+    assert table.loc[forms, "Model"].str.startswith("demo-distilbert from ").all() and table["Model"].is_unique
     table = table[~forms & (table["Type"] != "cascade")]
     assert table["Type"].tolist() == ["baseline"] * 2 + ["teacher, fine-tuned", "teacher, 4-bit + LoRA"] + students
     assert table["n"].tolist() == [42, 42, 42, 20, 42, 42, 42]
@@ -323,10 +321,10 @@ def test_the_benchmark_measures_again_only_what_changed_and_says_what_is_stale(
     pd.testing.assert_frame_equal(made[:5], whole[whole["Model"].isin(made["Model"])][:5].reset_index(drop=True))
     figures = tmp_path / "02_roberta" / "metrics.json"
     figures.write_text(figures.read_text() + " ")
-    record(tmp_path / "02_roberta")
+    finish_again(tmp_path / "02_roberta")
     config = tmp_path / "04a_student_from_roberta" / "model" / "config.json"
     config.write_text(config.read_text() + " ")
-    record(tmp_path / "04a_student_from_roberta")
+    finish_again(tmp_path / "04a_student_from_roberta")
     rows = (tmp_path / "05_benchmark" / "rows").glob("*.npz")
     row = next(row for row in rows if "naive Bayes" in str(np.load(row)["about"]))
     change_last_byte(row)
@@ -336,7 +334,7 @@ def test_the_benchmark_measures_again_only_what_changed_and_says_what_is_stale(
     assert "run 04a_distill_from_roberta.py --force" in out and f"{row} is damaged" in out
     student = pd.read_csv(tmp_path / "05_benchmark/benchmark.csv").set_index("Type").loc["student, white-box"]
     assert np.isnan(student["diff_teacher"]) and "its teacher's step was made again" in student["note"]
-    assert out.count("measuring ") == 2 and "measuring distilbert from roberta" in out
+    assert out.count("measuring ") == 2 and "measuring demo-distilbert from demo-roberta" in out
 
 
 def test_the_report_is_drawn_again_from_the_files_alone(outputs, main, capsys):
@@ -413,7 +411,7 @@ def test_a_file_of_scores_teaches_without_an_llm_and_the_benchmark_says_whose_th
 
     assert here("05", "--forms", "none") == 0
     table = pd.read_csv(tmp_path / "05_benchmark" / "benchmark.csv")
-    assert table["Model"].tolist() == ["distilbert from llm"] and table["diff_teacher"].isna().all()
+    assert table["Model"].tolist() == ["demo-distilbert from llm"] and table["diff_teacher"].isna().all()
     assert "answers.csv" in table["note"].item()
     stops(lambda: here("04b", *asked[:2]), "other settings (teacher_name was some/llm")
     scores.assign(p_positive=scores["p_positive"] + 0.01).to_csv(file, index=False)
@@ -516,25 +514,18 @@ def test_another_llm_in_the_place_of_an_untuned_one_scores_anew(outputs, flags, 
     llm = read(outputs / "03_mistral", "run.json")["facts"] | {"base": str(base), "adapter": False}
     shutil.copytree(tiny / "mistral", base)
 
-    def score(folder, split, table, *_):
-        asked.append(split)
-        scores = dict.fromkeys(module.scoring.LOG_PROBABILITIES, -1.0)
-        module.scoring.write_table(folder / f"{split}.parquet", table[["example_id"]].assign(**scores))
+    def score(_, ids, *rest):
+        asked.append(len(ids))
+        return np.full((len(ids), 2), -1.0, np.float32)
 
-    monkeypatch.setattr(module.scoring, "score_prompts", score)
+    monkeypatch.setattr(module.scoring, "score_llm", score)
     monkeypatch.setattr(module.llms, "load_llm", lambda *_: None)
-
-    def ask() -> list[str]:
+    for change, scored in ((None, [30, 50]), (Path.touch, []), (change_last_byte, [30, 50])):
+        if change:
+            change(base / "model.safetensors")
         asked.clear()
         module.save_soft_labels(args, None, tmp_path / "soft_labels", reviews, llm, None)
-        return list(asked)
-
-    assert ask() == ["validation", "transfer"]
-    for file in base.iterdir():
-        file.touch()
-    assert ask() == []
-    change_last_byte(base / "model.safetensors")
-    assert ask() == ["validation", "transfer"]
+        assert asked == scored
 
 
 def change_last_byte(file: Path) -> None:
@@ -548,7 +539,7 @@ def spoiled(**columns) -> Callable[[Path], None]:
     def spoil(file: Path) -> None:
         table = pd.read_parquet(file)
         table.assign(**columns).to_parquet(file, index=False)
-        record(file.parents[1])
+        finish_again(file.parents[1])
 
     return spoil
 
