@@ -117,3 +117,22 @@ def tiny(tmp_path_factory) -> Path:
         (folder / role).symlink_to(f"demo-{role}")
     pytest_collection_finish()  # of what making them has imported
     return folder
+
+
+@pytest.fixture
+def with_lora(tiny):
+    """Make the tiny LLM with 03's adapters. Their second matrices are zero at first, and here random."""
+    import torch
+
+    from common import llms
+
+    def make(std: float = 0.02, **changes):
+        torch.manual_seed(0)
+        flags = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "gradient_checkpointing": False} | changes
+        model = load_script("03").with_lora(argparse.Namespace(**flags), llms.load_llm(str(tiny / "mistral"), CPU))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=std)
+        return model
+
+    return make

@@ -212,23 +212,12 @@ def teacher_log_odds(study, name: str, split: str) -> np.ndarray:
     return table.loc[table["split"] == split, "log_odds"].to_numpy()
 
 
-@pytest.fixture
-def adapter(llm_study, script) -> Path:
-    """03's adapter of the tiny LLM, with random weights."""
-    base = artifacts.read_run(llm_study.args, "03_mistral")["facts"]["base"]
-    flags = argparse.Namespace(gradient_checkpointing=False, lora_r=4, lora_alpha=8, lora_dropout=0.0)
-    model = script("03").with_lora(flags, llms.load_llm(base, CPU))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero until it is trained
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder := folder_of(llm_study, "adapter", "03_mistral"))
-    return folder
-
-
 @pytest.mark.parametrize("name", distillation.ADAPTER)
 def test_the_llm_is_asked_and_calibrated_as_by_04b_and_a_tuned_one_with_03s_adapter(
-    llm_study, adapter, monkeypatch, stops, name
+    llm_study, with_lora, monkeypatch, stops, name
 ):
+    adapter = folder_of(llm_study, "adapter", "03_mistral")
+    with_lora(std=0.2).save_pretrained(adapter)
     for refuse in ("refuse_one_class", "refuse_bad_teacher"):  # a random LLM may call all reviews one class
         monkeypatch.setattr(distill, refuse, lambda *_: None)
     used, other = (adapter, None) if name == "tuned_teacher" else (None, adapter)

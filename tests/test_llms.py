@@ -11,7 +11,6 @@ from conftest import CPU, training_args
 from common import device, encoding, llms, models, patches, scoring, training, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
-LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "gradient_checkpointing": False}
 TEXTS = ["The plot is dull.", "The plot is not dull at all.", "A moving film, " * 8, "ok"]
 
 
@@ -21,21 +20,6 @@ def batch(tiny):
     ids = verbalizer.encode_prompts(tokenizer, TEXTS, PROMPT, 128)
     labels = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS)
     return ids, labels, tokenizer
-
-
-@pytest.fixture
-def with_lora(tiny, script):
-    """Make the tiny LLM with 03's adapters."""
-
-    def make(**changes):
-        torch.manual_seed(0)
-        model = script("03").with_lora(training_args(**LORA | changes), llms.load_llm(str(tiny / "mistral"), CPU))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at first, and then lora_A would have no gradient to compare
-                torch.nn.init.normal_(parameter, std=0.02)
-        return model
-
-    return make
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
