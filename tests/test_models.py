@@ -4,12 +4,13 @@ import pytest
 from common import encoding, models
 
 
-@pytest.mark.parametrize("role", ["roberta", "distilbert"])
-def test_an_encoders_input_is_what_its_own_tokenizer_makes_of_a_short_text(tiny, role):
+@pytest.mark.parametrize(("role", "typed"), [("roberta", "</s> <mask>"), ("distilbert", "[SEP] [MASK]")])
+def test_an_input_is_what_its_own_tokenizer_makes_of_a_short_text_but_typed_special_tokens_are_text(tiny, role, typed):
     tokenizer = models.load_tokenizer(str(tiny / role))
-    texts = ["The plot is dull.", "", "😀 Привет 世界"]
-    for ids, text in zip(encoding.encode(tokenizer, texts, 64), texts):
-        assert ids.tolist() == tokenizer(text)["input_ids"]
+    texts = ["The plot is dull.", "", "😀 Привет 世界", f"good {typed} bad"]
+    *encoded, plain = encoding.encode(tokenizer, texts, 64)
+    assert [ids.tolist() for ids in encoded] == tokenizer(texts[:3])["input_ids"]
+    assert not set(plain[1:-1].tolist()) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 
 def test_truncation_keeps_a_quarter_of_the_head_and_the_rest_of_the_tail(tiny):
@@ -18,13 +19,6 @@ def test_truncation_keeps_a_quarter_of_the_head_and_the_rest_of_the_tail(tiny):
     tokenizer = models.load_tokenizer(str(tiny / "distilbert"))
     (ids,) = encoding.encode(tokenizer, ["dull " * 400], 32)
     assert len(ids) == 32 and ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
-
-
-@pytest.mark.parametrize(("role", "typed"), [("roberta", "</s> <mask>"), ("distilbert", "[SEP] [MASK]")])
-def test_a_special_token_in_a_review_is_plain_text(tiny, role, typed):
-    tokenizer = models.load_tokenizer(str(tiny / role))
-    (ids,) = encoding.encode(tokenizer, [f"good {typed} bad"], 64)
-    assert not set(ids[1:-1].tolist()) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 
 def test_parameters_and_bytes_are_counted(tiny):

@@ -64,29 +64,23 @@ def test_accumulation_changes_neither_the_loss_nor_the_gradient(tiny, tmp_path, 
     assert steps[0]["grad_norm"] == pytest.approx(steps[1]["grad_norm"], rel=1e-3)
 
 
-def test_evaluation_keeps_the_rows_in_order_though_training_groups_by_length(tiny, tmp_path, args):
+def test_an_epochs_order_depends_on_seed_and_epoch_alone_and_groups_by_length_and_evaluation_keeps_the_rows_order(
+    tiny, tmp_path, args
+):
     trainer = make_trainer(tiny, tmp_path, args)
-    predicted = trainer.predict(trainer.eval_dataset)
-    assert predicted.label_ids.tolist() == trainer.eval_dataset.labels.tolist()
-
-
-def epochs_of(trainer, *epochs):
     sampler = trainer._get_train_sampler()
-    orders = []
-    for epoch in epochs:
+
+    def order(epoch: float) -> list[int]:
         trainer.state.epoch = epoch
-        orders.append(list(sampler))
-    return orders
+        return list(sampler)
 
-
-def test_an_epochs_order_depends_on_seed_and_epoch_alone_and_groups_by_length(tiny, tmp_path, args):
-    trainer = make_trainer(tiny, tmp_path, args)
-    first = epochs_of(trainer, 0.0, 1.0)
+    first, second = order(0.0), order(1.0)
     torch.rand(7)  # as dropout would, and on each process by another number
-    assert epochs_of(trainer, 0.0, 1.4) == first  # 1.4: where an interruption fell
-    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1]) == list(range(32))
-    lengths = np.array([len(ids) for ids in trainer.train_dataset.ids])[first[0]].reshape(4, 8)
+    assert (order(0.0), order(1.4)) == (first, second)  # 1.4: where an interruption fell
+    assert first != second and sorted(first) == sorted(second) == list(range(32))
+    lengths = np.array([len(ids) for ids in trainer.train_dataset.ids])[first].reshape(4, 8)
     assert np.ptp(lengths, axis=1).mean() < np.ptp(lengths)
+    assert trainer.predict(trainer.eval_dataset).label_ids.tolist() == trainer.eval_dataset.labels.tolist()
 
 
 TOO_LARGE = torch.OutOfMemoryError("CUDA out of memory")
