@@ -162,13 +162,7 @@ def _distilbert_tokenizer(texts: list[str]) -> "PreTrainedTokenizerFast":
     pieces = (piece for text in texts for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     words = sorted(set(pieces))  # made here, because WordPieceTrainer gives other ids and pieces in each run
     letters = sorted(set("".join(words)))
-    special = {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    }
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     vocabulary = dict.fromkeys([*special.values(), *letters, *(f"##{letter}" for letter in letters), *words])
     vocabulary = {token: token_id for token_id, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -205,47 +199,29 @@ def _wrap(tokenizer: object, **names: str) -> "PreTrainedTokenizerFast":
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, **names)
 
 
-def _roberta(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    config = RobertaConfig(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
-        max_position_embeddings=MAX_LENGTH + 2, type_vocab_size=1, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, initializer_range=0.05, **_ids(tokenizer),
-    )  # fmt: skip
-    return RobertaForMaskedLM(config)
-
-
-def _distilbert(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
-    from transformers import DistilBertConfig, DistilBertForMaskedLM
-
-    config = DistilBertConfig(
-        dim=96, n_layers=2, n_heads=4, hidden_dim=192, max_position_embeddings=MAX_LENGTH, dropout=0.0,
-        attention_dropout=0.0, initializer_range=0.05, **_ids(tokenizer),
-    )  # fmt: skip
-    return DistilBertForMaskedLM(config)
+ROLES = {  # tokenizer, pre-training steps, peak learning rate, and the config's sizes
+    "demo-roberta": (_roberta_tokenizer, 380, 1e-3, {
+        "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256,
+        "max_position_embeddings": MAX_LENGTH + 2, "type_vocab_size": 1, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }),
+    "demo-mistral": (_mistral_tokenizer, 170, 1e-3, {
+        "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 256, "max_position_embeddings": 2 * MAX_LENGTH, "sliding_window": None,
+    }),
+    "demo-distilbert": (_distilbert_tokenizer, 300, 1.5e-3, {
+        "dim": 96, "n_layers": 2, "n_heads": 4, "hidden_dim": 192, "max_position_embeddings": MAX_LENGTH,
+        "dropout": 0.0, "attention_dropout": 0.0,
+    }),
+}  # fmt: skip
 
 
-def _mistral(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
-    from transformers import MistralConfig, MistralForCausalLM
+def _model(kind: str, sizes: dict[str, object], tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    config = MistralConfig(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
-        max_position_embeddings=2 * MAX_LENGTH, sliding_window=None, initializer_range=0.05, **_ids(tokenizer),
-    )  # fmt: skip
-    return MistralForCausalLM(config)
-
-
-def _ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int | None]:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    return {"vocab_size": len(tokenizer), **ids}
-
-
-ROLES = {  # tokenizer, model, pre-training steps, peak learning rate
-    "demo-roberta": (_roberta_tokenizer, _roberta, 380, 1e-3),
-    "demo-mistral": (_mistral_tokenizer, _mistral, 170, 1e-3),
-    "demo-distilbert": (_distilbert_tokenizer, _distilbert, 300, 1.5e-3),
-}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), initializer_range=0.05, **ids, **sizes)
+    return (AutoModelForMaskedLM if tokenizer.mask_token_id is not None else AutoModelForCausalLM).from_config(config)
 
 
 def _pretrain(
@@ -305,10 +281,10 @@ def make(folder: Path, sizes: dict[str, int] = SIZES, effort: float = 1.0, seed:
         (temporary / "reviews").mkdir(parents=True)
         for split, table in corpus.items():
             table.to_parquet(temporary / "reviews" / f"{split}.parquet", index=False)
-        for name, (make_tokenizer, make_model, steps, learning_rate) in ROLES.items():
+        for name, (make_tokenizer, steps, learning_rate, model_sizes) in ROLES.items():
             torch.manual_seed(seed)
             tokenizer = make_tokenizer(texts)
-            model = make_model(tokenizer)
+            model = _model(name.removeprefix("demo-"), model_sizes, tokenizer)
             _pretrain(model, tokenizer, round(effort * steps), learning_rate, seed)
             model.save_pretrained(temporary / name)
             tokenizer.save_pretrained(temporary / name)

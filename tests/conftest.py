@@ -10,11 +10,34 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import device, settings
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that a second thread only waits
 ROOT = Path(__file__).parent.parent
 TINY_SIZES = {"train": 200, "test": 2, "unsupervised": 200}
-sys.path.insert(0, str(ROOT))
+CPU = device.Hardware("cpu", "fp32", "test")
+
+
+BRIEFLY = {"max_llm_samples": 20, "form_samples": 10, "latency_samples": 5, "latency_seconds": 0.05}
+BRIEFLY |= {"injection_samples": 6, "batch_tokens": 512}
+
+
+def quick_preset(bases: Path) -> dict[str, object]:
+    """A preset with which the six scripts take seconds each, on the demo's base checkpoints in `bases`."""
+    preset = {f"{role}_model": str(bases / f"demo-{role}") for role in ("roberta", "mistral")}
+    preset |= {"student_model": str(bases / "demo-distilbert"), "04b_student_from_mistral.mistral_model": None}
+    preset |= {"learning_rate": 1e-3, "batch_size": 8, "epochs": 4, "max_length": 32}
+    preset |= {"02_roberta.max_length": 40, "02_roberta.student_layers": 2}
+    preset |= {"03_mistral.max_length": 96, "03_mistral.epochs": 2, "03_mistral.learning_rate": 3e-3}
+    return preset | {f"05_benchmark.{name}": value for name, value in BRIEFLY.items()}
+
+
+def training_args(**changes: object) -> argparse.Namespace:
+    """The flags of a training of few reviews."""
+    flags = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "micro_batch_size": 4, "seed": 1}
+    return argparse.Namespace(**flags | {"weight_decay": 0.0, "warmup_fraction": 0.0} | changes)
 
 
 def load_script(number: str):
@@ -62,19 +85,8 @@ def reviews_folder(tmp_path):
 @pytest.fixture
 def data_args(reviews_folder):
     """The flags that load_reviews reads, for a small folder; set attributes to change them."""
-    return argparse.Namespace(
-        dataset=str(reviews_folder),
-        output_dir="unused",
-        seed=1,
-        text_column=None,
-        label_column=None,
-        negative_labels=None,
-        positive_labels=None,
-        validation_samples=20,
-        max_train_samples=None,
-        max_transfer_samples=None,
-        max_test_samples=None,
-    )
+    parser = settings.make_parser(None, reads=("train", "transfer", "test"))
+    return parser.parse_args(["--dataset", str(reviews_folder), "--seed", "1", "--validation-samples", "20"])
 
 
 @pytest.fixture
@@ -105,3 +117,22 @@ def tiny(tmp_path_factory) -> Path:
         (folder / role).symlink_to(f"demo-{role}")
     pytest_collection_finish()  # of what making them has imported
     return folder
+
+
+@pytest.fixture
+def with_lora(tiny):
+    """Make the tiny LLM with 03's adapters. Their second matrices are zero at first, and here random."""
+    import torch
+
+    from common import llms
+
+    def make(std: float = 0.02, **changes):
+        torch.manual_seed(0)
+        flags = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "gradient_checkpointing": False} | changes
+        model = load_script("03").with_lora(argparse.Namespace(**flags), llms.load_llm(str(tiny / "mistral"), CPU))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=std)
+        return model
+
+    return make

@@ -2,7 +2,7 @@
 
 - Damage: every file of every finished step, with one bit flipped, cut, emptied or deleted. Each script that reads it
   must name a remedy with exit code 2, or give the same result. In each part of a step one remedy is obeyed.
-- Kills at random moments, half of them under --force; some also damage a checkpoint or a chunk.
+- Kills and time limits at random moments, half under --force; some also damage a checkpoint or a chunk.
 - Full disks: no file may grow beyond a random size. Two copies of one script. A folder that cannot be written.
 
 After each of the last four the same command must end with the same weights and predictions, to the bit.
@@ -27,13 +27,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
-from conftest import TINY_SIZES, load_script, write_reviews
+from conftest import TINY_SIZES, load_script, quick_preset, write_reviews
 
-from common import artifacts
+from common import artifacts, settings
 from demo import make
 
 READERS = {"02_roberta": "04a_student_from_roberta", "03_mistral": "04b_student_from_mistral"}  # beside 05
-BENCHMARK = "05_benchmark"
+*_, BENCHMARK = STEPS = tuple(artifacts.SCRIPTS)
+SAMPLES = {  # several chunks of scores, and seconds of training
+    "validation_samples": 60, "03_mistral.max_train_samples": "120",
+    "04a_student_from_roberta.max_transfer_samples": 120, "04b_student_from_mistral.max_transfer_samples": 600,
+}  # fmt: skip
 LOG = 20_000  # bytes that no script prints
 FORK = get_context("fork")  # a run starts with all imports done
 IMPORTS = "common.training common.distill common.baseline peft bitsandbytes onnxruntime matplotlib.pyplot sklearn.svm"
@@ -50,23 +54,6 @@ def damage(file: Path, kind: str, rng: random.Random) -> None:
     file.unlink()  # it may be linked
     if kind != "deleted":
         file.write_bytes(content[: {"cut": len(content) // 2, "emptied": 0}.get(kind)])
-
-
-def commands(reviews: Path, bases: Path) -> dict[str, list[str]]:
-    """Each step's flags without --output-dir: seconds of training, and scoring in several chunks."""
-    shared = ["--preset", "demo", "--dataset", str(reviews), "--seed", "5"]
-    trained = [*shared, *"--validation-samples 60 --learning-rate 1e-3 --batch-size 8 --epochs 3".split()]
-    student = [*trained, "--student-model", str(bases / "demo-distilbert"), "--max-length", "32"]
-    llm = ["--mistral-model", str(bases / "demo-mistral"), *"--max-length 96 --learning-rate 3e-3".split()]
-    briefly = "--max-llm-samples 20 --form-samples 10 --latency-samples 5 --latency-seconds 0.05 --injection-samples 6"
-    return {
-        "01_baseline": [*shared, "--validation-samples", "60"],
-        "02_roberta": [*trained, "--roberta-model", str(bases / "demo-roberta"), "--max-length", "40"],
-        "03_mistral": [*trained, *llm, "--max-train-samples", "120"],
-        "04a_student_from_roberta": [*student, "--max-transfer-samples", "120"],
-        "04b_student_from_mistral": [*student, "--max-transfer-samples", "600"],
-        BENCHMARK: [*shared, *briefly.split(), "--batch-tokens", "512"],
-    }
 
 
 def run(script: str, flags: list[str], log: Path, largest: int) -> None:
@@ -93,17 +80,18 @@ class Drill:
     """Finished steps to compare with, a folder to break, and what came of it."""
 
     def __init__(self, folder: Path, seed: int):
-        bases, reviews = FORK.Process(target=make.make, args=(folder / "bases", TINY_SIZES, 0.01)), folder / "reviews"
+        bases, self.rng = FORK.Process(target=make.make, args=(folder / "bases", TINY_SIZES, 0.01)), random.Random(seed)
         bases.start()
-        self.rng, self.commands = random.Random(seed), commands(reviews, folder / "bases")
         self.whole, self.broken, self.counts, self.faults, self.seconds = folder / "whole", folder / "whole", {}, [], {}
-        write_reviews(reviews, train=240, test=40, transfer=1300)
+        reviews = write_reviews(folder / "reviews", train=240, test=40, transfer=1300)
+        self.flags = ["--preset", "demo", "--dataset", str(reviews), "--seed", "5"]
+        settings.PRESETS["demo"] = quick_preset(folder / "bases") | SAMPLES  # which forked processes inherit
         for script in artifacts.SCRIPTS.values():
             load_script(script.partition("_")[0])
         for module in IMPORTS.split():
             importlib.import_module(module)
         bases.join()
-        for step in self.commands:
+        for step in STEPS:
             began = time.monotonic()
             code, told = self.end(self.start(step))
             assert code == 0, told
@@ -112,7 +100,7 @@ class Drill:
 
     def start(self, step: str, *more: str, largest: int = -1) -> tuple[BaseProcess, Path]:
         """A running script, and the file into which it prints."""
-        flags = [*self.commands[step], "--output-dir", str(self.broken), *more]
+        flags = [*self.flags, "--output-dir", str(self.broken), *more]
         log = self.whole.with_name(f"log{time.monotonic_ns()}")
         process = FORK.Process(target=run, args=(artifacts.SCRIPTS[step], flags, log, largest))
         process.start()
@@ -136,8 +124,9 @@ class Drill:
     def fresh(self, step: str, finished: bool = False) -> Path:
         """A folder with all other steps finished, and `step` too if `finished`; returns the step's folder."""
         shutil.rmtree(self.broken, ignore_errors=True)
-        for other in self.commands if finished else self.commands.keys() - {step}:  # no script changes a file in place
-            shutil.copytree(self.whole / other, self.broken / other, copy_function=os.link)
+        for other in STEPS:
+            if finished or other != step:  # no script changes a file in place
+                shutil.copytree(self.whole / other, self.broken / other, copy_function=os.link)
         return self.broken / step
 
     def damage_files(self, at_most: int | None) -> None:
@@ -182,14 +171,15 @@ class Drill:
         self.count(part, case, fault, detected or "is damaged" in told, times)
 
     def kill(self, kills: int) -> None:
-        """Kill steps at random moments, one to three times in a row; every second time under --force."""
+        """End steps at random moments, by kill or time limit, one to three times; every second time under --force."""
         more = ()
         while kills > 0:
-            step, times = self.rng.choice(list(self.commands)), self.rng.randint(1, min(3, kills))
+            step, times = self.rng.choice(STEPS), self.rng.randint(1, min(3, kills))
             folder, happened, fault = self.fresh(step, finished=bool(more)), [], ""
             for _ in range(times):
                 moment = self.rng.uniform(0, self.seconds[step])
-                self.end(self.start(step, *more), after=moment)
+                limit = self.rng.choice([(), ("--max-hours", str(moment / 3600))])
+                self.end(self.start(step, *more, *limit), after=None if limit else moment)
                 if more and not (artifacts._settled(folder) / "run.json").exists():
                     fault = "the finished step is gone"
                 happened += [f"{moment:.1f} s", *self.damage_work(artifacts._work(folder))]
@@ -210,7 +200,7 @@ class Drill:
 
     def fill_disks(self, times: int) -> None:
         """Limit the size of files at random, which fails like a full disk in the middle of a write."""
-        sizes = {step: [file.stat().st_size for file in (self.whole / step).rglob("*")] for step in self.commands}
+        sizes = {step: [file.stat().st_size for file in (self.whole / step).rglob("*")] for step in STEPS}
         # What a script prints is a file too: of a few thousand bytes.
         sizes = {step: sorted({size for size in all_of if size > LOG}) for step, all_of in sizes.items()}
         steps = [step for step, large in sizes.items() if large]
@@ -225,7 +215,7 @@ class Drill:
 
     def run_twice(self) -> None:
         """Two copies of each script at once: one works, and the other one says so."""
-        for step in self.commands:
+        for step in STEPS:
             self.fresh(step)
             pair = [self.start(step), self.start(step)]
             (first, told), (second, more) = sorted(map(self.end, pair))
@@ -235,7 +225,7 @@ class Drill:
 
     def forbid_writing(self) -> None:
         """A folder that cannot be written. It is left out for root, who can write everywhere."""
-        for step in self.commands if os.geteuid() else ():
+        for step in STEPS if os.geteuid() else ():
             self.fresh(step)
             self.broken.chmod(0o555)
             code, told = self.end(self.start(step))

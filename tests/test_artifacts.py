@@ -279,3 +279,12 @@ def test_a_flag_that_an_older_run_lacks_had_its_default_there(args, stops, finis
     with pytest.raises(SystemExit) as left:
         artifacts.begin(args, "02_roberta", INPUTS)
     assert left.value.code == 0
+
+
+@pytest.mark.slow
+def test_whatever_breaks_the_same_command_ends_with_the_same_results_or_a_remedy():
+    command = [sys.executable, "tests/drill.py", *"--kills 6 --damages 24 --disks 3".split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tried, survived, detected = map(int, done.stdout.partition("damaged files      ")[2].split()[:3])
+    assert tried == survived == 24 and detected >= 12  # the others are for people, or records of a start

@@ -8,22 +8,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import CPU
 from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import classifiers, comparison, data, device, machine, measuring, memory, metrics, models
+from common import classifiers, comparison, data, machine, measuring, memory, metrics, models
 from common.measuring import Measured
 
-CPU = device.Hardware("cpu", "fp32", "CPU")
 RNG = np.random.default_rng(0)
+LABELS = np.tile([0, 1], 500)
+SURE = np.where(LABELS == 1, 4.0, -4.0)
+UNSURE = np.where(np.arange(1000) < 100, -SURE / 20, SURE)  # a student's log-odds: wrong where it is unsure
 
 
 def classifier(score, encode=list) -> classifiers.Classifier:
     return classifiers.Classifier(encode, score, parameters=1, weight_bytes=4, flops=(1, 1))
-
-
-def two_columns(log_odds) -> np.ndarray:
-    return np.stack([-np.array(log_odds) / 2, np.array(log_odds) / 2], axis=1)
 
 
 def compared(rows: dict[str, tuple[str, float, float]], predictions: pd.DataFrame, **others) -> pd.DataFrame:
@@ -34,6 +33,23 @@ def compared(rows: dict[str, tuple[str, float, float]], predictions: pd.DataFram
     table["device"] = devices
     others = dict.fromkeys(("teacher", "control", "baseline", "eager")) | others
     return comparison.compare(table, predictions, pd.DataFrame(others, index=list(rows))).set_index("Model")
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Make what 05 holds of a measured model: contender, reviews, result; of a student, its step's validation too."""
+
+    def make(name, kind, odds=SURE, ms=1.0, rate=10.0, accuracy=0.9, teacher=None):
+        step = next((step for step, of in classifiers.STUDENTS.items() if of == kind), "")
+        one = classifiers.Contender(name, kind, None, tmp_path, CPU, step=step, teacher=teacher and teacher[0])
+        (tmp_path / step).mkdir(exist_ok=True)
+        (tmp_path / "config.json").write_text('{"calibration_temperature": 1.0}')
+        validation = pd.DataFrame({"label": LABELS, "student": odds, "teacher": SURE})
+        validation.to_parquet(tmp_path / step / "validation.parquet")
+        row = {"Accuracy": accuracy, "Throughput (samp/s)": rate, "Size (MB)": ms, "Params (M)": 3 * ms}
+        return one, None, Measured(row, metrics.two_logits(odds), np.full((1, 2), ms), [], [])
+
+    return make
 
 
 @pytest.fixture
@@ -66,12 +82,17 @@ def test_passes_repeat_until_the_medians_interval_is_within_3_percent(timed):
     assert times[:3, 0] == pytest.approx([1100, 1300, 1100])
     assert latency["Latency (ms)"] == pytest.approx(np.median(times), abs=1e-3)
     assert latency["tokenisation_share"] == pytest.approx(0.1 * times.size / times.sum() * 1000, abs=1e-4)
+    tails = latency["latency_p90_ms"], latency["latency_p99_ms"]
+    assert tails == pytest.approx(np.percentile(times, [90, 99]).tolist(), abs=1e-3) and tails[0] < tails[1]
+    assert (latency["latency_passes"], latency["latency_n"]) == times.shape
 
 
 def test_three_passes_that_agree_by_luck_are_not_enough_and_a_noisy_machine_is_given_up_in_time(timed):
     assert len(timed(itertools.repeat(1.0))[0]) == 4
     times, latency = timed(itertools.cycle([1.0, 3.0]), seconds=20)
     assert latency["latency_quality"] == "noisy" and 19 < times.sum() / 1000 < 30
+    _, latency = timed(itertools.repeat(1.0), seconds=0.5)
+    assert (latency["latency_passes"], latency["latency_half_width"], latency["latency_quality"]) == (1, None, "noisy")
 
 
 def test_the_sweep_takes_the_smallest_batch_that_is_as_fast_as_the_best_and_ends_when_memory_does(advance):
@@ -87,13 +108,15 @@ def test_the_sweep_takes_the_smallest_batch_that_is_as_fast_as_the_best_and_ends
     assert [row["tokens_per_s"] for row in rows] == pytest.approx([50, 99, 100])
 
 
-def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not():
-    def obedient(texts, _):
-        return two_columns([5 if text.rstrip().endswith(("is positive.", "film")) else -1 for text in texts])
+def obedient(texts, _) -> np.ndarray:
+    """A model that does what its text asks for, and likes films."""
+    obeys = [text.rstrip().endswith(("is positive.", "film")) for text in texts]
+    return metrics.two_logits(np.where(obeys, 5, -1))
 
-    rows = {
-        row["attack"]: row for row in measuring.inject(classifier(obedient), ["a film", "another"], data.LABELS, None)
-    }
+
+def test_a_model_that_obeys_its_text_is_turned_and_one_that_does_not_is_not():
+    rows = measuring.inject(classifier(obedient), ["a film", "another"], data.LABELS, None)
+    rows = {row["attack"]: row for row in rows}
     assert rows[measuring.ATTACKS[1]]["turned"] == rows["any attack"]["turned"] == 1
     assert rows[measuring.ATTACKS[0]]["turned"] == 0  # though any ending turns the first one's verdict
     assert rows["any attack"]["ci_low"] == pytest.approx(metrics.wilson_interval(2, 2)[0])
@@ -155,42 +178,26 @@ def test_rows_are_compared_on_the_reviews_that_both_read():
 
 
 def test_a_cascade_hands_on_the_least_sure_reviews_by_a_rule_that_validation_chose():
-    labels = np.tile([0, 1], 500)
-    sure = np.where(labels == 1, 4.0, -4.0)
-    student = np.where(np.arange(1000) < 100, np.where(labels == 1, -0.2, 0.2), sure)  # wrong where it is unsure
-    table = pd.DataFrame({"label": labels, "student": student, "teacher": sure})
+    table = pd.DataFrame({"label": LABELS, "student": UNSURE, "teacher": SURE})
     curve, odds = comparison.cascade(table, table)
     chosen = curve[curve["chosen"]].iloc[0]
     assert curve["test_accuracy"].iloc[0] == 0.9 and chosen["test_accuracy"] == 1.0
     assert chosen["test_share"] == pytest.approx(0.1, abs=0.02) and 0.01 < chosen["p_low"] < 0.46
-    np.testing.assert_array_equal(odds > 0, labels == 1)
-    worse = table.assign(teacher=-sure)  # a teacher that knows less is not asked
+    np.testing.assert_array_equal(odds > 0, LABELS == 1)
+    worse = table.assign(teacher=-SURE)  # a teacher that knows less is not asked
     assert comparison.cascade(worse, worse)[0]["chosen"].idxmax() == 0
 
 
-def test_a_student_whose_teacher_has_no_row_is_compared_with_no_other(tmp_path):
-    row = {"Accuracy": 0.9, "Latency (ms)": 1.0, "Throughput (samp/s)": 9.0}
-    measured = Measured(row, np.zeros((1, 2)), np.ones((1, 1)), [], [])
-    encoder, llm, other = (
-        classifiers.Contender(name, name, None, tmp_path, CPU) for name in ("encoder", "llm", "other")
-    )
-    students = [
-        classifiers.Contender(f"student {step}", kind, None, tmp_path, CPU, step=step, teacher=teacher)
-        for (step, kind), teacher in zip(classifiers.STUDENTS.items(), (encoder, llm))
-    ]
-    done = [(one, None, measured) for one in (encoder, other, *students)]  # the LLM failed
+def test_a_student_whose_teacher_has_no_row_is_compared_with_no_other(measured, tmp_path):
+    encoder, llm, other = (measured(name, name) for name in ("encoder", "llm", "other"))
+    kinds = zip(classifiers.STUDENTS.values(), (encoder, llm))
+    students = [measured(f"student of {teacher[0].name}", kind, teacher=teacher) for kind, teacher in kinds]
+    done = [encoder, other, *students]  # the LLM failed
     found = comparison.references(done)
     assert found["teacher"].isna().tolist() == [True, True, False, True]
-    for step in classifiers.STUDENTS:
-        (tmp_path / step).mkdir()
-        pd.DataFrame({"label": [0, 1], "student": [-1.0, 1.0], "teacher": [-2.0, 2.0]}).to_parquet(
-            tmp_path / step / "validation.parquet"
-        )
-    (tmp_path / "config.json").write_text('{"calibration_temperature": 1.0}')
-    predictions = pd.DataFrame({"label": [0, 1], "encoder": [-2.0, 2.0], "other": 1.0})
-    predictions = predictions.assign(**{one.name: [-1.0, 1.0] for one in students})
+    predictions = pd.DataFrame({"label": LABELS} | {one.name: SURE for one, _, _ in done})
     joint, curves = comparison.cascades(tmp_path, done, predictions, found)
-    assert joint == [] and [curve["Model"].iloc[0] for curve in curves] == [f"{students[0].name}, then encoder"]
+    assert joint == [] and [curve["Model"].iloc[0] for curve in curves] == ["student of encoder, then encoder"]
 
 
 def test_an_export_that_is_gone_cut_or_of_another_model_is_made_again(monkeypatch, tmp_path):
@@ -257,16 +264,6 @@ def test_forms_are_of_the_student_on_the_cpu_and_say_which_package_they_lack(scr
     assert rows["recommended"].tolist() == ["yes", "not recommended"] and rows["speedup_eager"].tolist() == [1, 2.5]
 
 
-def test_the_latencys_columns_are_of_the_times(timed):
-    calls = itertools.chain([9.0], np.repeat([1.0, 1.2, 1.0], 3), itertools.repeat(1.1))
-    times, latency = timed(calls, ["a", "b", "c"])
-    tails = latency["latency_p90_ms"], latency["latency_p99_ms"]
-    assert tails == pytest.approx(np.percentile(times, [90, 99]).tolist(), abs=1e-3) and tails[0] < tails[1]
-    assert (latency["latency_passes"], latency["latency_n"]) == times.shape
-    _, latency = timed(itertools.repeat(1.0), seconds=0.5)
-    assert (latency["latency_passes"], latency["latency_half_width"], latency["latency_quality"]) == (1, None, "noisy")
-
-
 def test_throughput_counts_tokenisation_and_flops_do_not(advance):
     def score(ids, _):
         advance(3.0)
@@ -281,9 +278,6 @@ def test_throughput_counts_tokenisation_and_flops_do_not(advance):
 
 
 def test_a_row_says_how_many_verdicts_any_attack_turns_and_a_form_is_not_attacked(tmp_path):
-    def obedient(texts, _):
-        return two_columns([5 if text.endswith("is positive.") else -1 for text in texts])
-
     part = pd.DataFrame({"text": ["a film", "another"], "label": [0, 1]})
     args = argparse.Namespace(batch_tokens=512, latency_samples=1, latency_seconds=1e-9, injection_samples=2)
     one = classifiers.Contender("m", "student", lambda: classifier(obedient), tmp_path, CPU)
@@ -302,22 +296,10 @@ def test_a_pairs_columns():
     assert comparison.pair("eager", labels, np.stack([theirs, np.ones(100)], axis=1))["largest_gap_eager"] == 4
 
 
-def test_a_cascades_cost_is_the_students_and_a_share_of_the_teachers(tmp_path):
-    labels = np.tile([0, 1], 500)
-    sure = np.where(labels == 1, 4.0, -4.0)
-    unsure = np.where(np.arange(1000) < 100, np.where(labels == 1, -0.2, 0.2), sure)
-    step, kind = next(iter(classifiers.STUDENTS.items()))
-    teacher = classifiers.Contender("t", classifiers.ENCODER, None, tmp_path, CPU)
-    student = classifiers.Contender("s", kind, None, tmp_path, CPU, step=step, teacher=teacher)
-    (tmp_path / step).mkdir()
-    validation = pd.DataFrame({"label": labels, "student": unsure, "teacher": sure})
-    validation.to_parquet(tmp_path / step / "validation.parquet")
-    (tmp_path / "config.json").write_text('{"calibration_temperature": 1.0}')
-    done = []
-    for one, odds, ms, rate in ((teacher, sure, 10.0, 2.0), (student, unsure, 1.0, 10.0)):
-        row = {"Accuracy": 0.9, "Throughput (samp/s)": rate, "Size (MB)": ms, "Params (M)": 3 * ms}
-        done.append((one, None, Measured(row, two_columns(odds), np.full((1, 2), ms), [], [])))
-    predictions = pd.DataFrame({"label": labels, "t": sure, "s": unsure})
+def test_a_cascades_cost_is_the_students_and_a_share_of_the_teachers(measured, tmp_path):
+    teacher = measured("t", classifiers.ENCODER, ms=10.0, rate=2.0)
+    done = [teacher, measured("s", next(iter(classifiers.STUDENTS.values())), UNSURE, teacher=teacher)]
+    predictions = pd.DataFrame({"label": LABELS, "t": SURE, "s": UNSURE})
     (row,), _ = comparison.cascades(tmp_path, done, predictions, comparison.references(done))
     share = row["escalated_share"]
     assert share == pytest.approx(0.1, abs=0.02) and row["Accuracy"] == 1
@@ -329,13 +311,10 @@ def test_a_cascades_cost_is_the_students_and_a_share_of_the_teachers(tmp_path):
     assert f"--unsure {row['p_low']} {row['p_high']}" in row["note"]
 
 
-def test_the_baseline_of_a_comparison_is_the_better_one(tmp_path):
-    done = []
-    for name, accuracy in (("weak", 0.7), ("strong", 0.8)):
-        one = classifiers.Contender(name, classifiers.BASELINE, None, tmp_path, CPU)
-        done.append((one, None, Measured({"Accuracy": accuracy}, np.zeros((1, 2)), np.ones((1, 1)), [], [])))
-    done.append((classifiers.Contender("m", "student", None, tmp_path, CPU), None, done[0][2]))
-    assert comparison.references(done)["baseline"].dropna().to_dict() == {"m": "strong"}
+def test_the_baseline_of_a_comparison_is_the_better_one(measured):
+    baselines = [measured(name, classifiers.BASELINE, accuracy=at) for name, at in (("weak", 0.7), ("strong", 0.8))]
+    found = comparison.references([*baselines, measured("m", "student")])
+    assert found["baseline"].dropna().to_dict() == {"m": "strong"}
 
 
 def test_a_third_student_is_found_by_its_line_in_students(script, monkeypatch):

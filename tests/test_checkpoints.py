@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from conftest import CPU
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,9 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from common import checks, device, encoding, llms, models, scoring, verbalizer
+from common import checks, encoding, llms, models, scoring, verbalizer
 
-CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["The plot is dull.", "The plot is not dull at all. " * 3, "A moving film", "ok"]
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -90,7 +90,7 @@ def test_an_encoder_of_any_architecture_scores_a_padded_batch_as_each_review_alo
     model = models.load_classifier(name, tokenizer).eval()
     ids = encoding.encode(tokenizer, TEXTS, 64)
     together, *alone = (
-        scoring.score_encoder(model, part, tokenizer.pad_token_id, CPU, 512, [1, 2])
+        scoring.score_encoder(model, part, tokenizer.pad_token_id, CPU, 64, [0, 2])
         for part in (ids, *([one] for one in ids))
     )
     for name, tolerance in (("scores", 1e-4), ("features", 2e-3)):  # features are stored in float16

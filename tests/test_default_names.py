@@ -79,13 +79,8 @@ def told(cases: list[str], address: str, home: Path, offline: bool = False) -> d
     env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     ended = subprocess.run([sys.executable, "-c", PROCESS, *cases], env=env, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    by_case: dict[str, list[str]] = {}
-    for line in ended.stderr.splitlines():
-        if line.startswith("case "):
-            lines = by_case[line.removeprefix("case ")] = []
-        else:
-            lines.append(line)
-    return by_case
+    parts = f"\n{ended.stderr}".split("\ncase ")[1:]
+    return {case: lines for case, *lines in map(str.splitlines, parts)}
 
 
 @pytest.fixture(scope="module")

@@ -52,11 +52,13 @@ def test_a_device_runs_in_the_precision_that_it_has_and_refuses_another(gpu, sto
         assert detect(asked).dtype is dtypes[expected]
 
 
-def test_every_gpu_in_sight_gets_a_process_unless_told_otherwise(gpu, monkeypatch, stops):
+def test_every_gpu_in_sight_gets_a_process_unless_told_otherwise_and_one_process_sees_the_first_alone(
+    gpu, monkeypatch, stops
+):
     gpu(7, 5, count=2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert detect(num_processes=None).processes == 2
-    assert device.os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    for flags, processes, seen in (({"num_processes": None}, 2, "2,3"), ({"num_processes": 1}, 1, "2"), ({}, 1, "2")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # the benchmark has no such flag
+        assert detect(**flags).processes == processes and device.os.environ["CUDA_VISIBLE_DEVICES"] == seen
     stops(lambda: detect(num_processes=3), "--num-processes 3", "2 GPUs")
 
 
@@ -128,14 +130,6 @@ def test_a_gpu_attends_without_cudnn(gpu, monkeypatch):
     assert chosen == [False]
 
 
-def test_one_process_sees_the_first_gpu_alone(gpu, monkeypatch):
-    gpu(7, 5, count=2)
-    for flags in ({"num_processes": 1}, {}):  # the benchmark has no such flag
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-        assert detect(**flags).processes == 1
-        assert device.os.environ["CUDA_VISIBLE_DEVICES"] == "2"
-
-
 def torchrun(monkeypatch, rank):
     """Set the variables of one of two processes."""
     for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "x"}.items():
@@ -155,10 +149,6 @@ def test_a_schedulers_variable_alone_is_no_torchrun(monkeypatch, name, value):
         monkeypatch.delenv(one, raising=False)
     monkeypatch.setenv(name, value)
     assert device.world_size() == 1 and device.rank() == 0 and detect().processes == 1
-
-
-def test_a_batch_that_processes_cannot_share_is_refused_at_once(stops):
-    stops(lambda: detect(num_processes=2, batch_size=9), "--batch-size 9", "2 processes")
 
 
 def test_a_process_names_its_own_gpu_to_the_group_and_leaves_it_when_all_is_said(gpu, monkeypatch):

@@ -11,13 +11,12 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import CPU, ROOT
 
 from common import (
     artifacts,
     baseline,
     data,
-    device,
     distill,
     encoding,
     llms,
@@ -29,7 +28,6 @@ from common import (
 )
 from experiments import distillation, few_labels, tables
 
-CPU = device.Hardware("cpu", "fp32", "CPU")
 GOLD = [1, 0] * 4
 SAYS = np.array([2.0, -2.0] * 4, np.float32)  # a teacher's log-odds
 SOFT = {split: metrics.two_logits(SAYS) for split in ("train", "transfer")}
@@ -214,10 +212,19 @@ def teacher_log_odds(study, name: str, split: str) -> np.ndarray:
     return table.loc[table["split"] == split, "log_odds"].to_numpy()
 
 
-def test_the_llm_is_asked_and_calibrated_as_by_04b(llm_study, stops):
-    expected = {split: llm_says(llm_study, split) for split in ("train", "transfer", "test")}
-    bias, name = expected["transfer"].mean(), "zero_shot_batch_teacher"
-    assert np.ptp(expected["test"]) > 0.1 and abs(bias) > 0.1  # or nothing is tested
+@pytest.mark.parametrize("name", distillation.ADAPTER)
+def test_the_llm_is_asked_and_calibrated_as_by_04b_and_a_tuned_one_with_03s_adapter(
+    llm_study, with_lora, monkeypatch, stops, name
+):
+    adapter = folder_of(llm_study, "adapter", "03_mistral")
+    with_lora(std=0.2).save_pretrained(adapter)
+    for refuse in ("refuse_one_class", "refuse_bad_teacher"):  # a random LLM may call all reviews one class
+        monkeypatch.setattr(distill, refuse, lambda *_: None)
+    used, other = (adapter, None) if name == "tuned_teacher" else (None, adapter)
+    expected = {split: llm_says(llm_study, split, used) for split in ("train", "transfer", "test")}
+    bias = expected["transfer"].mean()
+    assert np.abs(expected["test"] - llm_says(llm_study, "test", other)).max() > 0.05  # or nothing is tested
+    assert np.ptp(expected["test"]) > 0.1 and abs(bias) > 0.1
     for split in ("train", "transfer"):
         np.testing.assert_allclose(teacher_log_odds(llm_study, name, split), expected[split] - bias, atol=1e-4)
     on_test = teacher_log_odds(llm_study, name, "test")
@@ -226,23 +233,6 @@ def test_the_llm_is_asked_and_calibrated_as_by_04b(llm_study, stops):
     np.testing.assert_allclose(on_test[read], (expected["test"] - bias)[read], atol=1e-4)
     llm_study.args.llm_test_samples = 8
     stops(lambda: teacher_log_odds(llm_study, name, "test"), "llm_test_samples was 4, is 8")
-
-
-def test_the_tuned_llm_is_asked_with_03s_adapter(llm_study, script, monkeypatch):
-    base = artifacts.read_run(llm_study.args, "03_mistral")["facts"]["base"]
-    flags = argparse.Namespace(gradient_checkpointing=False, lora_r=4, lora_alpha=8, lora_dropout=0.0)
-    model, adapter = llms.load_llm(base, CPU), folder_of(llm_study, "adapter", "03_mistral")
-    model = script("03").with_lora(flags, model)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero until it is trained
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(adapter)
-    for refuse in ("refuse_one_class", "refuse_bad_teacher"):  # a random LLM may call all reviews one class
-        monkeypatch.setattr(distill, refuse, lambda *_: None)
-    odds = teacher_log_odds(llm_study, "tuned_teacher", "transfer")
-    tuned, untuned = llm_says(llm_study, "transfer", adapter), llm_says(llm_study, "transfer")
-    np.testing.assert_allclose(odds, tuned - tuned.mean(), atol=1e-4)
-    assert np.abs(odds - (untuned - untuned.mean())).max() > 0.05
 
 
 def test_nb_svm_is_01s_of_the_same_labels(study, monkeypatch, stops):

@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_reviews
 
 from common import data, files
 
@@ -18,21 +17,18 @@ WORDS = {0: "negative", 1: "positive", -1: ""}
 
 
 @pytest.fixture
-def form(data_args, tmp_path):
+def form(data_args, reviews_folder, tmp_path):
     """Write the reviews in a form, by a function of folder, split and table; returns the flags that name it."""
-    source = write_reviews(tmp_path / "source")
     folder = tmp_path / "my reviews"
     folder.mkdir()
-    data_args.dataset = str(folder)
+    args = argparse.Namespace(**vars(data_args) | {"dataset": str(folder)})
 
     def write(change, splits=("train", "test", "unsupervised")):
         for split in splits:
-            change(folder, split, pd.read_parquet(source / f"{split}.parquet"))
-        return data_args
+            change(folder, split, pd.read_parquet(reviews_folder / f"{split}.parquet"))
+        return args
 
-    expected = argparse.Namespace(**vars(data_args) | {"dataset": str(source)})
-    write.expected = data.load_reviews(expected, ALL)
-    write.folder = folder
+    write.folder, write.expected = folder, data.load_reviews(data_args, ALL)
     return write
 
 

@@ -1,21 +1,16 @@
 """Causal LMs in 4 bits and their adapters."""
 
-import argparse
 import inspect
 import os
 
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, training_args
 
 from common import device, encoding, llms, models, patches, scoring, training, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
-CPU = device.Hardware("cpu", "fp32", "test")
-ARGS = argparse.Namespace(
-    epochs=1, learning_rate=1e-3, batch_size=4, micro_batch_size=4, weight_decay=0.0, warmup_fraction=0.0, seed=0,
-    lora_r=4, lora_alpha=8, lora_dropout=0.0, gradient_checkpointing=False,
-)  # fmt: skip
 TEXTS = ["The plot is dull.", "The plot is not dull at all.", "A moving film, " * 8, "ok"]
 
 
@@ -25,22 +20,6 @@ def batch(tiny):
     ids = verbalizer.encode_prompts(tokenizer, TEXTS, PROMPT, 128)
     labels = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS)
     return ids, labels, tokenizer
-
-
-@pytest.fixture
-def with_lora(tiny, script):
-    """Make the tiny LLM with 03's adapters."""
-
-    def make(**changes):
-        torch.manual_seed(0)
-        args = argparse.Namespace(**vars(ARGS) | changes)
-        model = script("03").with_lora(args, llms.load_llm(str(tiny / "mistral"), CPU))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at first, and then lora_A would have no gradient to compare
-                torch.nn.init.normal_(parameter, std=0.02)
-        return model
-
-    return make
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
@@ -81,7 +60,7 @@ def test_the_loss_is_that_of_the_label_token_in_the_full_sequence(with_lora, bat
     trainer = training.LabelWordTrainer(
         label_ids=labels,
         model=model,
-        args=training.training_arguments(ARGS, CPU, tmp_path, 4),
+        args=training.training_arguments(training_args(), CPU, tmp_path, 4),
         train_dataset=dataset,
         eval_dataset=dataset,
     )
@@ -126,17 +105,8 @@ def test_an_adapter_of_another_base_is_refused(tiny, with_lora, batch, tmp_path,
 def test_03_trains_with_a_plain_optimizer(script, tmp_path):
     """A paged one cannot go on in two processes: its saved state comes back as memory that CUDA does not page."""
     for hardware in (CPU, device.Hardware("cuda", "fp32", "pretended", 2)):
-        assert training.training_arguments(ARGS, hardware, tmp_path, 4).optim.startswith("adamw_torch")
+        assert training.training_arguments(training_args(), hardware, tmp_path, 4).optim.startswith("adamw_torch")
     assert "optim" not in inspect.getsource(script("03"))
-
-
-def test_attention_gets_no_mask_of_a_padded_batch(tiny, batch):
-    """A causal LM reads the padding after the review, so no mask is needed, and the fast kernels run."""
-    model, masks = llms.load_llm(str(tiny / "mistral"), CPU), []
-    attention = model.model.layers[0].self_attn
-    attention.register_forward_pre_hook(lambda _, args, given: masks.append(given["attention_mask"]), with_kwargs=True)
-    llms.last_logits(model, *encoding.pad(batch[0], batch[2].pad_token_id))
-    assert masks == [None]
 
 
 def test_a_4_bit_models_parameters_are_those_of_the_model_before_quantisation(tiny):

@@ -31,8 +31,10 @@ def names(tmp_path):
     (project / "demo").mkdir()
     (project / "demo" / "make.py").write_text("print('the demo')")
     (project / "02_fails.py").write_text("import sys; print('its cause', file=sys.stderr); sys.exit(2)")
+    (tmp_path / "input").mkdir()
     return {
-        "Path": Path, "subprocess": subprocess, "shutil": shutil, "os": os, "time": time, "session_began": time.time(),
+        "Path": lambda name: tmp_path / "input" if name == "/kaggle/input" else Path(name), "subprocess": subprocess,
+        "shutil": shutil, "os": os, "time": time, "session_began": time.time(),
         "PRESET": "demo", "STEPS": ["01"], "FLAGS": {}, "EARLIER_OUTPUTS": None, "HOURS": 1.0, "DATASET": None,
         "project": project, "outputs": tmp_path / "outputs",
     }  # fmt: skip
@@ -75,7 +77,6 @@ def test_kaggles_imdb_file_is_found_and_a_named_dataset_or_flag_goes_before_it(c
         return capfd.readouterr().out
 
     exec(cells["install"], names)
-    names["Path"] = lambda name: tmp_path / "input" if name == "/kaggle/input" else Path(name)
     assert "'--dataset'" not in run()  # nothing is attached
     file = tmp_path / "input" / folder / "IMDB Dataset.csv"
     file.parent.mkdir(parents=True)
@@ -106,7 +107,6 @@ def test_only_what_is_missing_or_too_old_is_installed_and_torch_is_held(cells, n
     wheel = tmp_path / "input" / "wheels" / "no_such_package.whl"
     wheel.parent.mkdir(parents=True)
     wheel.touch()
-    names["Path"] = lambda name: tmp_path / "input" if name == "/kaggle/input" else Path(name)
     requirements = names["project"] / "requirements.txt"
     requirements.write_text("torch>=2.6\nno-such-package>=1\nscikit-learn>=99\nnumpy>=2.0\n")
     commands = []
@@ -153,11 +153,7 @@ def test_an_earlier_sessions_steps_are_copied_once_and_can_be_written(cells, nam
 
 def test_kaggles_secret_becomes_the_hub_token_and_its_absence_is_told(cells, names, tmp_path, monkeypatch, capsys):
     (tmp_path / "kaggle_secrets.py").write_text(
-        "class UserSecretsClient:\n"
-        "    def get_secret(self, name):\n"
-        "        if not secrets: raise LookupError(name)\n"
-        "        return secrets[name]\n"
-        "secrets = {}\n"
+        "secrets = {}\nclass UserSecretsClient:\n    def get_secret(self, name): return secrets[name]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "kaggle_secrets", raising=False)
@@ -166,7 +162,7 @@ def test_kaggles_secret_becomes_the_hub_token_and_its_absence_is_told(cells, nam
     names |= {"PRESET": "kaggle", "STEPS": ["03"]}
     exec("from importlib.util import find_spec\n" + cells["token"], names)
     out = capsys.readouterr().out
-    assert "LookupError" in out and "gated" in out and "--mistral-model" in out
+    assert "KeyError" in out and "gated" in out and "--mistral-model" in out
     sys.modules["kaggle_secrets"].secrets["HF_TOKEN"] = "hf_secret"
     exec(cells["token"], names)
     assert os.environ["HF_TOKEN"] == "hf_secret"

@@ -5,11 +5,11 @@ import argparse
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import CPU
 
 import predict
-from common import data, device, encoding, export, metrics, models, scoring, storage
+from common import data, encoding, export, metrics, models, scoring, storage
 
-CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = ["good fun", "bad <br /> dull", "", "a film that is " + "good and " * 40 + "bad in the end"]
 
 
@@ -30,9 +30,10 @@ def model(tiny, tmp_path):
 
 
 def test_each_review_gets_the_label_and_probability_of_the_trained_reading(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predict, "CHUNK", 2)
+    monkeypatch.setattr(predict, "CHUNK", 1)  # so that a chunk has no text
+    (tmp_path / "reviews_labels.csv.partial").write_text("row,label\n0,positive\n")  # of an interrupted run
     file = tmp_path / "reviews.csv.gz"
-    pd.DataFrame({"review": TEXTS}).to_csv(file, index=False)
+    pd.DataFrame({"review": TEXTS, "body": TEXTS}).to_csv(file, index=False)
     predict.main([str(model[0]), str(file)])
     made = pd.read_csv(tmp_path / "reviews_labels.csv")
     assert list(made["row"]) == [0, 1, 2, 3] and pd.isna(made["label"][2]) and made["text"][1] == "bad dull"
@@ -42,7 +43,8 @@ def test_each_review_gets_the_label_and_probability_of_the_trained_reading(model
     expected = 1 / (1 + np.exp((logits[:, 0] - logits[:, 1]) / classifier.config.calibration_temperature))
     assert made["p_positive"].dropna().to_numpy() == pytest.approx(expected, abs=1e-4)
     assert list(made["label"].dropna()) == [data.LABELS[int(p > 0.5)] for p in expected]
-    assert "reviews_labels.csv: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "reviews_labels.csv: " in out and out.count("reads the column review, not body") == 1  # in four chunks
 
 
 def test_an_unsure_review_gets_the_second_models_answer_and_both_models_are_verified(model, tmp_path, monkeypatch):
@@ -81,17 +83,6 @@ def test_what_cannot_be_labelled_is_refused_and_nothing_is_overwritten(model, ti
     with pytest.raises(SystemExit, match="2"):
         predict.main([str(model[0]), str(file), "--force", "--unsure", "0.2", "0.8"])
     assert made.read_text() == "finished work" and (tmp_path / "04a").exists()
-
-
-def test_what_an_interrupted_run_left_and_reviews_without_text_leave_no_trace(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predict, "CHUNK", 1)
-    (tmp_path / "reviews_labels.csv.partial").write_text("row,label\n0,positive\n")
-    texts = ["", "good", ""]
-    pd.DataFrame({"text": texts, "review": texts}).to_csv(tmp_path / "reviews.csv", index=False)
-    predict.main([str(model[0]), str(tmp_path / "reviews.csv")])
-    assert capsys.readouterr().out.count("reads the column text, not review") == 1  # in three chunks
-    made = pd.read_csv(tmp_path / "reviews_labels.csv")
-    assert list(made["row"]) == [0, 1, 2] and list(made["label"].notna()) == [False, True, False]
 
 
 def test_the_folder_carries_length_temperature_and_a_card_that_the_hub_can_read(model):

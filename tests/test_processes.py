@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -157,3 +159,28 @@ def test_mistakes_exit_with_2_and_one_line_before_and_after_processes_start(flag
     (tmp_path / "stop.py").write_text(BEGINS + STOPS)
     left = run([str(tmp_path / "stop.py")])
     assert left.returncode == 2 and left.stderr == "error: the cause\n", left.stderr
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_killed_parent_and_a_signal_ends_all(flags, tmp_path):
+    command = [sys.executable, "02_finetune_roberta.py", *flags["02"], *TWO, "--epochs", "500"]
+    for number, sent in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)):
+        output, pipe = tmp_path / str(number), subprocess.PIPE
+        process = subprocess.Popen([*command, "--output-dir", str(output)], cwd=ROOT, stdout=pipe, stderr=pipe)
+        deadline = time.monotonic() + 120
+        while len(ranks := children(process.pid)) < 2 or not output.exists():
+            assert time.monotonic() < deadline, "two processes never started"
+            time.sleep(0.2)
+        time.sleep(8)  # into the training
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+        assert process.returncode == (-9 if sent == signal.SIGKILL else 128 + sent)
+        deadline = time.monotonic() + 30
+        while any(os.path.exists(f"/proc/{rank}") for rank in ranks):
+            assert time.monotonic() < deadline, f"{sent}: orphans"
+            time.sleep(0.2)
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [int(one) for one in found if "defunct" not in one]

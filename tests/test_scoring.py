@@ -1,21 +1,17 @@
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU
 
-from common import device, encoding, llms, metrics, models, scoring, verbalizer
+from common import device, encoding, llms, memory, metrics, models, scoring, verbalizer
 from common.verbalizer import LABEL_WORDS, PROMPT
 
-CPU = device.Hardware("cpu", "fp32", "test")
 TEXTS = [
     "Dull.",
     "",
     "The plot is not funny. " * 12,
-    "😀 moving",
+    "😀 moving, Привет, 世界 \x00\x07",
     "The acting is good, but the story is dull.",
     "ok " * 90,
 ]
@@ -35,30 +31,20 @@ def test_pooling_ignores_padding():
     assert pooled.tolist() == [[[1.0, 2.0], [2.0, 3.0]]]
 
 
-@pytest.mark.parametrize("role", ["roberta", "distilbert"])
-def test_a_batch_of_encoder_reviews_equals_each_alone_in_order(tiny, role):
-    tokenizer, model = models.load_tokenizer(str(tiny / role)), models.load_classifier(str(tiny / role)).eval()
-    ids = encoding.encode(tokenizer, TEXTS, 64)
-    together = scoring.score_encoder(model, ids, tokenizer.pad_token_id, CPU, 256, feature_layers=[0, 1, 2])
-    for row, one in enumerate(ids):
-        alone = scoring.score_encoder(model, [one], tokenizer.pad_token_id, CPU, 256, feature_layers=[0, 1, 2])
-        assert together["scores"][row] == pytest.approx(alone["scores"][0], abs=1e-5)
-        np.testing.assert_allclose(together["features"][row], alone["features"][0], atol=2e-3)  # stored in float16
-    assert together["features"].shape == (6, 3, 2, model.config.hidden_size)
-
-
 def test_a_batch_of_prompts_equals_each_unpadded_prompt_alone_in_order(tiny):
     tokenizer, model = models.load_tokenizer(str(tiny / "mistral")), llms.load_llm(str(tiny / "mistral"), CPU)
     ids = verbalizer.encode_prompts(tokenizer, TEXTS, PROMPT, 128)
-    labels, head, contiguous = (
-        verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS),
-        model.get_output_embeddings(),
-        [],
-    )
-    spy = head.register_forward_hook(lambda _, given, logits: contiguous.append(given[0].is_contiguous()))
+    labels, contiguous, masks = verbalizer.label_token_ids(tokenizer, PROMPT, LABEL_WORDS), [], []
+    head, attention = model.get_output_embeddings(), model.model.layers[0].self_attn
+    spies = [
+        head.register_forward_pre_hook(lambda _, given: contiguous.append(given[0].is_contiguous())),
+        attention.register_forward_pre_hook(lambda *given: masks.append(given[2]["attention_mask"]), with_kwargs=True),
+    ]
     together = scoring.score_llm(model, ids, labels, tokenizer.pad_token_id, CPU, 512)
-    spy.remove()
+    for spy in spies:
+        spy.remove()
     assert contiguous and all(contiguous)  # of a slice PyTorch copies the head's frozen weights once a prompt
+    assert set(masks) == {None}  # a causal LM reads the padding after the review, and the fast kernels run
     for row, one in enumerate(ids):
         with torch.inference_mode():  # the plain way: no mask, no positions, all logits
             logits = model(input_ids=torch.tensor(one[None].astype(np.int64))).logits[0, -1]
@@ -121,25 +107,27 @@ def score(texts: list[str]) -> dict[str, np.ndarray]:
     return {"scores": np.stack([numbers, -numbers], 1), "features": numbers[:, None, None].astype(np.float16)}
 
 
-def first_scores(folder, n: int) -> list[float]:
-    return scoring.read_scores(folder, "train", reviews_of(n), "02.py")[0][:, 0].tolist()
+def in_chunks(folder, n: int, how=score) -> None:
+    scoring.in_chunks(folder, "train", reviews_of(n), scoring.LOGITS, how, chunk=10, arrays=("features",))
 
 
-FEATURES = ("features",)
-
-
-def test_chunks_join_in_order_into_a_table_and_an_array(tmp_path):
-    scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10, arrays=FEATURES)
-    assert pd.read_parquet(tmp_path / "train.parquet")["example_id"].tolist() == reviews_of(25)["example_id"].tolist()
-    assert first_scores(tmp_path, 25) == list(range(25))
+def test_chunks_join_in_order_into_a_table_and_an_array_and_nothing_that_is_there_is_scored_again(tmp_path):
+    in_chunks(tmp_path, 25)
+    table = pd.read_parquet(tmp_path / "train.parquet")
+    assert table["example_id"].tolist() == reviews_of(25)["example_id"].tolist()
+    assert table["logit_negative"].tolist() == list(range(25))
     assert np.load(tmp_path / "train_features.npy", mmap_mode="r")[:, 0, 0].tolist() == list(range(25))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.parquet", "train_features.npy"]
-    scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, None)  # finished, so nothing is scored again
+    in_chunks(tmp_path, 25, how=None)
+    (tmp_path / "train_features.npy").unlink()  # which --force does not take over if it is damaged
+    in_chunks(tmp_path, 25)
+    assert (tmp_path / "train_features.npy").exists()
 
 
-def test_scores_are_joined_by_example_id_and_a_gap_is_refused(tmp_path, stops):
+def test_scores_are_joined_by_example_id_and_a_gap_or_a_repeat_is_refused(tmp_path, stops):
     table = pd.DataFrame({"example_id": ["train/3", "train/1", "train/2"], "logit_negative": 0.0})
-    table.assign(logit_positive=[3.0, 1.0, 2.0]).to_parquet(tmp_path / "train.parquet")
+    table = table.assign(logit_positive=[3.0, 1.0, 2.0])
+    table.to_parquet(tmp_path / "train.parquet")
 
     def read(*ids: str):
         return scoring.read_scores(tmp_path, "train", pd.DataFrame({"example_id": ids}), "02.py")
@@ -147,9 +135,17 @@ def test_scores_are_joined_by_example_id_and_a_gap_is_refused(tmp_path, stops):
     scores, rows = read("train/1", "train/3")
     assert scores.tolist() == [[0, 1], [0, 3]] and rows.tolist() == [1, 0]
     stops(lambda: read("train/9"), "1 of 1", "run 02.py")
+    table.assign(example_id="train/1").to_parquet(tmp_path / "train.parquet")
+    stops(lambda: read("train/1"), "twice", "run 02.py --force")
 
 
-def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
+def assert_same_files(folder, other) -> None:
+    for name in ("train.parquet", "train_features.npy"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"garbage"])
+def test_an_interrupted_scoring_continues_with_its_whole_undamaged_chunks_to_the_same_files(tmp_path, capsys, damage):
     calls = []
 
     def interrupted(texts):
@@ -158,25 +154,25 @@ def test_an_interrupted_scoring_continues_with_whole_chunks(tmp_path):
             raise KeyboardInterrupt
         return score(texts)
 
+    in_chunks(tmp_path / "whole", 40)
     with pytest.raises(KeyboardInterrupt):
-        scoring.in_chunks(tmp_path, "train", reviews_of(40), scoring.LOGITS, interrupted, chunk=10)
-    scoring.in_chunks(tmp_path, "train", reviews_of(40), scoring.LOGITS, interrupted, chunk=10)
-    assert calls == ["0", "10", "20", "20", "30"]
-    assert first_scores(tmp_path, 40) == list(range(40))
+        in_chunks(tmp_path / "stopped", 40, interrupted)
+    if damage is not None:
+        (tmp_path / "stopped" / "train_chunks" / "0000000.npz").write_bytes(damage)
+    in_chunks(tmp_path / "stopped", 40, interrupted)
+    assert calls == ["0", "10", "20", *([] if damage is None else ["0"]), "20", "30"]
+    assert ("is damaged" in capsys.readouterr().out) == (damage is not None)
+    assert_same_files(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_a_scoring_that_is_out_of_time_stops_after_a_chunk_and_continues_to_the_same_scores(tmp_path, monkeypatch):
-    scoring.in_chunks(tmp_path, "train", reviews_of(45), scoring.LOGITS, score, 10, FEATURES)
+def test_a_scoring_that_is_out_of_time_stops_after_a_chunk_and_continues_to_the_same_files(tmp_path, monkeypatch):
+    in_chunks(tmp_path / "whole", 45)
     monkeypatch.setattr(device, "out_of_time", lambda: True)
-    codes = []
-    while not (tmp_path / "stopped" / "train.parquet").exists():
-        try:
-            scoring.in_chunks(tmp_path / "stopped", "train", reviews_of(45), scoring.LOGITS, score, 10, FEATURES)
-        except SystemExit as left:
-            codes.append(left.code)
-    assert codes == [3] * 4  # the fifth run makes the last chunk, and the split is finished
-    for name in ("train.parquet", "train_features.npy"):
-        assert (tmp_path / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+    for _ in range(4):
+        with pytest.raises(SystemExit, match="3"):
+            in_chunks(tmp_path / "stopped", 45)
+    in_chunks(tmp_path / "stopped", 45)  # makes the last chunk, and the split is finished
+    assert_same_files(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_batch_that_does_not_fit_names_the_flag_that_helps(tmp_path, stops):
@@ -184,28 +180,11 @@ def test_a_batch_that_does_not_fit_names_the_flag_that_helps(tmp_path, stops):
         def score(texts):
             raise error
 
-        return lambda: scoring.in_chunks(tmp_path, "train", reviews_of(3), scoring.LOGITS, score)
+        return lambda: in_chunks(tmp_path, 3, score)
 
     stops(fails(torch.OutOfMemoryError("CUDA out of memory")), "does not fit", "--batch-tokens")
     with pytest.raises(RuntimeError, match="another fault"):
         fails(RuntimeError("another fault"))()
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage"])
-def test_a_damaged_chunk_is_scored_again(tmp_path, capsys, content):
-    (tmp_path / "train_chunks").mkdir()
-    (tmp_path / "train_chunks" / "0000000.npz").write_bytes(content)
-    scoring.in_chunks(tmp_path, "train", reviews_of(25), scoring.LOGITS, score, chunk=10)
-    assert "is damaged" in capsys.readouterr().out
-    assert first_scores(tmp_path, 25) == list(range(25))
-
-
-def test_a_finished_split_is_not_scored_again_unless_it_lacks_an_array(tmp_path):
-    for again in (score, None):
-        scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, again, arrays=FEATURES)
-    (tmp_path / "train_features.npy").unlink()  # which --force does not take over if it is damaged
-    scoring.in_chunks(tmp_path, "train", reviews_of(5), scoring.LOGITS, score, arrays=FEATURES)
-    assert (tmp_path / "train_features.npy").exists()
 
 
 def test_soft_labels_of_another_origin_are_deleted_and_those_of_the_same_stay(tmp_path, stops):
@@ -222,24 +201,16 @@ def test_soft_labels_of_another_origin_are_deleted_and_those_of_the_same_stay(tm
     stops(lambda: scoring.refuse_stale(folder, "train", {"weights": "b"}, "02_finetune_roberta.py"), "other weights")
 
 
-MEMORY = """
-import resource, sys
-import numpy as np, pandas as pd
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from common import scoring
-reviews = pd.DataFrame({{"example_id": np.arange(20_000).astype(str), "text": "a film"}}).iloc[: int(sys.argv[1])]
-def score(texts):
-    return {{"scores": np.zeros((len(texts), 2), np.float32), "features": np.ones((len(texts), 6, 2, 256), np.float16)}}
-scoring.in_chunks(Path(sys.argv[2]), "transfer", reviews, scoring.LOGITS, score, arrays=("features",))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-
-
 def test_host_memory_does_not_grow_with_the_number_of_reviews(tmp_path):
+    def score(texts):
+        features = np.ones((len(texts), 6, 2, 256), np.float16)
+        return {"scores": np.zeros((len(texts), 2), np.float32), "features": features}
+
     peaks = []
     for n in (2_000, 20_000):
-        command = [sys.executable, "-c", MEMORY.format(root=str(ROOT)), str(n), str(tmp_path / str(n))]
-        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-    written = (tmp_path / "20000" / "transfer_features.npy").stat().st_size / 2**20
-    assert written > 110 and peaks[1] - peaks[0] < 30, peaks  # MB
+        reviews = pd.DataFrame({"example_id": np.arange(n).astype(str), "text": "a film"})
+        resident = memory.restart_host_peak()
+        scoring.in_chunks(tmp_path / str(n), "transfer", reviews, scoring.LOGITS, score, arrays=("features",))
+        peaks.append(memory.host_peak_mb() - resident)
+    written = (tmp_path / "20000" / "transfer_features.npy").stat().st_size / 1e6
+    assert written > 120 and peaks[1] - peaks[0] < 30, peaks

@@ -6,10 +6,11 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import logit
 
 from common import data, teacher_scores
 
-LOGIT_95 = np.log(0.95 / 0.05)
+LOGIT_95 = logit(0.95)
 
 
 @pytest.fixture
@@ -38,10 +39,6 @@ def table(reviews):
     """The unlabelled texts, and a probability of each."""
     p = np.linspace(0.05, 0.95, len(reviews.transfer)).round(3)
     return pd.DataFrame({"text": reviews.transfer["text"], "p_positive": p})
-
-
-def logit(p):
-    return np.log(p / (1 - np.asarray(p)))
 
 
 @pytest.mark.parametrize(("name", "stem"), [("gpt-4.1.csv.gz", "gpt-4.1"), ("some.llm.Parquet", "some.llm")])

@@ -10,11 +10,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, training_args
 from transformers import TrainerCallback
 
 from common import callbacks, device, encoding, models, training
-
-CPU = device.Hardware("cpu", "fp32", "test")
 
 
 @pytest.fixture
@@ -23,13 +22,12 @@ def often(monkeypatch):
     monkeypatch.setattr(callbacks.SaveOften, "seconds", 0)
 
 
-ARGS = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 8, "weight_decay": 0.0}
-ARGS |= {"warmup_fraction": 0.0, "seed": 3}
+ARGS = {"epochs": 2, "batch_size": 8, "micro_batch_size": 8}
 
 
 @pytest.fixture
 def args():
-    return argparse.Namespace(**ARGS)
+    return training_args(**ARGS)
 
 
 def first_is_best(_):
@@ -66,53 +64,53 @@ def test_accumulation_changes_neither_the_loss_nor_the_gradient(tiny, tmp_path, 
     assert steps[0]["grad_norm"] == pytest.approx(steps[1]["grad_norm"], rel=1e-3)
 
 
-def test_evaluation_keeps_the_rows_in_order_though_training_groups_by_length(tiny, tmp_path, args):
-    trainer = make_trainer(tiny, tmp_path, args)
-    predicted = trainer.predict(trainer.eval_dataset)
-    assert predicted.label_ids.tolist() == trainer.eval_dataset.labels.tolist()
-
-
-def epochs_of(trainer, *epochs):
-    sampler = trainer._get_train_sampler()
-    orders = []
-    for epoch in epochs:
-        trainer.state.epoch = epoch
-        orders.append(list(sampler))
-    return orders
-
-
-def test_an_epochs_order_depends_on_seed_and_epoch_alone_and_groups_by_length(tiny, tmp_path, args):
-    trainer = make_trainer(tiny, tmp_path, args)
-    first = epochs_of(trainer, 0.0, 1.0)
-    torch.rand(7)  # as dropout would, and on each process by another number
-    assert epochs_of(trainer, 0.0, 1.4) == first  # 1.4: where an interruption fell
-    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1]) == list(range(32))
-    lengths = np.array([len(ids) for ids in trainer.train_dataset.ids])[first[0]].reshape(4, 8)
-    assert np.ptp(lengths, axis=1).mean() < np.ptp(lengths)
-
-
-def test_a_micro_batch_that_does_not_fit_is_halved_and_changes_neither_batch_nor_loss(
-    tiny, tmp_path, args, capsys, monkeypatch
+def test_an_epochs_order_depends_on_seed_and_epoch_alone_and_groups_by_length_and_evaluation_keeps_the_rows_order(
+    tiny, tmp_path, args
 ):
+    trainer = make_trainer(tiny, tmp_path, args)
+    sampler = trainer._get_train_sampler()
+
+    def order(epoch: float) -> list[int]:
+        trainer.state.epoch = epoch
+        return list(sampler)
+
+    first, second = order(0.0), order(1.0)
+    torch.rand(7)  # as dropout would, and on each process by another number
+    assert (order(0.0), order(1.4)) == (first, second)  # 1.4: where an interruption fell
+    assert first != second and sorted(first) == sorted(second) == list(range(32))
+    lengths = np.array([len(ids) for ids in trainer.train_dataset.ids])[first].reshape(4, 8)
+    assert np.ptp(lengths, axis=1).mean() < np.ptp(lengths)
+    assert trainer.predict(trainer.eval_dataset).label_ids.tolist() == trainer.eval_dataset.labels.tolist()
+
+
+TOO_LARGE = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def limit(trainer, fails, error=TOO_LARGE) -> None:
+    """Let the loss in training raise an error where `fails` says so of a micro-step and its number of rows."""
+    compute = trainer.compute_loss
+
+    def limited(model, inputs, *rest, **more):
+        second = any(weight.grad is not None for weight in model.parameters())
+        if model.training and fails(second, len(inputs["input_ids"])):
+            raise error
+        return compute(model, inputs, *rest, **more)
+
+    trainer.compute_loss = limited
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_changes_neither_batch_nor_loss(tiny, tmp_path, args, capsys):
     losses = []
     for fits in (8, 2):
         trainer = make_trainer(tiny, tmp_path / str(fits), args, logging_steps=1)
         trainer.model.dropout.p = 0.0
-        compute = trainer.compute_loss
-
-        def limited(model, inputs, *rest, compute=compute, fits=fits, **more):
-            if model.training and len(inputs["input_ids"]) > fits:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return compute(model, inputs, *rest, **more)
-
-        monkeypatch.setattr(trainer, "compute_loss", limited)
+        limit(trainer, lambda _, rows, fits=fits: rows > fits)
         training.train(trainer, CPU)
         assert f"fits with micro-batch {fits} (x {8 // fits} accumulated" in capsys.readouterr().out
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-TOO_LARGE = torch.OutOfMemoryError("CUDA out of memory")
 CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
@@ -127,18 +125,11 @@ CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cubl
     ids=["beside the first micro-step's gradients", "cuBLAS allocates by itself", "never", "another error"],
 )
 def test_the_trial_step_finds_what_fits_or_says_what_to_change_and_hides_no_other_error(
-    fails, error, ends, said, tiny, tmp_path, args, capsys, monkeypatch
+    fails, error, ends, said, tiny, tmp_path, args, capsys
 ):
     args.micro_batch_size = 4
     trainer = make_trainer(tiny, tmp_path, args)
-    compute = trainer.compute_loss
-
-    def limited(model, inputs, *rest, **more):
-        if fails(any(weight.grad is not None for weight in model.parameters()), len(inputs["input_ids"])):
-            raise error
-        return compute(model, inputs, *rest, **more)
-
-    monkeypatch.setattr(trainer, "compute_loss", limited)
+    limit(trainer, fails, error)
     with ends:
         training.fit_memory(trainer, CPU)
     assert said in "".join(capsys.readouterr())
@@ -272,7 +263,7 @@ def ending(trainer):
 
 @pytest.fixture(scope="module")
 def unbroken(tiny, tmp_path_factory):
-    trainer = make_trainer(tiny, tmp_path_factory.mktemp("whole"), argparse.Namespace(**ARGS), first_is_best)
+    trainer = make_trainer(tiny, tmp_path_factory.mktemp("whole"), training_args(**ARGS), first_is_best)
     training.train(trainer, CPU)
     return ending(trainer)
 

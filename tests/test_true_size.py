@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import CPU
 from transformers import Trainer
 
-from common import device, llms, memory, models, settings
+from common import llms, memory, models, settings
 from experiments import plan, true_size
 
-CPU = device.Hardware("cpu", "fp32", "test")
 GPU_RESULTS = plan.ROOT / "results" / "gpu"
 
 

@@ -92,11 +92,6 @@ def test_a_chat_prompt_keeps_the_tokens_that_it_spells(tokenizer):
     assert ids.tolist().count(tokenizer.bos_token_id) == 2 and ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
-def test_any_text_makes_a_prompt(tokenizer):
-    texts = ["", "😀😀", "Привет, 世界", "\x00\x07"]
-    assert min(map(len, verbalizer.encode_prompts(tokenizer, texts, PROMPT, 200))) > 10
-
-
 def test_label_words_of_several_tokens_or_the_same_token_are_refused(tokenizer, mistral, stops):
     ids_of = verbalizer.label_token_ids
     stops(lambda: ids_of(tokenizer, PROMPT, ("unbelievably", "positive")), "not one token", "--label-words")
