@@ -115,20 +115,20 @@ def main(argv: list[str] | None = None) -> None:
     settings.refuse_no_teacher(args, len(reviews.transfer))
     artifacts.refuse_conflict(args, teacher_run, reviews.fingerprints)
     checks.check_encoder(args.student_model, args.max_length, reviews.train["text"], hardware)
-    facts = teacher_run["facts"]
-    teacher, of_validation = read_teacher(args, reviews, facts)
+    taught_by = teacher_run["facts"]
+    teacher, of_validation = read_teacher(args, reviews, taught_by)
     inputs = reviews.fingerprints | {TEACHER_STEP: artifacts.fingerprint(args, TEACHER_STEP)}
     folder = artifacts.begin(args, STEP, inputs)
     device.one_process_per_gpu(args, hardware, __file__, argv)
 
-    logits = train_students(args, hardware, folder, reviews, teacher, facts["teacher_width"])
+    logits = train_students(args, hardware, folder, reviews, teacher, taught_by["teacher_width"])
 
     labels = reviews.validation["label"].to_numpy()
     scores = {name: metrics.describe(labels, student_logits) for name, student_logits in logits.items()}
-    models_used = {"student": args.student_model, "teacher": facts["teacher"], "max_length": args.max_length}
-    write_cards(args, folder, reviews, logits, settings.short(facts["teacher"]))
+    facts = {"student": args.student_model, "teacher": taught_by["teacher"], "max_length": args.max_length}
+    write_cards(args, folder, reviews, logits, settings.short(taught_by["teacher"]))
     scoring.save_validation(folder, reviews.validation, **logits, teacher=of_validation)
-    artifacts.finish(args, folder, models_used, {"validation": scores})
+    artifacts.finish(args, folder, facts, {"validation": scores})
     for name, figures in scores.items():
         print(f"{name}: validation accuracy {metrics.in_words(figures)}")
     if (folder.parent / "03_mistral" / "run.json").exists():

@@ -36,7 +36,7 @@ CANNOT_TEACH = "this LLM cannot teach: take another, or train it on more reviews
 LOW_LABEL_MASS = 0.5
 # 03 decides four flags. FLAGS maps their names in 03's facts to this script's; DEFAULTS are their values without 03.
 FLAGS = {"base": "mistral_model", "prompt": "prompt", "label_words": "label_words", "max_length": "prompt_length"}
-DEFAULTS = {"prompt": verbalizer.PROMPT, "label_words": list(verbalizer.LABEL_WORDS), "max_length": 512}
+DEFAULTS = {"prompt": verbalizer.PROMPT, "label_words": list(verbalizer.LABEL_WORDS)}
 MOST_ACCURACY_CHANGE = 0.03  # another precision changes the accuracy by less, another base by more
 
 
@@ -70,7 +70,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_llm(args: argparse.Namespace) -> dict:
     """The teacher and its prompt, also set in `args`. 03 decides them, or with --no-adapter the flags do."""
-    llm = {"base": settings.PRESETS[args.preset]["mistral_model"], **DEFAULTS}
+    preset = settings.PRESETS[args.preset]
+    length = preset.get("03_mistral.max_length", preset.get("max_length", 512))
+    llm = {"base": preset["03_mistral.mistral_model"], "max_length": length, **DEFAULTS}
     if args.adapter:
         llm = artifacts.read_run(args, TEACHER_STEP)["facts"]
     for name, flag in FLAGS.items():

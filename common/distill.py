@@ -216,7 +216,7 @@ def refuse_bad_teacher(teacher_logits: np.ndarray, labels: np.ndarray, split: st
     _refuse_not_finite(teacher_logits, split)
     if float(np.ptp(metrics.log_odds(teacher_logits))) < 1e-6:
         stop(f"the teacher's logits on {split} are constant: run the teacher's step again with --force")
-    if metrics.errors_above_chance(labels, teacher_logits) < -2:
+    if metrics.standard_errors_above_chance(labels, teacher_logits) < -2:
         accuracy = metrics.describe(labels, teacher_logits)["balanced_accuracy"]
         stop(f"the teacher's balanced accuracy on {split} is {accuracy:.3f}, below chance: its label order is swapped")
 

@@ -101,7 +101,7 @@ def only_class(logits: np.ndarray) -> int | None:
     return int(predicted[0]) if len(predicted) == 1 else None
 
 
-def errors_above_chance(labels: np.ndarray, logits: np.ndarray) -> float:
+def standard_errors_above_chance(labels: np.ndarray, logits: np.ndarray) -> float:
     """By how many standard errors the balanced accuracy of (n, 2) logits is above one half; 0 if they say one class.
 
     It is Matthews' correlation times sqrt(n). Unlike accuracy, it is no better for a model that follows the majority.

@@ -18,14 +18,12 @@ PRESETS: dict[str, dict[str, object]] = {
     "kaggle": {
         "dataset": "stanfordnlp/imdb",
         "roberta_model": "FacebookAI/roberta-large",
-        "mistral_model": "mistralai/Mistral-7B-v0.1",
         "student_model": "distilbert/distilbert-base-uncased",
-        "04b_student_from_mistral.mistral_model": None,  # that of 03
+        "03_mistral.mistral_model": "mistralai/Mistral-7B-v0.1",
     },
     "demo": {
         "dataset": "outputs/demo/reviews",
         "roberta_model": "outputs/demo/demo-roberta",
-        "mistral_model": "outputs/demo/demo-mistral",
         "student_model": "outputs/demo/demo-distilbert",
         "validation_samples": 300,
         "max_length": 128,
@@ -35,6 +33,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "02_roberta.batch_size": 16,
         "02_roberta.micro_batch_size": 16,
         "02_roberta.student_layers": 2,
+        "03_mistral.mistral_model": "outputs/demo/demo-mistral",
         "03_mistral.max_train_samples": "600",
         "03_mistral.epochs": 2,
         "03_mistral.learning_rate": 2e-3,
@@ -42,7 +41,6 @@ PRESETS: dict[str, dict[str, object]] = {
         "03_mistral.gradient_checkpointing": False,
         "04a_student_from_roberta.epochs": 3,
         "04a_student_from_roberta.learning_rate": 5e-4,
-        "04b_student_from_mistral.mistral_model": None,
         "04b_student_from_mistral.epochs": 3,
         "04b_student_from_mistral.learning_rate": 5e-4,
         "05_benchmark.max_llm_samples": 500,

@@ -288,7 +288,7 @@ def refuse_collapse(logits: np.ndarray, labels: np.ndarray, remedy: str = TRAIN_
     if only is not None:
         why = f", as {share:.0%} of them are" if skewed else " (it collapsed)"
         stop(f"the model calls every validation review {LABELS[only]}{why}: {remedy}")
-    if metrics.errors_above_chance(labels, logits) < 2:
+    if metrics.standard_errors_above_chance(labels, logits) < 2:
         few = f"; {len(labels)} reviews show little: raise --validation-samples" if len(labels) < 100 else ""
         stop(f"validation accuracy is {metrics.in_words(scores)}, no better than chance: {remedy}{few}")
     if scores["accuracy"] <= share:

@@ -143,7 +143,7 @@ def best_calibration(
     accuracies = {name: metrics.accuracy(labels, logits.argmax(axis=1)) for name, logits in held_out.items()}
 
     def rank(name: str) -> tuple[bool, bool, float]:
-        at_chance = metrics.errors_above_chance(labels, made[name].logits(log_odds)) < 2
+        at_chance = metrics.standard_errors_above_chance(labels, made[name].logits(log_odds)) < 2
         refused = at_chance or metrics.absent_class(made[name].logits(unlabelled), labels) is not None
         worse = accuracies["none"] - accuracies[name] > TOLERATED_ACCURACY + 1e-9
         return worse, refused, metrics.nll(labels, held_out[name])

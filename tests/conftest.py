@@ -26,8 +26,8 @@ BRIEFLY |= {"injection_samples": 6, "batch_tokens": 512}
 
 def quick_preset(bases: Path) -> dict[str, object]:
     """A preset with which the six scripts take seconds each, on the demo's base checkpoints in `bases`."""
-    preset = {f"{role}_model": str(bases / f"demo-{role}") for role in ("roberta", "mistral")}
-    preset |= {"student_model": str(bases / "demo-distilbert"), "04b_student_from_mistral.mistral_model": None}
+    flags = {"roberta": "roberta_model", "mistral": "03_mistral.mistral_model", "distilbert": "student_model"}
+    preset = {flag: str(bases / f"demo-{base}") for base, flag in flags.items()}
     preset |= {"learning_rate": 1e-3, "batch_size": 8, "epochs": 4, "max_length": 32}
     preset |= {"02_roberta.max_length": 40, "02_roberta.student_layers": 2}
     preset |= {"03_mistral.max_length": 96, "03_mistral.epochs": 2, "03_mistral.learning_rate": 3e-3}

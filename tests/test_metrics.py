@@ -50,12 +50,14 @@ def test_the_majoritys_share_and_macro_f1_stand_beside_an_accuracy_that_skewed_c
 
 
 def test_a_model_is_above_chance_by_what_it_knows_of_both_classes_not_by_following_the_majority():
-    assert metrics.errors_above_chance(*skewed(90, 0, 90)) == 0 and metrics.only_class(skewed(90, 0, 90)[1]) == 1
+    assert (
+        metrics.standard_errors_above_chance(*skewed(90, 0, 90)) == 0 and metrics.only_class(skewed(90, 0, 90)[1]) == 1
+    )
     labels, good = skewed(90, 7, 86)
     found = good.argmax(axis=1).mean()
     by_hand = (7 / 10 + 86 / 90 - 1) / 2 / np.sqrt(found * (1 - found) * (1 / 10 + 1 / 90) / 4)
-    assert metrics.errors_above_chance(labels, good) == pytest.approx(by_hand) and by_hand > 2
-    assert metrics.errors_above_chance(*skewed(90, 1, 81)) == pytest.approx(0)  # accuracy 0.82 by chance
+    assert metrics.standard_errors_above_chance(labels, good) == pytest.approx(by_hand) and by_hand > 2
+    assert metrics.standard_errors_above_chance(*skewed(90, 1, 81)) == pytest.approx(0)  # accuracy 0.82 by chance
     assert metrics.only_class(good) is None
 
 

@@ -581,6 +581,14 @@ def test_another_prompt_than_03s_is_refused_beside_its_adapter(outputs, main, st
         stops(lambda wrong=wrong: main("04b", *wrong), "03's adapter", "--no-adapter")
 
 
+@pytest.mark.parametrize("preset", settings.PRESETS)
+def test_without_an_adapter_the_llm_is_that_of_03_at_its_length(script, preset):
+    ours, theirs = (script(number).parse_args(["--preset", preset]) for number in ("04b", "03"))
+    ours.adapter = False
+    llm = script("04b").find_llm(ours)
+    assert [llm["base"], llm["max_length"], llm["prompt"]] == [theirs.mistral_model, theirs.max_length, theirs.prompt]
+
+
 def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stops):
     module = script("04b")
     args = module.parse_args(flags["04b"])
