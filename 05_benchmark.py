@@ -27,20 +27,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from common import (
-    artifacts,
-    classifiers,
-    comparison,
-    data,
-    device,
-    machine,
-    measuring,
-    memory,
-    report,
-    settings,
-    storage,
-)
-from common.classifiers import Contender
+from common import artifacts, comparison, data, device, machine, measuring, memory, report, settings, storage
+from common.contenders import STUDENTS, Contender, find_contenders, form_folder
 from common.measuring import Measured
 
 STEP = "05_benchmark"
@@ -139,7 +127,7 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, dict
         settings.stop(f"{args.output_dir}/ holds no finished step: run 01_baseline.py or another script first")
     for step, run in runs.items():
         artifacts.refuse_conflict(args, run, reviews.fingerprints, same=())
-        if step in classifiers.STUDENTS:
+        if step in STUDENTS:
             artifacts.verify(Path(args.output_dir, step, "validation.parquet"))  # which chooses the cascade's rule
         for earlier in artifacts.made_again(args, run):
             print(f"warning: {step} is of an earlier {earlier}: run {artifacts.SCRIPTS[step]} --force")
@@ -148,7 +136,7 @@ def read_runs(args: argparse.Namespace, reviews: data.Reviews) -> dict[str, dict
 
 def delete_other_forms(deployed: Path, contenders: list[Contender]) -> None:
     """Delete the forms of an earlier run that this one does not measure: their student may be another one now."""
-    current = {classifiers.form_folder(deployed, one.student) for one in contenders if one.student}
+    current = {form_folder(deployed, one.student) for one in contenders if one.student}
     for folder in set(deployed.glob("*")) - current:
         print(f"{folder}: deleted, as --forms {'none' if not current else 'leaves it out'}")
         storage.delete(folder)
@@ -187,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     inputs = reviews.fingerprints | {step: artifacts.fingerprint(args, step) for step in runs}
     work = artifacts.begin(args, STEP, inputs, keep=() if args.force else KEPT, again=True)
 
-    contenders = classifiers.find(args, hardware, runs, work / "deploy")
+    contenders = find_contenders(args, hardware, runs, work / "deploy")
     delete_other_forms(work / "deploy", contenders)
     done, without, facts = measure_all(args, work, contenders, reviews.test)
 

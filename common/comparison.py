@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from common import metrics, storage
-from common.classifiers import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
+from common.contenders import BASELINE, CONTROL, EAGER, ENCODER, STUDENTS
 from common.data import LABELS
 from common.report import COLUMNS, FIELDS, INTERVALS, TOLERATED_LOSS
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import artifacts, classifiers, data, device, machine, memory, metrics, models, scoring, settings, storage
-from common.classifiers import Classifier, Contender
+from common import artifacts, contenders, data, device, machine, memory, metrics, models, scoring, settings, storage
+from common.classifiers import Classifier
+from common.contenders import Contender
 
 WARM_UP_REVIEWS, SWEPT_REVIEWS = 16, 4000
 ALIKE = 0.97  # of the best rate
@@ -259,7 +260,7 @@ def planned_minutes(
 
 def warm_up(new: list[Contender], parts: dict[str, pd.DataFrame]) -> None:
     """Use an encoder once, so that no row pays for imports and thread pools in seconds or memory."""
-    encoders = [one for one in new if one.kind in (classifiers.ENCODER, *classifiers.STUDENTS.values())]
+    encoders = [one for one in new if one.kind in (contenders.ENCODER, *contenders.STUDENTS.values())]
     for contender in encoders[-1:]:
         # If it fails, it fails again when it is measured, and says so there.
         with contextlib.suppress(Exception, settings.Stop), contextlib.redirect_stderr(io.StringIO()):
@@ -272,7 +273,7 @@ def drift(done: list[tuple[Contender, pd.DataFrame, Measured]], new: list[Conten
     measured = [entry for entry in done if entry[0] in new]
     if not measured:
         return None
-    small = [entry for entry in measured if entry[0].kind in classifiers.STUDENTS.values()]
+    small = [entry for entry in measured if entry[0].kind in contenders.STUDENTS.values()]
     contender, part, before = (small or measured)[0]
     texts = part["text"].tolist()[: args.latency_samples]
     memory.free()  # of the last model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from common import metrics, pictures, storage
-from common.classifiers import EAGER, ENCODER
+from common.contenders import EAGER, ENCODER
 from common.settings import stop
 from common.storage import whole
 

@@ -12,7 +12,7 @@ from conftest import CPU
 from scipy.stats import bootstrap
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import classifiers, comparison, data, machine, measuring, memory, metrics, models
+from common import classifiers, comparison, contenders, data, machine, measuring, memory, metrics, models
 from common.measuring import Measured
 
 RNG = np.random.default_rng(0)
@@ -40,8 +40,8 @@ def measured(tmp_path):
     """Make what 05 holds of a measured model: contender, reviews, result; of a student, its step's validation too."""
 
     def make(name, kind, odds=SURE, ms=1.0, rate=10.0, accuracy=0.9, teacher=None):
-        step = next((step for step, of in classifiers.STUDENTS.items() if of == kind), "")
-        one = classifiers.Contender(name, kind, None, tmp_path, CPU, step=step, teacher=teacher and teacher[0])
+        step = next((step for step, of in contenders.STUDENTS.items() if of == kind), "")
+        one = contenders.Contender(name, kind, None, tmp_path, CPU, step=step, teacher=teacher and teacher[0])
         (tmp_path / step).mkdir(exist_ok=True)
         (tmp_path / "config.json").write_text('{"calibration_temperature": 1.0}')
         validation = pd.DataFrame({"label": LABELS, "student": odds, "teacher": SURE})
@@ -165,7 +165,7 @@ def test_rows_are_compared_on_the_reviews_that_both_read():
     odds = {name: np.where(labels == 1, 2.0, -2.0) * np.where(which, 1, -1) for name, which in right.items()}
     predictions = pd.DataFrame({"label": labels, **odds})
     predictions.loc[2000:, "teacher"] = np.nan
-    rows = {"bag": ("baseline", 1, 90), "teacher": (classifiers.ENCODER, 30, 2), "student": ("student", 10, 5)}
+    rows = {"bag": ("baseline", 1, 90), "teacher": (contenders.ENCODER, 30, 2), "student": ("student", 10, 5)}
     others = {"teacher": [None, None, "teacher"], "baseline": [None, "bag", "bag"]}
     row = compared(rows, predictions, **others).loc["student"]
     both, theirs = right["student"][:2000], right["teacher"][:2000]
@@ -190,7 +190,7 @@ def test_a_cascade_hands_on_the_least_sure_reviews_by_a_rule_that_validation_cho
 
 def test_a_student_whose_teacher_has_no_row_is_compared_with_no_other(measured, tmp_path):
     encoder, llm, other = (measured(name, name) for name in ("encoder", "llm", "other"))
-    kinds = zip(classifiers.STUDENTS.values(), (encoder, llm))
+    kinds = zip(contenders.STUDENTS.values(), (encoder, llm))
     students = [measured(f"student of {teacher[0].name}", kind, teacher=teacher) for kind, teacher in kinds]
     done = [encoder, other, *students]  # the LLM failed
     found = comparison.references(done)
@@ -208,15 +208,15 @@ def test_an_export_that_is_gone_cut_or_of_another_model_is_made_again(monkeypatc
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
         (folder / "onnx" / "model.onnx").write_text("weights")
 
-    monkeypatch.setattr(classifiers.export, "export_onnx", export_onnx)
-    monkeypatch.setattr(classifiers.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(contenders.export, "export_onnx", export_onnx)
+    monkeypatch.setattr(contenders.importlib, "import_module", lambda name: None)
     model.mkdir()
     config, onnx = model / "config.json", target / "onnx" / "model.onnx"
     changes = [(config, "{}"), (onnx, "wei"), (target / "made_from.json", ""), (onnx, None), (config, "{ }")]
     for times, (file, content) in enumerate(changes, start=1):
         file.unlink() if content is None else file.write_text(content)
         for _ in range(2):
-            classifiers.deploy(model, target)
+            contenders.deploy(model, target)
         assert len(made) == times
 
 
@@ -230,7 +230,7 @@ def test_the_row_of_an_untuned_llm_is_kept_for_its_files_alone(script, tmp_path)
     base, args = tmp_path / "llm", script("05").parse_args([])
     base.mkdir()
     part = pd.DataFrame({"example_id": ["test/0"], "text": ["good"], "label": [1]})
-    llm = classifiers.Contender("llm", classifiers.ZERO_SHOT, bool, base, CPU, {"base": str(base)})
+    llm = contenders.Contender("llm", contenders.ZERO_SHOT, bool, base, CPU, {"base": str(base)})
     kept = []
     for content in (b"one", b"one", b"two"):
         (base / "model.safetensors").write_bytes(content)
@@ -239,8 +239,8 @@ def test_the_row_of_an_untuned_llm_is_kept_for_its_files_alone(script, tmp_path)
 
 
 def test_forms_that_a_run_does_not_measure_are_deleted_as_their_student_may_be_another_one(script, tmp_path, capsys):
-    student = classifiers.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU)
-    form = classifiers.Contender("a form", "form", bool, data.Path("model"), CPU, student=student)
+    student = contenders.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU)
+    form = contenders.Contender("a form", "form", bool, data.Path("model"), CPU, student=student)
     for name in ("s-from-t", "s-from-llm"):
         (tmp_path / name).mkdir()
     script("05").delete_other_forms(tmp_path, [student, form])
@@ -252,10 +252,10 @@ def test_forms_that_a_run_does_not_measure_are_deleted_as_their_student_may_be_a
 
 def test_forms_are_of_the_student_on_the_cpu_and_say_which_package_they_lack(script, monkeypatch):
     args = script("05").parse_args([])
-    student = classifiers.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU, {"max_length": 8})
-    monkeypatch.setattr(classifiers.export, "missing_for_onnx", lambda: "onnx is not installed")
+    student = contenders.Contender("s from t", "student, white-box", bool, data.Path("model"), CPU, {"max_length": 8})
+    monkeypatch.setattr(contenders.export, "missing_for_onnx", lambda: "onnx is not installed")
     monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)
-    forms = classifiers.forms(args, student, data.Path("deploy"))
+    forms = contenders.forms(args, student, data.Path("deploy"))
     assert [form.kind[6:] for form in forms] == ["eager fp32", "eager bf16", "ONNX fp32", "ONNX int8"]
     assert [form.absent for form in forms] == [None, None, "onnx is not installed", "onnx is not installed"]
     assert all(form.student is student and form.samples == 2000 for form in forms)
@@ -280,7 +280,7 @@ def test_throughput_counts_tokenisation_and_flops_do_not(advance):
 def test_a_row_says_how_many_verdicts_any_attack_turns_and_a_form_is_not_attacked(tmp_path):
     part = pd.DataFrame({"text": ["a film", "another"], "label": [0, 1]})
     args = argparse.Namespace(batch_tokens=512, latency_samples=1, latency_seconds=1e-9, injection_samples=2)
-    one = classifiers.Contender("m", "student", lambda: classifier(obedient), tmp_path, CPU)
+    one = contenders.Contender("m", "student", lambda: classifier(obedient), tmp_path, CPU)
     measured = measuring.measure(one, part, args, peak=1e9)
     assert measured.row["injection_turned"] == 1 and measured.injection[0]["turned"] == 0
     one.student = one
@@ -297,8 +297,8 @@ def test_a_pairs_columns():
 
 
 def test_a_cascades_cost_is_the_students_and_a_share_of_the_teachers(measured, tmp_path):
-    teacher = measured("t", classifiers.ENCODER, ms=10.0, rate=2.0)
-    done = [teacher, measured("s", next(iter(classifiers.STUDENTS.values())), UNSURE, teacher=teacher)]
+    teacher = measured("t", contenders.ENCODER, ms=10.0, rate=2.0)
+    done = [teacher, measured("s", next(iter(contenders.STUDENTS.values())), UNSURE, teacher=teacher)]
     predictions = pd.DataFrame({"label": LABELS, "t": SURE, "s": UNSURE})
     (row,), _ = comparison.cascades(tmp_path, done, predictions, comparison.references(done))
     share = row["escalated_share"]
@@ -312,14 +312,14 @@ def test_a_cascades_cost_is_the_students_and_a_share_of_the_teachers(measured, t
 
 
 def test_the_baseline_of_a_comparison_is_the_better_one(measured):
-    baselines = [measured(name, classifiers.BASELINE, accuracy=at) for name, at in (("weak", 0.7), ("strong", 0.8))]
+    baselines = [measured(name, contenders.BASELINE, accuracy=at) for name, at in (("weak", 0.7), ("strong", 0.8))]
     found = comparison.references([*baselines, measured("m", "student")])
     assert found["baseline"].dropna().to_dict() == {"m": "strong"}
 
 
 def test_a_third_student_is_found_by_its_line_in_students(script, monkeypatch):
-    monkeypatch.setitem(classifiers.STUDENTS, "04c_student", "student, third")
+    monkeypatch.setitem(contenders.STUDENTS, "04c_student", "student, third")
     runs = {"04c_student": {"inputs": {}, "facts": {"student": "s", "teacher": "t", "max_length": 8}}}
     args = script("05").parse_args(["--forms", "none"])
-    (one,) = classifiers.find(args, CPU, runs, data.Path("deploy"))
+    (one,) = contenders.find_contenders(args, CPU, runs, data.Path("deploy"))
     assert (one.name, one.kind, one.teacher) == ("s from t", "student, third", None)

@@ -609,12 +609,12 @@ def test_models_whose_folders_end_alike_keep_their_own_predictions(script):
     runs = {step: {"facts": facts} for step in list(artifacts.SCRIPTS)[1:5]}
     module = script("05")
     args = module.parse_args(["--output-dir", "nowhere", "--forms", "none"])
-    names = [contender.name for contender in module.classifiers.find(args, None, runs, Path("deploy"))]
+    names = [contender.name for contender in module.find_contenders(args, None, runs, Path("deploy"))]
     assert len(names) == len(set(names)) == 4
     # The same runs, but 04b read a file of scores: 03's LLM is no teacher of its student.
     facts = {name: value for name, value in facts.items() if name != "llm"} | {"scores": {"file": "x/llm.csv"}}
     runs["04b_student_from_mistral"] = {"facts": facts | {"teacher": "llm"}}
-    *_, llm, from_encoder, from_file = module.classifiers.find(args, None, runs, Path("deploy"))
+    *_, llm, from_encoder, from_file = module.find_contenders(args, None, runs, Path("deploy"))
     assert llm.facts["calibration"] == "none (04b has not calibrated it)"
     assert from_encoder.teacher and from_encoder.note is None
     assert (from_file.name, from_file.teacher) == ("1 from llm", None) and "llm.csv" in from_file.note
