@@ -3,8 +3,8 @@
 - Both kinds: the config is no encoder-decoder's. The tokenizer obeys its tokenizer.json and knows the reviews' letters.
   The length fits the positions.
 - An encoder: its weights are loaded and run, with padding and at full length, and each has a gradient.
-- An LLM, whose weights are larger: the ids fit the embeddings. At least half of the blocks' weights can be in 4 bits. The
-  shapes in the headers of its files are the config's. `load_llm` tries the rest.
+- An LLM, whose weights are larger: the ids fit the embeddings. At least half of the blocks' weights can be in 4 bits.
+  The shapes in the headers of its files are the config's. `load_llm` tries the rest.
 """
 
 import json
