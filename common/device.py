@@ -141,7 +141,7 @@ def _examine(gpus: int) -> tuple[str, bool]:
         name, capabilities = torch.cuda.get_device_name(), [torch.cuda.get_device_capability(i) for i in range(gpus)]
     except RuntimeError as problem:
         stop(f"the GPU cannot be used ({str(problem).splitlines()[0]}): update its driver, {otherwise}")
-    builds = torch.cuda.get_arch_list()  # such as sm_75, sm_90a and compute_90
+    builds = [build for build in torch.cuda.get_arch_list() if "_" in build]  # sm_75, compute_90; AMD's have no "_"
     for capability in capabilities:
         if builds and not any(_runs_on(capability, *build.split("_")) for build in builds):
             lack = f"{name} has compute capability {'.'.join(map(str, capability))}, and this torch has no code for it"

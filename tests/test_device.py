@@ -86,6 +86,7 @@ KAGGLES = "sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
         ((12, 1), "sm_90a compute_90", True),
         ((8, 0), "sm_90a compute_90", False),
         ((6, 0), "", True),  # a torch that does not say
+        ((9, 4), "gfx90a gfx942", True),  # AMD's
     ],
 )
 def test_a_gpu_for_which_torch_has_no_code_is_refused_before_anything_is_downloaded(
