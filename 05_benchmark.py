@@ -19,6 +19,7 @@ Takes   on one T4: planned 66 to 76 minutes (results/gpu/plan.csv), not measured
 """
 
 import argparse
+import math
 import sys
 import textwrap
 import time
@@ -81,7 +82,7 @@ def measure_all(
             without.append(row | {"status": f"absent: {contender.absent}"})
             continue
         # Not before a new row is kept: a model that fails would end every run at the same place.
-        if contender in new and any(one in new for one, _, _ in done):
+        if device.seconds_left() < math.inf and contender in new and any(one in new for one, _, _ in done):
             needed = 60 * measuring.planned_minutes([contender], parts, peaks, args)
             if device.out_of_time(needed):
                 device.stop_for_time()

@@ -67,16 +67,17 @@ class MaxHours(TrainerCallback):
 
 
 class RefuseNaN(TrainerCallback):
-    """Stops training when loss or gradient is not finite in two logs in a row (a tenth of the run).
+    """Stops training when the loss is not finite in two logs in a row, or the gradient in five. A run has 20 or more.
 
-    A single log may hold a batch that overflowed in fp16. The gradient scaler skips such a batch. If it skips all, the
-    loss stays finite and nothing is learned.
+    A single log may hold a batch that overflowed in fp16. The gradient scaler skips such a batch, and the first few
+    while it looks for a scale. If it skips all, the loss stays finite and nothing is learned.
     """
 
     def on_log(self, args, state, control, **_):
-        logged = [entry for entry in state.log_history if "loss" in entry][-2:]
-        for name, words in {"loss": "the training loss", "grad_norm": "the gradient"}.items():
-            if len(logged) == 2 and not any(math.isfinite(entry.get(name, 0)) for entry in logged):
+        logged = [entry for entry in state.log_history if "loss" in entry]
+        for name, words, enough in (("loss", "the training loss", 2), ("grad_norm", "the gradient", 5)):
+            last = [entry.get(name, 0) for entry in logged[-enough:]]
+            if len(last) == enough and not any(map(math.isfinite, last)):
                 stop(f"{words} became NaN: pass --force with a smaller --learning-rate, or --precision fp32")
 
 

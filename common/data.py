@@ -147,10 +147,11 @@ def _split_train(splits: dict[str, pd.DataFrame], args: argparse.Namespace) -> t
 
 def read_in_chunks(file: Path, size: int, column: str | None = None) -> Iterator[pd.DataFrame]:
     """Tables of at most `size` reviews, with `row` (the number in the file, from 0) and the cleaned `text`."""
-    first = 0
+    first, found = 0, ""
     for table in files.tables(file, size):
-        column = columns.find_text(table, column, str(file))  # for all chunks the first one's
-        texts = clean_texts(table[column], str(file))
+        if found not in table:  # in most files it is found once
+            found = columns.find_text(table, column, str(file))
+        texts = clean_texts(table[found], str(file))
         yield pd.DataFrame({"row": range(first, first + len(texts)), "text": texts})
         first += len(texts)
 

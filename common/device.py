@@ -113,7 +113,7 @@ def detect(args: argparse.Namespace) -> Hardware:
         stop(f"--batch-size {args.batch_size} does not divide by {processes} processes: pass a multiple of {processes}")
     if gpus:
         patches.attend_without_cudnn()
-        name, old = _examine(gpus if processes > 1 else 1)
+        name, old = _examine(min(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
         auto = "fp16" if old else "bf16"  # torch says that a T4 supports bf16, but its compute capability is 7.5
         auto = "fp16" if "fp16" in gather(auto) else auto  # fp16's gradients are scaled, so no machine may differ
         if old and args.precision == "bf16":
@@ -144,7 +144,7 @@ def _examine(gpus: int) -> tuple[str, bool]:
     builds = [build for build in torch.cuda.get_arch_list() if "_" in build]  # sm_75, compute_90; AMD's have no "_"
     for capability in capabilities:
         if builds and not any(_runs_on(capability, *build.split("_")) for build in builds):
-            lack = f"{name} has compute capability {'.'.join(map(str, capability))}, and this torch has no code for it"
+            lack = f"a GPU has compute capability {'.'.join(map(str, capability))}, and this torch has no code for it"
             stop(f"{lack} ({' '.join(builds)}): take another GPU (on Kaggle GPU T4 x2), or another torch, {otherwise}")
     return name, min(capabilities) < (8, 0)
 

@@ -232,7 +232,8 @@ def read_scores(folder: Path, split: str, reviews: pd.DataFrame, script: str) ->
     rows = table.index.get_indexer(reviews["example_id"])
     if missing := int((rows < 0).sum()):
         stop(f"{missing} of {len(rows)} {split} reviews have no soft label: run {script} with the same sample counts")
-    return table.to_numpy(np.float32)[rows], rows
+    scores = table[[name for name in (*LOGITS, *LOG_PROBABILITIES) if name in table]]
+    return scores.to_numpy(np.float32)[rows], rows
 
 
 def save_validation(folder: Path, validation: pd.DataFrame, **logits: np.ndarray) -> None:

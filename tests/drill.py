@@ -179,7 +179,9 @@ class Drill:
             for _ in range(times):
                 moment = self.rng.uniform(0, self.seconds[step])
                 limit = self.rng.choice([(), ("--max-hours", str(moment / 3600))])
-                self.end(self.start(step, *more, *limit), after=None if limit else moment)
+                code, told = self.end(self.start(step, *more, *limit), after=None if limit else moment)
+                if limit and code not in (0, 3):
+                    fault = told
                 if more and not (artifacts._settled(folder) / "run.json").exists():
                     fault = "the finished step is gone"
                 happened += [f"{moment:.1f} s", *self.damage_work(artifacts._work(folder))]

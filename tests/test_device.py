@@ -67,6 +67,8 @@ def test_gpus_of_two_generations_train_in_one_precision(gpu, monkeypatch):
     assert detect(num_processes=None).precision == "fp16"  # bf16 has no scaler, and they average their gradients
     gpu(8, 6, count=2, last=(7, 5))
     assert detect(num_processes=1).precision == "bf16"
+    gpu(8, 6, count=3, last=(7, 5))
+    assert detect(num_processes=2).precision == "bf16"  # the third GPU is not used
     gpu(8, 6)
     monkeypatch.setattr(device, "gather", lambda mine: [mine, "fp16"])  # the GPU of another machine
     assert detect().precision == "fp16"

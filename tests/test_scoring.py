@@ -209,7 +209,8 @@ def test_host_memory_does_not_grow_with_the_number_of_reviews(tmp_path):
     peaks = []
     for n in (2_000, 20_000):
         reviews = pd.DataFrame({"example_id": np.arange(n).astype(str), "text": "a film"})
-        resident = memory.restart_host_peak()
+        if (resident := memory.restart_host_peak()) is None:
+            pytest.skip("this system cannot restart a process's peak memory")
         scoring.in_chunks(tmp_path / str(n), "transfer", reviews, scoring.LOGITS, score, arrays=("features",))
         peaks.append(memory.host_peak_mb() - resident)
     written = (tmp_path / "20000" / "transfer_features.npy").stat().st_size / 1e6
