@@ -83,7 +83,8 @@ def train_students(
     from common import distill, training
 
     train, labelled, validation = distill.student_datasets(args, reviews, teacher)
-    how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": args.soft_labels}
+    how = {"epochs": args.epochs, "alpha": args.alpha}
+    how |= {"soft_labels": settings.reviews_with_soft_labels(args, len(reviews.transfer))}
     how |= {"feature_weight": args.feature_weight, "teacher_width": width if args.feature_weight > 0 else None}
     logits = {"student": distill.train_student(args, hardware, folder / "model", train, validation, **how)}
     training.refuse_collapse(logits["student"], validation.labels)

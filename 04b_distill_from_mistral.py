@@ -207,7 +207,8 @@ def train_student(
     from common import distill, training
 
     train, _, validation = distill.student_datasets(args, reviews, teacher)
-    how = {"epochs": args.epochs, "alpha": args.alpha, "soft_labels": args.soft_labels}
+    how = {"epochs": args.epochs, "alpha": args.alpha}
+    how |= {"soft_labels": settings.reviews_with_soft_labels(args, len(reviews.transfer))}
     logits = distill.train_student(args, hardware, folder / "model", train, validation, **how)
     training.refuse_collapse(logits, validation.labels)
     return logits

@@ -80,14 +80,14 @@ class DistillationTrainer(training.ReviewTrainer):
 
     The teacher's outputs are arrays of the dataset; the soft term is T²·KL. With `soft_labels` "transfer", each review
     has one of the first two terms: CE where there is a gold label, the soft one elsewhere. Then alpha weighs nothing.
-    Where no review is unlabelled, "transfer" means "all". For the control, alpha is 0 and the dataset has no teacher.
+    For the control, alpha is 0 and the dataset has no teacher.
     """
 
     def __init__(self, *args, alpha, temperature, feature_weight=0.0, soft_labels="all", **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha, self.temperature, self.feature_weight = alpha, temperature, feature_weight
         self.labelled_share = float(np.mean(self.train_dataset.labels != IGNORED))
-        self.one_term = soft_labels == "transfer" and self.labelled_share < 1
+        self.one_term = soft_labels == "transfer"
         self._terms: dict[str, list[torch.Tensor]] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -276,7 +276,6 @@ def drift(done: list[tuple[Contender, pd.DataFrame, Measured]], new: list[Conten
     small = [entry for entry in measured if entry[0].kind in contenders.STUDENTS.values()]
     contender, part, before = (small or measured)[0]
     texts = part["text"].tolist()[: args.latency_samples]
-    memory.free()  # of the last model
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             again, _ = time_one_by_one(contender.load(), texts, contender.hardware, min(30, args.latency_seconds))
