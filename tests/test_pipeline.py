@@ -589,6 +589,24 @@ def test_without_an_adapter_the_llm_is_that_of_03_at_its_length(script, preset):
     assert [llm["base"], llm["max_length"], llm["prompt"]] == [theirs.mistral_model, theirs.max_length, theirs.prompt]
 
 
+@pytest.mark.parametrize("number", ["04a", "04b"])
+def test_without_unlabelled_reviews_the_labelled_ones_learn_from_the_teacher_too(script, monkeypatch, number):
+    module, asked = script(number), []
+    data_of = argparse.Namespace(labels=None)
+    monkeypatch.setattr(distill, "student_datasets", lambda *_: (data_of, data_of, data_of))
+    monkeypatch.setattr(distill, "train_student", lambda *_, soft_labels, **how: asked.append(soft_labels))
+    monkeypatch.setattr(training, "refuse_collapse", lambda *_: None)
+    args = module.parse_args(["--soft-labels", "transfer"])
+    args.control = False
+    for unlabelled in ([], ["a review"]):
+        reviews = argparse.Namespace(transfer=unlabelled)
+        if number == "04a":
+            module.train_students(args, None, Path("folder"), reviews, {}, 8)
+        else:
+            module.train_student(args, None, Path("folder"), reviews, {})
+    assert asked == ["all", "transfer"]
+
+
 def test_a_base_that_is_not_03s_any_more_is_refused(outputs, flags, script, stops):
     module = script("04b")
     args = module.parse_args(flags["04b"])
